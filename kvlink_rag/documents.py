@@ -1,0 +1,93 @@
+"""Plain data that everything shares: documents, hits and the parts of a prompt.
+
+Knows nothing of tokens, tensors or files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .errors import DocumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One passage of text: the unit of retrieval and of encoding.
+
+    `metadata` must be JSON (string keys; strings, finite numbers, booleans, None, lists and
+    mappings). A document without an `id` gets one derived from title, text and metadata when it
+    is added (`identified`). Raises `DocumentError` where a field has another type.
+    """
+
+    text: str
+    title: str = ""
+    id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("text", self.text), ("title", self.title)):
+            if not isinstance(value, str):
+                raise DocumentError(f"a document's {name} is {type(value).__name__}, expected str")
+        if self.id is not None and (not isinstance(self.id, str) or not self.id):
+            raise DocumentError(f"a document's id is {self.id!r}, expected a non-empty str or None")
+        if not isinstance(self.metadata, Mapping):
+            found = type(self.metadata).__name__
+            raise DocumentError(f"a document's metadata is {found}, expected a mapping")
+
+    def __hash__(self) -> int:
+        return hash((self.text, self.title, self.id))
+
+    def canonical(self) -> str:
+        """Title, text and metadata as one JSON string, the same for equal content."""
+        try:
+            return json.dumps(
+                [self.title, self.text, dict(self.metadata)],
+                sort_keys=True,
+                ensure_ascii=True,
+                allow_nan=False,
+                separators=(",", ":"),
+            )
+        except (TypeError, ValueError) as error:
+            raise DocumentError(
+                f"the metadata of document {self.id or self.title or self.text[:40]!r} is not "
+                f"JSON ({error}); use strings, finite numbers, booleans, None, lists and mappings"
+            ) from error
+
+    def identified(self) -> Document:
+        """This document, with an id derived from its content where it had none."""
+        if self.id is not None:
+            return self
+        return replace(self, id=hashlib.sha256(self.canonical().encode()).hexdigest()[:32])
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A retrieved document and its score (inner product; larger is nearer)."""
+
+    document: Document
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Computed text. With `special=True` special-token strings in it are tokens.
+
+    Only the templates of a spec or a tokenizer may be special; a special part also ends a message.
+    """
+
+    text: str
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A document whose stored keys and values are reused."""
+
+    document: Document
+
+
+Part = Text | Passage

@@ -1,0 +1,48 @@
+"""Text to token ids and back, part by part.
+
+Wraps a Hugging Face tokenizer so that special-token strings in user text stay plain text. Knows
+nothing of prompts; `layout` decides what is encoded.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class PartTokenizer:
+    """A Hugging Face tokenizer that encodes one part at a time. Safe to share between threads.
+
+    hf: the tokenizer as loaded (`PreTrainedTokenizerBase`).
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        # `split_special_tokens` is state of the backend, not of the call: a copy, so no race.
+        self._plain = copy.deepcopy(hf)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text` alone: nothing is added before or after.
+
+        special: special-token strings become their tokens (templates only). Otherwise they are
+        spelled out like any text. Lone surrogates, which no tokenizer takes, become U+FFFD.
+        """
+        clean = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+        if not clean:
+            return []
+        tokenizer = self.hf if special else self._plain
+        ids = tokenizer(
+            clean, add_special_tokens=False, split_special_tokens=not special, verbose=False
+        )["input_ids"]
+        return list(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids` without special tokens; bytes that are not whole yet give U+FFFD."""
+        text = self._plain.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
