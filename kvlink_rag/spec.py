@@ -109,7 +109,7 @@ class Spec:
         """Read a `kvlink.json`. Raises `SpecError` naming `source` and the field at fault."""
         fields = _object(text, source)
         if fields.pop("format", None) != SPEC_FORMAT:
-            raise SpecError(f"{source}: expected \"format\": {SPEC_FORMAT}; rewrite the file")
+            raise SpecError(f'{source}: expected "format": {SPEC_FORMAT}; rewrite the file')
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise SpecError(f"{source}: unknown fields {unknown}; known are {sorted(known)}")

@@ -41,8 +41,5 @@ class PartTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens; bytes that are not whole yet give U+FFFD."""
-        text = self._plain.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self._plain.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
-

@@ -1,0 +1,46 @@
+# Tasks of the project. Everything runs in .venv, which `make setup` makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+THREADS ?= 2
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench train-small clean
+
+help: ## List the tasks
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv and install the package with everything its tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## Index the bundled documents, answer questions, show sources and time to first token
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(THREADS) $(BIN)/kvlink-rag demo
+
+test: setup lint ## Set up, check style and types, run all tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(THREADS)
+
+lint: setup ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite to the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Time to first token and encoding, with figures (about 15 minutes on two cores)
+	$(BIN)/python benchmarks/ttft.py
+	$(BIN)/python benchmarks/encode.py
+
+train-small: setup ## Train the bundled small model again from its seed (an hour or two on two cores)
+	$(BIN)/python -m kvlink_rag.training.small --out runs/small
+
+clean: ## Remove what the tasks made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs build dist

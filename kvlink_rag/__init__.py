@@ -1,0 +1,88 @@
+"""KVLink retrieval: documents are encoded once and kept on disk, answers start at once.
+
+    from kvlink_rag import Document, KVLinkRAG
+
+    with KVLinkRAG.open("my-collection") as rag:
+        rag.add([Document("The harbour of Orvale was built in 1911.", title="Orvale")])
+        print(rag.ask("When was the harbour of Orvale built?").text)
+
+The public names are those in `__all__`; they are loaded on first use, so that importing the
+package costs nothing and touches no network.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .documents import Document, Hit, Part, Passage, Text
+    from .embedder import ContrieverEmbedder, Embedder
+    from .errors import KVLinkError
+    from .layout import Layout
+    from .model import KVLinkModel, Prefill, TextStream, Verification
+    from .rag import Answer, AnswerStream, KVLinkRAG
+    from .spec import PromptPreset, Spec
+    from .splitting import split_document
+    from .trace import Trace
+
+_HOME = {
+    "Answer": "rag",
+    "AnswerStream": "rag",
+    "ContrieverEmbedder": "embedder",
+    "Document": "documents",
+    "Embedder": "embedder",
+    "Hit": "documents",
+    "KVLinkError": "errors",
+    "KVLinkModel": "model",
+    "KVLinkRAG": "rag",
+    "Layout": "layout",
+    "Part": "documents",
+    "Passage": "documents",
+    "Prefill": "model",
+    "PromptPreset": "spec",
+    "Spec": "spec",
+    "Text": "documents",
+    "TextStream": "model",
+    "Trace": "trace",
+    "Verification": "model",
+    "split_document": "splitting",
+}
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "ContrieverEmbedder",
+    "Document",
+    "Embedder",
+    "Hit",
+    "KVLinkError",
+    "KVLinkModel",
+    "KVLinkRAG",
+    "Layout",
+    "Part",
+    "Passage",
+    "Prefill",
+    "PromptPreset",
+    "Spec",
+    "Text",
+    "TextStream",
+    "Trace",
+    "Verification",
+    "__version__",
+    "split_document",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,215 @@
+"""The life of a question, from the prompt's parts to the last piece of text.
+
+    parts → layout → snapshots → live cache (assembly) → prefill → first token → decode → text
+
+`TextStream` is the whole way; `Run` is one prompt inside the model. Knows the engine; snapshots
+come from a `SnapshotSource`, which alone knows whether there is a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .assembly import Assembled, assemble
+from .backbone import Backbone, LiveCache
+from .documents import Part
+from .encoding import encode_many
+from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
+from .layout import Layout
+from .prefix import PrefixCache, Run, chain_keys
+from .snapshot import Snapshot
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from .model import KVLinkModel
+
+Mode = Literal["reuse", "masked", "full"]
+
+
+class SnapshotSource(Protocol):
+    """Where the snapshots of a prompt's passages come from."""
+
+    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[Snapshot]:
+        """One snapshot a passage (token ids), in order; times and counts go into `trace`."""
+        ...
+
+
+class EncodeNow:
+    """The source that keeps nothing: every passage is encoded when asked for, once a prompt."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[Snapshot]:
+        """See `SnapshotSource`."""
+        unique = list(dict.fromkeys(passages))
+        with trace.stage("encode", self.backbone.synchronize):
+            made = {unique[i]: s for i, s in encode_many(self.backbone, unique)}
+        trace.snapshots_encoded += len(unique)
+        return [made[ids] for ids in passages]
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What a collection brings to a model: its snapshots and its kept runs (None: keep none)."""
+
+    snapshots: SnapshotSource
+    prefix: PrefixCache | None = None
+    scope: str = ""
+
+
+class TextStream(Iterator[str]):
+    """An answer as it comes. `trace` fills as it runs; `text` is what has been yielded so far."""
+
+    def __init__(
+        self,
+        model: KVLinkModel,
+        parts: list[Part],
+        sampling: Sampling,
+        mode: Mode,
+        reuse: Reuse,
+        trace: Trace | None = None,
+    ) -> None:
+        self.trace = trace or Trace()
+        self.trace.mode = mode
+        self.text = ""
+        self._fresh = trace is None
+        self._model, self._parts, self._sampling, self._reuse = model, parts, sampling, reuse
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()
+
+    def _run(self) -> Iterator[str]:
+        trace, sampling, model = self.trace, self._sampling, self._model
+        if self._fresh:
+            trace.restart()
+        with trace.stage("layout"):
+            prompt = model.layout(self._parts)
+        room = min(sampling.max_new_tokens, model.window - len(prompt))
+        run = PromptRun(model.backbone, prompt, trace, self._reuse)
+        pieces = TextPieces(model.tokenizer.decode, sampling.stop)
+        generator = sampling.generator()
+        logits = run.start(room)
+        try:
+            for count in range(1, room + 1):
+                token = sample(self._allowed(logits, pieces), sampling, generator)
+                if count == 1:
+                    trace.first_token_ms = trace.elapsed_ms()
+                if token in model.end_ids:
+                    trace.finish_reason = "stop"
+                    break
+                trace.generated_tokens = count
+                if piece := pieces.push(token):
+                    yield piece
+                if pieces.stopped:
+                    trace.finish_reason = "stop"
+                    break
+                if count < room:
+                    logits = run.step(token)
+            else:
+                trace.finish_reason = "length"
+            if piece := pieces.finish():
+                yield piece
+        finally:
+            run.keep()
+            trace.total_ms = trace.elapsed_ms()
+
+    def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
+        """`logits`, with an end ruled out as long as nothing visible has been said."""
+        if pieces.visible or pieces.stopped or not self._model.end_ids:
+            return logits
+        logits = logits.clone()
+        logits[list(self._model.end_ids)] = -torch.inf
+        return logits
+
+
+class PromptRun:
+    """One prompt on its way through the model: start, then one `step` a token."""
+
+    def __init__(self, backbone: Backbone, prompt: Layout, trace: Trace, reuse: Reuse) -> None:
+        self.backbone, self.prompt, self.trace, self.reuse = backbone, prompt, trace, reuse
+        self.position = len(prompt)
+        self.cache: LiveCache | None = None
+        self._keys: list[str] = []
+        self._computed: Tensor | None = None
+
+    def start(self, room: int) -> Tensor:
+        """Prefill: logits [vocab] of the first token."""
+        trace, backbone = self.trace, self.backbone
+        trace.passages = len(self.prompt.passages)
+        assembled = self._assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
+        self.cache, self._computed = assembled.cache, assembled.computed
+        trace.computed_tokens = len(assembled.computed)
+        with trace.stage("prefill", backbone.synchronize):
+            return prefill(backbone, self.prompt, assembled)
+
+    def step(self, token_id: int) -> Tensor:
+        """Append a generated token: logits [vocab] of the next."""
+        if self.cache is None:
+            raise RuntimeError("step before start")
+        logits = decode_one_token(self.backbone, token_id, self.position, self.cache)
+        self.position += 1
+        return logits
+
+    def _assemble(self, room: int) -> Assembled:
+        backbone, trace = self.backbone, self.trace
+        passages = [self.prompt.passage_ids(span) for span in self.prompt.passages]
+        snapshots = self.reuse.snapshots.fetch(passages, trace) if passages else []
+        with trace.stage("assembly", backbone.synchronize):
+            runs = self._kept_runs()
+            assembled = assemble(backbone, self.prompt, snapshots, runs, room=room)
+        trace.reused_tokens = self.prompt.reused_tokens
+        trace.prefix_tokens = sum(run.keys.shape[2] for run in runs.values())
+        return assembled
+
+    def _kept_runs(self) -> dict[int, Run]:
+        """Runs of earlier prompts that this one shares, by span number; never the last span."""
+        if self.reuse.prefix is None:
+            return {}
+        self._keys = chain_keys(self.prompt, _chain_root(self.backbone, self.reuse.scope))
+        found = {}
+        for i, span in enumerate(self.prompt.spans[:-1]):
+            if span.document is None and (run := self.reuse.prefix.get(self._keys[i])):
+                found[i] = run
+        return found
+
+    def keep(self) -> None:
+        """Keep the runs computed for this prompt, for the next one that shares them."""
+        if self.reuse.prefix is None or not self._keys or self.cache is None:
+            return
+        first = self.trace.reused_tokens + self.trace.prefix_tokens
+        place = {int(i): first + n for n, i in enumerate(self._computed_indices())}
+        for key, span in zip(self._keys, self.prompt.spans, strict=True):
+            if span.start in place and key not in self.reuse.prefix:
+                at = place[span.start]
+                self.reuse.prefix.put(key, Run(*self.cache.entries(at, at + len(span))))
+
+    def _computed_indices(self) -> list[int]:
+        return [] if self._computed is None else self._computed.tolist()
+
+    def _nothing_reused(self, room: int) -> Assembled:
+        """An empty cache, and all tokens to compute; "full" drops the segments."""
+        if self.trace.mode == "full":
+            self.prompt = replace(self.prompt, segments=torch.zeros_like(self.prompt.segments))
+        none = torch.empty(0, dtype=torch.int64)
+        cache = self.backbone.new_cache(none, none, len(self.prompt) + room)
+        return Assembled(cache, torch.arange(len(self.prompt)))
+
+
+def _chain_root(backbone: Backbone, scope: str) -> str:
+    """What every chain of kept runs begins with: the model, its dtype and the scope."""
+    text = f"{backbone.fingerprint}\0{backbone.dtype}\0{scope}"
+    return hashlib.sha256(text.encode()).hexdigest()

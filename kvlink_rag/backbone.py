@@ -1,0 +1,291 @@
+"""The transformers model: the only module that knows its classes, hooks and cache.
+
+Gives the engine five things: rotary tables, a forward pass with visibility by position, capture of
+keys before RoPE, an empty live cache, and a fingerprint. Knows nothing of prompts, files or text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .errors import ModelNotSupported
+from .fingerprint import module_digest, weights_digest
+from .layout import visibility
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class LiveLayer(CacheLayerMixin):
+    """One layer of a live cache: a buffer filled in place, [1, kv_heads, capacity, head_dim].
+
+    Always a full-attention layer: sliding windows are part of the mask, never of the cache.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [1, kv_heads, tokens, head_dim]; return everything so far, as views."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:
+            self._grow()
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def _grow(self) -> None:
+        shape = list(self.keys.shape)
+        used, shape[2] = shape[2], max(self.length, 2 * shape[2])
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(shape)
+            new[:, :, :used] = old
+            setattr(self, name, new)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class LiveCache(Cache):
+    """The cache of one running prompt, with the position and segment of each entry.
+
+    Entries may stand in any order; `positions` and `segments` (int64 [entries], on the device)
+    say where in the prompt each one belongs. Never shared, never stored.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, segments: Tensor) -> None:
+        """keys, values: [layers, kv_heads, capacity, head_dim], filled up to len(positions)."""
+        length = len(positions)
+        layers = zip(keys.unsqueeze(1), values.unsqueeze(1), strict=True)
+        super().__init__(layers=[LiveLayer(k, v, length) for k, v in layers])
+        self.buffers = (keys, values)  # valid until the cache grows past its capacity
+        self.positions, self.segments = positions, segments
+
+    def entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Copies of entries [start, stop): keys (after RoPE), values [layers, kv_heads, n, dim]."""
+        keys = torch.stack([layer.keys[0, :, start:stop] for layer in self.layers])
+        values = torch.stack([layer.values[0, :, start:stop] for layer in self.layers])
+        return keys, values
+
+
+class Capture(threading.local):
+    """Where this thread's hooks put keys before RoPE and values; None when not capturing."""
+
+    keys: list[Tensor] | None = None
+    values: list[Tensor] | None = None
+
+
+class Backbone:
+    """A causal LM of a supported architecture, in eval mode.
+
+    source: the directory the weights came from, if any: then their file digests are the
+    fingerprint, else the parameters themselves are hashed once.
+    Raises `ModelNotSupported` for other architectures and RoPE types.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: Path | None = None) -> None:
+        self.config = model.config
+        check_supported(self.config)
+        self.model = model.eval()
+        self.source = source
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.layers: int = self.config.num_hidden_layers
+        self.kv_heads: int = self.config.num_key_value_heads
+        self.head_dim: int = (
+            getattr(self.config, "head_dim", None)
+            or self.config.hidden_size // self.config.num_attention_heads
+        )
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.window: int = self.config.max_position_embeddings
+        self._capture = Capture()
+        self._install_hooks()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights and everything in the configuration that shapes the keys."""
+        weights = weights_digest(self.source) if self.source else module_digest(self.model)
+        names = [
+            "model_type",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "hidden_act",
+            "attention_bias",
+            "mlp_bias",
+            "sliding_window",
+            "layer_types",
+            "rope_parameters",
+        ]
+        shape = {name: getattr(self.config, name, None) for name in names}
+        text = json.dumps([weights, shape], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in the model's dtype."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of int64 `positions` [tokens]: each [tokens, head_dim], model dtype."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        cos, sin = self.model.model.rotary_emb(probe, positions.to(self.device)[None])
+        return cos[0], sin[0]
+
+    def new_cache(self, positions: Tensor, segments: Tensor, capacity: int) -> LiveCache:
+        """A live cache whose first entries, at these positions, are still to be filled."""
+        shape = (self.layers, self.kv_heads, max(capacity, len(positions)), self.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+        return LiveCache(keys, values, positions.to(self.device), segments.to(self.device))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        cache: LiveCache | None = None,
+        *,
+        keep: int = 1,
+    ) -> Tensor:
+        """Run over `token_ids` (int64 [tokens]) and append them to `cache`; visibility by position.
+
+        Returns float32 logits [keep, vocabulary] of the last `keep` tokens.
+        """
+        ids, at, seg = (t.to(self.device) for t in (token_ids, positions, segments))
+        key_at, key_seg = at, seg
+        if cache is not None:
+            cache.positions = key_at = torch.cat([cache.positions, at])
+            cache.segments = key_seg = torch.cat([cache.segments, seg])
+        output = self.model(
+            input_ids=ids[None],
+            position_ids=at[None],
+            past_key_values=cache,
+            attention_mask=self._masks(at, seg, key_at, key_seg),
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+        return output.logits[0].float()
+
+    @torch.inference_mode()
+    def capture(self, token_ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys before RoPE and values of a batch of passages, each alone from position 0.
+
+        token_ids: int64 [batch, tokens], padded on the right (padding comes later than every real
+        token, so causal attention never shows it to one). Returns two lists of one tensor
+        [batch, tokens, kv_heads, head_dim] a layer.
+        """
+        with self._capturing() as capture:
+            self.model.model(input_ids=token_ids.to(self.device), use_cache=False)
+        shape = (*token_ids.shape, self.kv_heads, self.head_dim)
+        return [k.view(shape) for k in capture[0]], [v.view(shape) for v in capture[1]]
+
+    def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor) -> Any:
+        """The attention masks, bool [1, 1, queries, keys]: one, or one for each kind of layer."""
+        window = self._sliding_window()
+        if len(at) == 1 and window is None and bool(seg[0] == 0):
+            return None  # one computed token sees everything
+        kinds = set(getattr(self.config, "layer_types", None) or [])
+        if self.config.model_type in ("llama", "mistral"):
+            return visibility(at, seg, key_at, key_seg, window=window)[None, None]
+        masks = {"full_attention": visibility(at, seg, key_at, key_seg)[None, None]}
+        if "sliding_attention" in kinds:
+            masks["sliding_attention"] = visibility(at, seg, key_at, key_seg, window=window)[
+                None, None
+            ]
+        return masks
+
+    def _sliding_window(self) -> int | None:
+        """The window in positions, or None where no layer slides."""
+        window: int | None = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if self.config.model_type == "llama" or (kinds and "sliding_attention" not in kinds):
+            return None
+        return window
+
+    @contextmanager
+    def _capturing(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        lists: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._capture.keys, self._capture.values = lists
+        try:
+            yield lists
+        finally:
+            self._capture.keys = self._capture.values = None
+
+    def _install_hooks(self) -> None:
+        """Keys are taken where RoPE is applied to them next: after k_norm if there is one."""
+        capture = self._capture
+
+        def keep_keys(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            if capture.keys is not None:
+                capture.keys.append(output)
+
+        def keep_values(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            if capture.values is not None:
+                capture.values.append(output)
+
+        for layer in self.model.model.layers:
+            attention = layer.self_attn
+            getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_keys)
+            attention.v_proj.register_forward_hook(keep_values)
+
+
+def check_supported(config: Any) -> None:
+    """Raise `ModelNotSupported` unless reuse is proved for this configuration."""
+    if config.model_type not in ARCHITECTURES:
+        raise ModelNotSupported(
+            f"found a model of type {config.model_type!r}, expected one of "
+            f"{', '.join(ARCHITECTURES)}; reuse is proved for these only"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in rope.values()):
+        raise ModelNotSupported(
+            f"found RoPE type {kind!r}, expected one of {', '.join(ROPE_TYPES)}: stored keys can "
+            "only be re-encoded where the frequencies do not depend on the prompt's length"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelNotSupported("found a partial rotary factor, expected RoPE over whole heads")
+
+
+def pad_batch(passages: Sequence[Sequence[int]]) -> Tensor:
+    """int64 [batch, longest], padded on the right with id 0."""
+    longest = max(len(ids) for ids in passages)
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in passages])

@@ -1,0 +1,137 @@
+"""Tiny models of every supported architecture, with random weights and a byte tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from kvlink_rag import KVLinkModel, Spec
+from kvlink_rag.spec import PromptPreset
+
+torch.set_num_threads(1)
+
+MAX_PASSAGES = 40
+SHARED_DATA = Path(
+    os.environ.get("KVLINK_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data"
+)
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+}
+
+
+def byte_tokenizer(slots: int = MAX_PASSAGES, links: int = 5) -> PreTrainedTokenizerFast:
+    """One token a byte, then <bos> <eos> <mem_start> <mem_end> and the link tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+    )
+    names = ["<mem_start>", "<mem_end>"]
+    names += [f"<link_{slot}_{k}>" for slot in range(slots) for k in range(links)]
+    fast.add_special_tokens({"additional_special_tokens": names})
+    return fast
+
+
+def byte_spec(links: int = 5, slots: int = MAX_PASSAGES) -> Spec:
+    """The spec that goes with `byte_tokenizer`."""
+    markers = {"mem_start": 258, "mem_end": 259} if links else {}
+    return Spec(
+        links_per_passage=links,
+        first_link_id=260,
+        max_passages=slots if links else None,
+        presets={"test": PromptPreset(before="<bos>", between="", after="\n")},
+        preset="test",
+        **markers,
+    )
+
+
+def random_model(family: str, dtype: torch.dtype, *, seed: int = 0, **overrides: Any) -> Any:
+    """A tiny causal LM whose attention is sharp enough for a wrong mask to show."""
+    config_class, model_class, extra = FAMILIES[family]
+    vocabulary = 260 + 5 * MAX_PASSAGES
+    config = config_class(vocab_size=vocabulary, **{**SHAPE, **extra, **overrides})
+    torch.manual_seed(seed)
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                wide = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                parameter.normal_(0, wide / parameter.shape[1] ** 0.5)
+            elif "bias" in name:
+                parameter.normal_(0, 0.5)
+    return model.to(dtype).eval()
+
+
+ModelMaker = Callable[..., KVLinkModel]
+
+
+@pytest.fixture(scope="session")
+def make_model() -> ModelMaker:
+    """`make_model(family, dtype, links=5, seed=0)`: a `KVLinkModel` with random weights."""
+    made: dict[Any, KVLinkModel] = {}
+
+    def make(
+        family: str = "llama", dtype: torch.dtype = torch.float32, *, links: int = 5, seed: int = 0
+    ) -> KVLinkModel:
+        key = (family, dtype, links, seed)
+        if key not in made:
+            model = random_model(family, dtype, seed=seed)
+            made[key] = KVLinkModel(
+                model, byte_tokenizer(), byte_spec(links), name=f"tiny-{family}"
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, which is not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no test data at {SHARED_DATA}; set KVLINK_TEST_DATA")
+    return SHARED_DATA

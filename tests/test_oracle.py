@@ -1,0 +1,291 @@
+"""Reuse equals the masked full prefill of the same layout, through the public API.
+
+The oracle is checked twice: against `mode="masked"`, and against a mask written here, token by
+token, from the rule as the paper states it. Tolerances: float32 differs by the order of sums only
+(relative 1e-4 leaves room for three layers at hidden size 64); in 16-bit types a passage's keys
+are rounded at other positions than the oracle's, so a difference is some tens of rounding steps
+(2**-8 for bfloat16, 2**-11 for float16) of the largest logit.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, MAX_PASSAGES, ModelMaker
+
+import kvlink_rag.answering
+import kvlink_rag.backbone
+from kvlink_rag import Document, KVLinkModel, Part, Passage, Text
+from kvlink_rag.answering import EncodeNow, Reuse
+from kvlink_rag.layout import Layout
+from kvlink_rag.model import TOLERANCE
+
+F32 = torch.float32
+NAMES = sorted(FAMILIES)
+
+
+def documents(count: int, seed: int = 0, longest: int = 60) -> list[Document]:
+    """Random passages, some of one character."""
+    rng = random.Random(seed)
+    letters = "abcdefghij klmnop. é漢"
+    lengths = [1 if rng.random() < 0.2 else rng.randint(2, longest) for _ in range(count)]
+    return [Document("".join(rng.choices(letters, k=n)), title="") for n in lengths]
+
+
+def prompt(model: KVLinkModel, count: int, seed: int = 0, longest: int = 60) -> list[Part]:
+    return model.prompt(documents(count, seed, longest), "what is it?")
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def fresh(model: KVLinkModel) -> Reuse:
+    return Reuse(EncodeNow(model.backbone))
+
+
+def rule_mask(laid: Layout, window: int | None) -> torch.Tensor:
+    """The visibility rule of the paper, written out for each pair of tokens."""
+    n = len(laid)
+    position, segment = laid.positions.tolist(), laid.segments.tolist()
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    for q in range(n):
+        for k in range(n):
+            sees = position[k] <= position[q] and segment[q] in (0, segment[k])
+            if window is not None and position[q] - position[k] >= window:
+                sees = False
+            mask[q, k] = sees
+    return mask
+
+
+def rule_logits(model: KVLinkModel, laid: Layout) -> torch.Tensor:
+    """Next-token logits of a plain transformers forward under the mask written above."""
+    config = model.backbone.config
+    kinds = getattr(config, "layer_types", None) or []
+    window = config.sliding_window if getattr(config, "sliding_window", None) else None
+    if config.model_type == "mistral":
+        mask = rule_mask(laid, window)[None, None]
+    elif "sliding_attention" in kinds:
+        mask = {
+            "full_attention": rule_mask(laid, None)[None, None],
+            "sliding_attention": rule_mask(laid, window)[None, None],
+        }
+    else:
+        mask = rule_mask(laid, None)[None, None]
+    with torch.inference_mode():
+        output = model.backbone.model(
+            input_ids=laid.token_ids[None],
+            position_ids=laid.positions[None],
+            attention_mask=mask,
+            use_cache=False,
+        )
+    return output.logits[0, -1].float()
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("links", [0, 5])
+@pytest.mark.parametrize("count", [1, 2, 7, MAX_PASSAGES])
+def test_reuse_equals_masked_float32(
+    make_model: ModelMaker, family: str, links: int, count: int
+) -> None:
+    model = make_model(family, F32, links=links)
+    parts = prompt(model, count, seed=count)
+    reuse = model.prefill(parts, reuse=fresh(model))
+    masked = model.prefill(parts, mode="masked")
+    assert reuse.trace.passages == count
+    assert reuse.trace.reused_tokens > 0
+    assert difference(reuse.logits, masked.logits) < TOLERANCE[F32]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_both_equal_a_mask_written_from_the_rule(make_model: ModelMaker, family: str) -> None:
+    model = make_model(family, F32)
+    parts = prompt(model, 5, seed=3)
+    expected = rule_logits(model, model.layout(parts))
+    for mode in ("reuse", "masked"):
+        got = model.prefill(parts, mode=mode, reuse=fresh(model))
+        assert difference(got.logits, expected) < TOLERANCE[F32], mode
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", NAMES)
+def test_reuse_equals_masked_in_16_bits(
+    make_model: ModelMaker, family: str, dtype: torch.dtype
+) -> None:
+    model = make_model(family, dtype)
+    for seed in range(3):
+        parts = prompt(model, 6, seed=seed)
+        reuse = model.prefill(parts, reuse=fresh(model))
+        masked = model.prefill(parts, mode="masked")
+        assert difference(reuse.logits, masked.logits) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_arrangement_of_parts(make_model: ModelMaker, seed: int) -> None:
+    """Text before, between and after passages, several messages, repeats, any order."""
+    rng = random.Random(seed)
+    model = make_model("llama", F32)
+    pool = documents(4, seed=seed)
+    parts: list[Part] = [Text("<bos>", special=True)]
+    for _ in range(rng.randint(4, 12)):
+        choice = rng.random()
+        if choice < 0.5:
+            parts.append(Passage(rng.choice(pool)))
+        elif choice < 0.8:
+            parts.append(Text(rng.choice(["and then ", "x", "the same again: "])))
+        else:
+            parts.append(Text("<eos>", special=True))
+    parts.append(Text("so?"))
+    reuse = model.prefill(parts, reuse=fresh(model)).logits
+    assert difference(reuse, model.prefill(parts, mode="masked").logits) < TOLERANCE[F32]
+    assert difference(reuse, rule_logits(model, model.layout(parts))) < TOLERANCE[F32]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_kept_runs_are_exact(make_model: ModelMaker, family: str) -> None:
+    """The second question over the same passages computes only what differs, and equals masked."""
+    model = make_model(family, F32)
+    docs = documents(5, seed=9)
+    first = model.prefill(model.prompt(docs, "what is it?"))
+    again = model.prefill(model.prompt(docs, "and who was that?"))
+    assert again.trace.prefix_tokens > 0
+    assert again.trace.computed_tokens < first.trace.computed_tokens
+    masked = model.prefill(model.prompt(docs, "and who was that?"), mode="masked")
+    assert difference(again.logits, masked.logits) < TOLERANCE[F32]
+    swapped = model.prefill(model.prompt(docs[::-1], "and who was that?"))
+    masked = model.prefill(model.prompt(docs[::-1], "and who was that?"), mode="masked")
+    assert difference(swapped.logits, masked.logits) < TOLERANCE[F32]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_full_equals_plain_transformers(make_model: ModelMaker, family: str) -> None:
+    """mode="full" is the model's own causal attention, sliding windows included."""
+    model = make_model(family, F32)
+    parts = prompt(model, 4, seed=1)
+    ids = model.layout(parts).token_ids
+    with torch.inference_mode():
+        expected = model.backbone.model(input_ids=ids[None], use_cache=False).logits[0, -1]
+    assert difference(model.prefill(parts, mode="full").logits, expected) < TOLERANCE[F32]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_greedy_text_is_the_same_in_float32(make_model: ModelMaker, family: str) -> None:
+    model = make_model(family, F32)
+    for seed in range(3):
+        parts = prompt(model, 4, seed=seed)
+        texts = {m: model.generate(parts, max_new_tokens=24, mode=m) for m in ("reuse", "masked")}
+        assert texts["reuse"] == texts["masked"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_greedy_text_in_16_bits_differs_only_at_near_ties(
+    make_model: ModelMaker, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each first token that differs must be one whose two best masked logits nearly tie."""
+    model = make_model("llama", dtype)
+    ties = 0
+    for seed in range(20):
+        parts = prompt(model, 3, seed=seed)
+        verdict = model.verify(parts)
+        assert verdict.difference <= TOLERANCE[dtype]
+        if not verdict.same_top_token:
+            assert verdict.margin <= 2 * TOLERANCE[dtype]
+            ties += 1
+            continue
+        assert verdict.holds
+    with capsys.disabled():
+        print(f"\n{dtype}: {ties} of 20 prompts differ in their first token, all near ties")
+    assert ties < 10
+
+
+# Mutations: what the oracle must catch.
+
+
+def broken(model: KVLinkModel, parts: list[Part]) -> float:
+    return difference(
+        model.prefill(parts, reuse=fresh(model)).logits,
+        rule_logits(model, model.layout(parts)),
+    )
+
+
+def test_a_shifted_position_is_caught(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", F32)
+    parts = prompt(model, 4)
+    plain = kvlink_rag.backbone.Backbone.rotary
+    monkeypatch.setattr(
+        kvlink_rag.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 1)
+    )
+    assert broken(model, parts) > 10 * TOLERANCE[F32]
+
+
+def test_a_swapped_slot_is_caught(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", F32)
+    docs = [Document("abcdefgh"), Document("ponmlkji")]
+    parts = model.prompt(docs, "what is it?")
+    plain = kvlink_rag.answering.assemble
+
+    def swapped(backbone, laid, snapshots, runs, *, room=0):  # type: ignore[no-untyped-def]
+        return plain(backbone, laid, snapshots[::-1], runs, room=room)
+
+    monkeypatch.setattr(kvlink_rag.answering, "assemble", swapped)
+    assert broken(model, parts) > 10 * TOLERANCE[F32]
+
+
+def test_a_swapped_link_slot_is_caught(make_model: ModelMaker) -> None:
+    model = make_model("llama", F32)
+    parts = prompt(model, 4)
+    laid = model.layout(parts)
+    right = rule_logits(model, laid)
+    ids = laid.token_ids.clone()
+    first = int((ids >= model.spec.first_link_id).nonzero()[0])
+    ids[first] = model.spec.link_ids(1)[0]
+    assert difference(rule_logits(model, replace(laid, token_ids=ids)), right) > 1e-3
+
+
+def test_a_mask_by_index_is_caught(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passages come first in the cache: by index, each link token would see all of them."""
+    model = make_model("llama", F32)
+    parts = prompt(model, 4)
+
+    def by_index(q_at, q_seg, k_at, k_seg, *, window=None):  # type: ignore[no-untyped-def]
+        queries, keys = len(q_at), len(k_at)
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+    monkeypatch.setattr(kvlink_rag.backbone, "visibility", by_index)
+    assert broken(model, parts) > 10 * TOLERANCE[F32]
+
+
+def test_an_ignored_window_is_caught(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mistral-window", F32)
+    parts = prompt(model, 4)
+    plain = kvlink_rag.backbone.visibility
+
+    def no_window(*tensors, window=None):  # type: ignore[no-untyped-def]
+        return plain(*tensors)
+
+    monkeypatch.setattr(kvlink_rag.backbone, "visibility", no_window)
+    assert broken(model, parts) > 10 * TOLERANCE[F32]
+
+
+def test_verify_says_when_reuse_does_not_hold(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("qwen3", F32)
+    parts = prompt(model, 3)
+    good = model.verify(parts)
+    assert good.holds
+    assert "equals" in good.message
+    plain = kvlink_rag.backbone.Backbone.rotary
+    monkeypatch.setattr(
+        kvlink_rag.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 3)
+    )
+    bad = model.verify(parts)
+    assert not bad.holds
+    assert "NOT" in bad.message
