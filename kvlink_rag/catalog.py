@@ -1,0 +1,691 @@
+"""The catalog: documents, metadata, embeddings and settings in SQLite. It is the truth.
+
+The index and the snapshots are derived from it. One transaction a change, on the disk before it
+is acknowledged (WAL, `synchronous=FULL`). Knows rows and versions; knows neither what an
+embedding means nor where snapshots lie. The schema stands in `docs/formats.md`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from . import files
+from .documents import Document
+from .errors import CatalogError, DocumentError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4B564C4B  # "KVLK"
+_SCHEMA = (
+    """CREATE TABLE documents (
+        row INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        title TEXT NOT NULL,
+        text TEXT NOT NULL,
+        metadata TEXT NOT NULL,
+        content_hash TEXT NOT NULL,
+        snapshot_key TEXT,
+        tokens INTEGER,
+        embedding BLOB,
+        version INTEGER NOT NULL
+    )""",
+    "CREATE INDEX documents_version ON documents (version)",
+    "CREATE INDEX documents_snapshot ON documents (snapshot_key) WHERE snapshot_key IS NOT NULL",
+    "CREATE TABLE tombstones (row INTEGER PRIMARY KEY, version INTEGER NOT NULL)",
+    "CREATE INDEX tombstones_version ON tombstones (version)",
+    "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE state (identity TEXT NOT NULL, version INTEGER NOT NULL)",
+)
+_PRAGMAS = ("synchronous=FULL", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0")
+_COLUMNS = (
+    "row, id, title, text, metadata, content_hash, snapshot_key, tokens,"
+    " embedding IS NOT NULL, version"
+)
+_BUSY_SECONDS = 60
+_AT_ONCE = 500  # values in one IN (...)
+_IDLE_CONNECTIONS = 4
+
+Array = npt.NDArray[Any]
+_Sql = sqlite3.Connection
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """A document to be written, with its embedding (float32 [dimension]) where there is one."""
+
+    document: Document
+    embedding: Array | None = None
+    snapshot_key: str | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A document as the catalog holds it.
+
+    row: its number in the index, never used again for another document.
+    content_hash: SHA-256 of id, title, text and metadata, in hexadecimal.
+    snapshot_key, tokens: of its snapshot, None while it has none.
+    embedded: whether it has an embedding.
+    version: the change that wrote it last.
+    """
+
+    row: int
+    document: Document
+    content_hash: str
+    snapshot_key: str | None
+    tokens: int | None
+    embedded: bool
+    version: int
+
+    @property
+    def id(self) -> str:
+        """The document's id."""
+        return str(self.document.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Upserted:
+    """What `upsert` did: ids added and unchanged, and the entries it replaced, as they were."""
+
+    added: list[str]
+    replaced: list[Entry]
+    unchanged: list[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Changes:
+    """What an index of an earlier version lacks.
+
+    version: the catalog's version that these changes lead to.
+    rows: int64 [n] rows to add or replace; vectors: float32 [n, dimension], theirs.
+    removed: int64 [m] rows that are gone or have no embedding any more.
+    """
+
+    version: int
+    rows: Array
+    vectors: Array
+    removed: Array
+
+
+class Catalog:
+    """Open it with `Catalog.open`. For any number of threads and processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pool = _Pool(path)
+        self.identity = str(self._one("SELECT identity FROM state"))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        siblings: Sequence[str] = (),
+    ) -> Catalog:
+        """Open the catalog at `path`; with `create`, make it where there is none.
+
+        siblings: names beside `path` that exist only where a catalog was: if the catalog is
+        missing or empty and one of them is there, it was lost, and is not silently made anew.
+        Raises `CatalogError` where it is missing, lost, damaged, of another schema version or
+        cannot be opened.
+        """
+        path = Path(os.path.realpath(path))
+        lost = [name for name in (*siblings, f"{path.name}-wal") if (path.parent / name).exists()]
+        with _errors(path):
+            if _is_empty(path):
+                _refuse_lost(path, create, lost)
+                _create(path)
+            _check_schema(path)
+            return cls(path)
+
+    def upsert(self, records: Sequence[Record]) -> Upserted:
+        """Write `records` in one transaction; on the disk when this returns.
+
+        Content that is stored already is not touched, except that an embedding it lacked is
+        added. A replaced document keeps its row and loses embedding and snapshot key unless the
+        record brings them. Of records with one id the last counts. Raises `DocumentError` for
+        text that is not valid Unicode, metadata that is not JSON or a bad embedding.
+        """
+        rows = {values.id: values for values in map(_values, records)}
+
+        def write(sql: _Sql) -> Upserted:
+            change = _Change(sql)
+            done = Upserted([], [], [])
+            for values in rows.values():
+                _upsert(sql, values, change, done)
+            return done
+
+        return self._write(write)
+
+    def delete(self, ids: Iterable[str]) -> list[Entry]:
+        """Delete documents in one transaction; what was there. Unknown ids are left out."""
+        wanted = list(dict.fromkeys(ids))
+
+        def write(sql: _Sql) -> list[Entry]:
+            rows = _select(sql, "id", wanted)
+            change = _Change(sql)
+            for row in rows:
+                sql.execute("DELETE FROM documents WHERE row = ?", (row[0],))
+                sql.execute("INSERT INTO tombstones VALUES (?, ?)", (row[0], change.version()))
+            return [_entry(row, verify=False) for row in rows]
+
+        return self._write(write)
+
+    def get(self, ids: Iterable[str]) -> list[Entry]:
+        """The entries of `ids`, in that order; unknown ids are left out."""
+        wanted = list(dict.fromkeys(ids))
+        found = {row[1]: row for row in self._read(lambda sql: _select(sql, "id", wanted))}
+        return [_entry(found[id]) for id in wanted if id in found]
+
+    def by_rows(self, rows: Iterable[int]) -> list[Entry]:
+        """The entries of `rows`, in that order; rows that are gone are left out."""
+        wanted = list(dict.fromkeys(int(row) for row in rows))
+        found = {row[0]: row for row in self._read(lambda sql: _select(sql, "row", wanted))}
+        return [_entry(found[row]) for row in wanted if row in found]
+
+    def iterate(self, batch: int = 1000) -> Iterator[Entry]:
+        """All entries by row, read `batch` at a time; changes meanwhile may be seen or not."""
+        yield from map(_entry, self._rows(_COLUMNS, batch))
+
+    def count(self) -> int:
+        """How many documents there are."""
+        return int(self._one("SELECT COUNT(*) FROM documents"))
+
+    def embedded(self) -> int:
+        """How many documents have an embedding: the size of an index that is up to date."""
+        return int(self._one("SELECT COUNT(*) FROM documents WHERE embedding IS NOT NULL"))
+
+    def without_embedding(self) -> set[int]:
+        """The rows of documents that have none."""
+        rows = self._all("SELECT row FROM documents WHERE embedding IS NULL")
+        return {row for (row,) in rows}
+
+    def version(self) -> int:
+        """The number of the last change to documents or embeddings, by any process (cheap)."""
+        return int(self._one("SELECT version FROM state"))
+
+    def changes_since(self, version: int) -> Changes:
+        """What changed after `version` (0: everything), up to one consistent point.
+
+        Raises `CatalogError` where an embedding's bytes are not what was written.
+        """
+        changed = "SELECT row, embedding FROM documents WHERE version > ? ORDER BY row"
+        gone = "SELECT row FROM tombstones WHERE version > ? ORDER BY row"
+
+        def read(sql: _Sql) -> tuple[int, list[Any], list[Any]]:
+            (now,) = sql.execute("SELECT version FROM state").fetchone()
+            found = sql.execute(changed, (version,)).fetchall()
+            return now, found, sql.execute(gone, (version,)).fetchall()
+
+        return _changes(*self._read(read))
+
+    def snapshot_users(self, key: str) -> int:
+        """How many documents use the snapshot `key`."""
+        return int(self._one("SELECT COUNT(*) FROM documents WHERE snapshot_key = ?", key))
+
+    def set_snapshots(self, items: Iterable[tuple[Entry, str | None, int | None]]) -> int:
+        """Set snapshot key and tokens of entries, in one transaction; how many were set.
+
+        An entry whose content was replaced or deleted meanwhile is left alone. The catalog's
+        version stays: the index does not depend on this.
+        """
+        values = [(key, tokens, e.row, e.content_hash) for e, key, tokens in items]
+        update = (
+            "UPDATE documents SET snapshot_key = ?, tokens = ? WHERE row = ? AND content_hash = ?"
+        )
+        return self._write(lambda sql: sql.executemany(update, values).rowcount if values else 0)
+
+    def set_embeddings(self, items: Iterable[tuple[Entry, Array | None]]) -> int:
+        """Set or drop (None) embeddings of entries, in one transaction; how many were set.
+
+        An entry whose content was replaced or deleted meanwhile is left alone.
+        """
+        values = [(None if v is None else _pack(v, e.id), e) for e, v in items]
+        update = (
+            "UPDATE documents SET embedding = ?, version = ? WHERE row = ? AND content_hash = ?"
+        )
+
+        def write(sql: _Sql) -> int:
+            change = _Change(sql)
+            rows = [(blob, change.version(), e.row, e.content_hash) for blob, e in values]
+            return sum(sql.execute(update, row).rowcount for row in rows)
+
+        return self._write(write)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings."""
+        rows = self._all("SELECT key, value FROM settings ORDER BY key")
+        try:
+            return {key: json.loads(value) for key, value in rows}
+        except ValueError as error:
+            raise CatalogError(f"{self.path}: found a setting that is not JSON: {error}") from error
+
+    def set_settings(self, values: Mapping[str, Any]) -> None:
+        """Set settings (JSON values) in one transaction; those not named stay."""
+        rows = [(key, json.dumps(value, allow_nan=False)) for key, value in values.items()]
+        update = "INSERT OR REPLACE INTO settings (key, value) VALUES (?, ?)"
+        self._write(lambda sql: sql.executemany(update, rows))
+
+    def set_setting(self, key: str, value: Any) -> None:
+        """Set one setting (a JSON value)."""
+        self.set_settings({key: value})
+
+    def check(self, fix: bool = False) -> list[str]:
+        """What is wrong, one line each; reads everything.
+
+        `fix` rebuilds SQLite's indexes and drops embeddings that are not what was written (they
+        can be made again: `Changes.removed` tells the index). Damaged text stays reported: it is
+        the truth, and only adding the document again mends it.
+        """
+        problems = self._check_database(fix)
+        return problems + self._check_documents() + self._check_embeddings(fix)
+
+    def close(self) -> None:
+        """Close all connections that are not in use."""
+        self._pool.close()
+
+    def __enter__(self) -> Catalog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_database(self, fix: bool) -> list[str]:
+        statement = "PRAGMA integrity_check"
+        found = [str(line) for (line,) in self._all(statement)]
+        if found != ["ok"] and fix:
+            self._write(lambda sql: sql.execute("REINDEX"))
+        return [] if found == ["ok"] else [f"damaged database: {line}" for line in found]
+
+    def _check_documents(self) -> list[str]:
+        problems = []
+        for row in self._rows(_COLUMNS):
+            try:
+                _entry(row)
+            except CatalogError as error:
+                problems.append(str(error))
+        return problems
+
+    def _check_embeddings(self, fix: bool) -> list[str]:
+        bad = [row for row, blob in self._rows("row, embedding") if not _is_sound(blob)]
+        if bad and fix:
+            self._write(lambda sql: _drop_embeddings(sql, bad))
+        return [f"damaged embedding: row {row}" for row in bad]
+
+    def _rows(self, columns: str, batch: int = 1000) -> Iterator[tuple[Any, ...]]:
+        """`columns` (row first) of all documents, read `batch` at a time."""
+        statement = f"SELECT {columns} FROM documents WHERE row > ? ORDER BY row LIMIT ?"
+        last = 0
+        while rows := self._all(statement, last, batch):
+            yield from rows
+            last = rows[-1][0]
+
+    def _one(self, statement: str, *values: object) -> Any:
+        """The one value of a SELECT."""
+        rows = self._all(statement, *values)
+        if len(rows) != 1:
+            raise CatalogError(f"{self.path} is damaged: found {len(rows)} rows, expected 1")
+        return rows[0][0]
+
+    def _all(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        return self._read(lambda sql: sql.execute(statement, values).fetchall())
+
+    def _read(self, action: Callable[[_Sql], _Result]) -> _Result:
+        """Run `action` on one consistent state."""
+        return self._transact("BEGIN", action)
+
+    def _write(self, action: Callable[[_Sql], _Result]) -> _Result:
+        """Run `action` in one write transaction, on the disk when this returns."""
+        return self._transact("BEGIN IMMEDIATE", action)
+
+    def _transact(self, begin: str, action: Callable[[_Sql], _Result]) -> _Result:
+        with _errors(self.path), self._pool.connection() as sql:
+            before = sql.total_changes
+            sql.execute(begin)
+            result = action(sql)
+            written = sql.total_changes > before
+            sql.execute("COMMIT")
+            if written:
+                _checkpoint(sql)
+            return result
+
+
+class _Pool:
+    """Connections to one database, lent to one user at a time, few kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._idle: list[_Sql] = []
+        self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[_Sql]:
+        """Lend a connection; after an error it is closed, which rolls back."""
+        sql = self._take()
+        try:
+            yield sql
+        except BaseException:
+            sql.close()
+            raise
+        if len(self._idle) < _IDLE_CONNECTIONS:
+            self._idle.append(sql)
+        else:
+            sql.close()
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def _take(self) -> _Sql:
+        if self._pid != os.getpid():  # forked: SQLite's connections must not be used, nor closed
+            _FORKED.append(self._idle)
+            self._idle, self._pid = [], os.getpid()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _connect(self._path)
+
+
+_FORKED: list[list[_Sql]] = []
+
+
+def _connect(path: Path) -> _Sql:
+    """A connection that never creates the file."""
+    sql = sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",
+        uri=True,
+        timeout=_BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        for pragma in _PRAGMAS:
+            sql.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        sql.close()
+        raise
+    return sql
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Tell SQLite's and the system's errors as ours."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"found {error.object[:40]!r}, expected valid Unicode") from error
+    except CatalogError:
+        raise
+    except (sqlite3.Error, OSError) as error:
+        raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether there is no catalog yet: no file, or one whose creation was cut short."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with contextlib.closing(_connect(path)) as sql:
+        (application,) = sql.execute("PRAGMA application_id").fetchone()
+        (tables,) = sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    return application == 0 and tables == 0
+
+
+def _refuse_lost(path: Path, create: bool, lost: Sequence[str]) -> None:
+    if lost:
+        raise CatalogError(
+            f"found no catalog at {path}, but {', '.join(lost)} beside it, so it was lost; "
+            "bring the file back from a backup, or remove the directory and index again"
+        )
+    if not create:
+        raise CatalogError(f"found no catalog at {path}; check the path, or create one")
+
+
+def _create(path: Path) -> None:
+    """Make the database, in one transaction; another process may be doing the same."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    files.sync_directory(path.parent)
+    with contextlib.closing(_connect(path)) as sql:
+        sql.execute("PRAGMA journal_mode=WAL")
+        sql.execute("BEGIN IMMEDIATE")
+        if sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,):
+            for statement in _SCHEMA:
+                sql.execute(statement)
+            sql.execute("INSERT INTO state VALUES (?, 0)", (uuid.uuid4().hex,))
+            sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        sql.execute("COMMIT")
+
+
+def _check_schema(path: Path) -> None:
+    """Raise `CatalogError` unless the database is a catalog of this version, unaltered."""
+    with contextlib.closing(_connect(path)) as sql:
+        (application,) = sql.execute("PRAGMA application_id").fetchone()
+        (version,) = sql.execute("PRAGMA user_version").fetchone()
+        names = "SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+        found = {text for (text,) in sql.execute(names)}
+    if application != APPLICATION_ID:
+        raise CatalogError(f"{path} is not a catalog: found application id {application:#x}")
+    if version != SCHEMA_VERSION:
+        raise CatalogError(
+            f"{path} has schema version {version}, expected {SCHEMA_VERSION}; open it with the "
+            "release that wrote it, or index again into a new directory"
+        )
+    if found != set(_SCHEMA):
+        raise CatalogError(f"{path} is damaged: its tables are not those of a catalog")
+
+
+def _checkpoint(sql: _Sql) -> None:
+    """Bring the change into the database file and empty the write-ahead log, unless it is in use.
+
+    At rest the catalog is then one file, and no later damage to the log can undo a change. Skipped
+    while another connection reads; the next change, or the last close, catches up.
+    """
+    try:
+        sql.execute("PRAGMA busy_timeout = 0")
+        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.OperationalError as error:
+        logger.debug("the catalog's log stays for now: %s", error)
+    finally:
+        sql.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
+
+
+class _Change:
+    """The number of the change a transaction makes; counted only if it makes one."""
+
+    def __init__(self, sql: _Sql) -> None:
+        self._sql = sql
+        self._version: int | None = None
+
+    def version(self) -> int:
+        if self._version is None:
+            self._sql.execute("UPDATE state SET version = version + 1")
+            (version,) = self._sql.execute("SELECT version FROM state").fetchone()
+            self._version = int(version)
+        return self._version
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """A record as columns."""
+
+    id: str
+    title: str
+    text: str
+    metadata: str
+    content_hash: str
+    snapshot_key: str | None
+    tokens: int | None
+    embedding: bytes | None
+
+
+def _values(record: Record) -> _Values:
+    document = record.document.identified()
+    _check_unicode(str(document.id), document.title, document.text)
+    document.canonical()  # DocumentError where the metadata is not JSON
+    metadata = json.dumps(dict(document.metadata), allow_nan=False, separators=(",", ":"))
+    document = replace(document, metadata=json.loads(metadata))
+    return _Values(
+        id=str(document.id),
+        title=document.title,
+        text=document.text,
+        metadata=metadata,
+        content_hash=_content_hash(document),
+        snapshot_key=record.snapshot_key,
+        tokens=None if record.tokens is None else int(record.tokens),
+        embedding=None if record.embedding is None else _pack(record.embedding, str(document.id)),
+    )
+
+
+def _check_unicode(*texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            start = max(0, error.start - 20)
+            raise DocumentError(
+                f"found a lone surrogate in {text[start : error.end + 20]!r}, expected valid "
+                "Unicode; replace it first: text.encode('utf-8', 'replace').decode()"
+            ) from error
+
+
+def _content_hash(document: Document) -> str:
+    content = json.dumps(document.id, ensure_ascii=True) + document.canonical()
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _pack(embedding: Array, id: str) -> bytes:
+    """float32, little-endian, and the XXH3-64 of these bytes behind them."""
+    vector = np.asarray(embedding)
+    if vector.ndim != 1 or not len(vector) or vector.dtype != np.float32:
+        found = f"{vector.dtype} {list(vector.shape)}"
+        raise DocumentError(f"document {id!r}: found embedding {found}, expected float32 [n]")
+    if not np.isfinite(vector).all():
+        raise DocumentError(f"document {id!r}: found an embedding that is not finite")
+    data = vector.astype("<f4").tobytes()
+    return data + xxhash.xxh3_64_digest(data)
+
+
+def _is_sound(blob: bytes | None) -> bool:
+    if blob is None:
+        return True
+    data, digest = bytes(blob[:-8]), bytes(blob[-8:])
+    return len(data) > 0 and len(data) % 4 == 0 and xxhash.xxh3_64(data).digest() == digest
+
+
+def _upsert(sql: _Sql, values: _Values, change: _Change, done: Upserted) -> None:
+    """Write one record and note in `done` what happened."""
+    statement = f"SELECT {_COLUMNS} FROM documents WHERE id = ?"
+    found = sql.execute(statement, (values.id,)).fetchone()
+    if found is None:
+        _insert(sql, values, change.version())
+        done.added.append(values.id)
+    elif found[5] == values.content_hash:
+        _complete(sql, found, values, change)
+        done.unchanged.append(values.id)
+    else:
+        _replace(sql, found[0], values, change.version())
+        done.replaced.append(_entry(found, verify=False))
+
+
+_CONTENT = ("title", "text", "metadata", "content_hash", "snapshot_key", "tokens", "embedding")
+
+
+def _insert(sql: _Sql, values: _Values, version: int) -> None:
+    names = ("id", *_CONTENT)
+    statement = f"INSERT INTO documents ({', '.join(names)}, version) VALUES (?{', ?' * 8})"
+    sql.execute(statement, (*(getattr(values, name) for name in names), version))
+
+
+def _replace(sql: _Sql, row: int, values: _Values, version: int) -> None:
+    columns = ", ".join(f"{name} = ?" for name in _CONTENT)
+    statement = f"UPDATE documents SET {columns}, version = ? WHERE row = ?"
+    sql.execute(statement, (*(getattr(values, name) for name in _CONTENT), version, row))
+
+
+def _complete(sql: _Sql, found: tuple[Any, ...], values: _Values, change: _Change) -> None:
+    """Give an unchanged document what it lacked: its embedding, its snapshot key."""
+    row, embedded = found[0], found[8]
+    if not embedded and values.embedding is not None:
+        update = "UPDATE documents SET embedding = ?, version = ? WHERE row = ?"
+        sql.execute(update, (values.embedding, change.version(), row))
+    if values.snapshot_key is not None and values.snapshot_key != found[6]:
+        update = "UPDATE documents SET snapshot_key = ?, tokens = ? WHERE row = ?"
+        sql.execute(update, (values.snapshot_key, values.tokens, row))
+
+
+def _drop_embeddings(sql: _Sql, rows: Sequence[int]) -> None:
+    change = _Change(sql)
+    for row in rows:
+        drop = "UPDATE documents SET embedding = NULL, version = ? WHERE row = ?"
+        sql.execute(drop, (change.version(), row))
+
+
+def _select(sql: _Sql, column: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+    """The documents whose `column` is one of `values`."""
+    rows: list[tuple[Any, ...]] = []
+    for start in range(0, len(values), _AT_ONCE):
+        part = values[start : start + _AT_ONCE]
+        marks = ", ".join("?" * len(part))
+        statement = f"SELECT {_COLUMNS} FROM documents WHERE {column} IN ({marks})"
+        rows += sql.execute(statement, part).fetchall()
+    return rows
+
+
+def _entry(row: tuple[Any, ...], verify: bool = True) -> Entry:
+    """A row as an entry. Raises `CatalogError` where its content is not what was written."""
+    number, id, title, text, metadata, content_hash, key, tokens, embedded, version = row
+    try:
+        document = Document(text=text, title=title, id=id, metadata=json.loads(metadata))
+        damaged = verify and _content_hash(document) != content_hash
+    except (ValueError, TypeError):
+        damaged = True
+    if damaged:
+        raise CatalogError(
+            f"document {id!r} (row {number}) is damaged: its content is not what was written; "
+            "delete it and add it again"
+        )
+    return Entry(number, document, content_hash, key, tokens, bool(embedded), version)
+
+
+def _changes(version: int, changed: list[Any], gone: list[Any]) -> Changes:
+    for row, blob in changed:
+        if not _is_sound(blob):
+            raise CatalogError(f"the embedding of row {row} is damaged; run check with fix")
+    kept = [(row, blob) for row, blob in changed if blob is not None]
+    removed = [row for (row,) in gone] + [row for row, blob in changed if blob is None]
+    if len({len(blob) for _, blob in kept}) > 1:
+        raise CatalogError("found embeddings of several dimensions; embed all documents again")
+    dimension = (len(kept[0][1]) - 8) // 4 if kept else 0
+    data = b"".join(bytes(blob[:-8]) for _, blob in kept)
+    return Changes(
+        version=version,
+        rows=np.array([row for row, _ in kept], dtype=np.int64),
+        vectors=np.frombuffer(data, dtype="<f4").reshape(len(kept), dimension),
+        removed=np.array(removed, dtype=np.int64),
+    )

@@ -1,0 +1,128 @@
+"""Files that appear whole or not at all.
+
+A temporary file is locked (`flock`) while its writer lives, so whoever finds one unlocked knows
+that its writer died and may remove it: no clock, no process id. Knows nothing of what is written.
+POSIX only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+_SUFFIX = ".tmp"
+
+
+@contextlib.contextmanager
+def temporary(directory: Path, name: str) -> Iterator[FileIO]:
+    """A new, locked file `directory/name.<random>.tmp`, mode 0600, removed at the end.
+
+    Unbuffered. To keep what was written, link or rename `file.name` before the block ends.
+    """
+    file = _create_locked(directory, name)
+    try:
+        with file:
+            yield file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.name)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, *, sync: bool = False) -> Iterator[FileIO]:
+    """A file that takes the place of `path` when the block ends without an error.
+
+    With `sync` the bytes and the name are on the disk when this returns; without, a power cut
+    may leave the new file damaged (never a crash of the process alone), so it needs a checksum.
+    Leftovers of dead writers of the same path are removed.
+    """
+    for leftover in abandoned(path.parent, path.name):
+        leftover.unlink(missing_ok=True)
+    with temporary(path.parent, path.name) as file:
+        yield file
+        if sync:
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    if sync:
+        sync_directory(path.parent)
+
+
+def abandoned(directory: Path, name: str | None = None) -> Iterator[Path]:
+    """The temporary files in `directory` (those for `name`, or all) whose writer is dead."""
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        if name in (None, temporary_for(path)) and _unlocked(path):
+            yield path
+
+
+def temporary_for(path: Path) -> str | None:
+    """The name a temporary file was made for; None where `path` is not a temporary file."""
+    stem = path.name.removesuffix(_SUFFIX)
+    name, _, token = stem.rpartition(".")
+    return name if stem != path.name and name and len(token) == 16 else None
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the names in `directory` on the disk."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Write the whole of `data` to an unbuffered file, which may take it in pieces."""
+    data = data.cast("B")
+    while data:
+        data = data[file.write(data) :]
+
+
+def private_directory(path: Path) -> Path:
+    """Make the directory `path`, mode 0700, or narrow the one that is there.
+
+    Raises `NotADirectoryError` where `path` is a symbolic link or a file.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise NotADirectoryError(f"{path} is a symbolic link, expected a directory")
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def _create_locked(directory: Path, name: str) -> FileIO:
+    while True:
+        path = os.fspath(directory / f"{name}.{secrets.token_hex(8)}{_SUFFIX}")
+        file = FileIO(path, "x+", opener=_private)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else: swept between open and lock
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def _unlocked(path: Path) -> bool:
+    """Whether no living process holds `path`; False too where it is gone or not a file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return path.is_symlink()
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

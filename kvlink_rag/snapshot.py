@@ -1,0 +1,158 @@
+"""A snapshot: the keys and values of one passage, encoded alone, and its bytes.
+
+Keys are stored before RoPE (KVLink, arXiv 2502.16002, section 3.2), so that one snapshot serves
+at every position. Knows the file format and the identity of a snapshot; knows no directory, no
+database and no model. The format stands in `docs/formats.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, SnapshotCorrupt
+from .sealed import Kind, read_sealed, sealed_size, write_sealed
+
+FORMAT_VERSION = 1
+KIND = Kind("kvlink-snapshot", FORMAT_VERSION, SnapshotCorrupt)
+EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """Keys before RoPE and values of one passage, all layers in one tensor each.
+
+    keys, values: float32, bfloat16 or float16 [layers, kv_heads, tokens, head_dim].
+    token_ids: int64 [tokens], tokens >= 1.
+    Raises `ConfigError` where shapes or dtypes do not fit together.
+    """
+
+    keys: Tensor
+    values: Tensor
+    token_ids: Tensor
+
+    def __post_init__(self) -> None:
+        if problem := _problem(self.keys, self.values, self.token_ids):
+            raise ConfigError(f"not a snapshot: {problem}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors in memory."""
+        return self.keys.nbytes + self.values.nbytes + self.token_ids.nbytes
+
+
+class Codec(Protocol):
+    """How a snapshot's tensors are laid down. A quantising codec is one more of these."""
+
+    def pack(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """The tensors to write, `token_ids` first."""
+        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Snapshot:
+        """The snapshot of what `pack` gave. Raises `ConfigError` where they cannot be that."""
+        ...
+
+
+class _Exact:
+    """Keys and values as they are."""
+
+    def pack(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        return {
+            "token_ids": snapshot.token_ids,
+            "keys": snapshot.keys,
+            "values": snapshot.values,
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Snapshot:
+        if list(tensors) != ["token_ids", "keys", "values"]:
+            raise ConfigError(f"found tensors {list(tensors)}, expected token_ids, keys, values")
+        return Snapshot(tensors["keys"], tensors["values"], tensors["token_ids"])
+
+
+CODECS: Mapping[str, Codec] = {"exact": _Exact()}
+
+
+def snapshot_key(
+    fingerprint: str, token_ids: Sequence[int], *, dtype: torch.dtype, codec: str = "exact"
+) -> str:
+    """The identity of a snapshot: 64 hexadecimal digits of SHA-256.
+
+    Over format version, model fingerprint (which covers weights and RoPE parameters), dtype,
+    codec and token ids. Link tokens do not enter: a snapshot does not depend on them.
+    """
+    facts = [KIND.format, FORMAT_VERSION, fingerprint, str(dtype), codec]
+    head = json.dumps(facts, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    ids = np.asarray(token_ids, dtype="<i8").tobytes()
+    return hashlib.sha256(head + b"\n" + ids).hexdigest()
+
+
+def write_snapshot(file: FileIO, snapshot: Snapshot, key: str, *, codec: str = "exact") -> int:
+    """Write `snapshot` to an unbuffered `file` and return the bytes written.
+
+    Contiguous CPU tensors are written from their own memory. Raises `OSError` where the file
+    cannot be written.
+    """
+    return write_sealed(file, KIND, CODECS[codec].pack(snapshot), _facts(key, codec))
+
+
+def snapshot_size(snapshot: Snapshot, key: str, *, codec: str = "exact") -> int:
+    """The bytes that `write_snapshot` would write."""
+    return sealed_size(CODECS[codec].pack(snapshot), KIND, _facts(key, codec))
+
+
+def read_snapshot(
+    path: Path, *, key: str | None = None, token_ids: Sequence[int] | None = None
+) -> Snapshot:
+    """The snapshot at `path`, verified: checksum, key, and the real token ids where given.
+
+    The tensors are views of a private mapping: nothing is copied, and they stay valid after the
+    file is removed. Raises `SnapshotCorrupt` (found, expected) for any other bytes than those
+    written, another format version too; `FileNotFoundError` or `OSError` where it cannot be read.
+    """
+    tensors, facts = read_sealed(path, KIND)
+    if key is not None and facts.get("key") != key:
+        raise SnapshotCorrupt(f"{path}: found key {facts.get('key')!r}, expected {key!r}")
+    codec = CODECS.get(facts.get("codec", ""))
+    if codec is None:
+        found = facts.get("codec")
+        raise SnapshotCorrupt(f"{path}: found codec {found!r}, expected one of {sorted(CODECS)}")
+    try:
+        snapshot = codec.unpack(tensors)
+    except ConfigError as error:
+        raise SnapshotCorrupt(f"{path}: {error}") from error
+    if token_ids is not None and not _same_ids(snapshot.token_ids, token_ids):
+        raise SnapshotCorrupt(
+            f"{path}: found other token ids ({len(snapshot.token_ids)}) than the passage's "
+            f"({len(token_ids)})"
+        )
+    return snapshot
+
+
+def _facts(key: str, codec: str) -> dict[str, str]:
+    return {"key": key, "codec": codec}
+
+
+def _same_ids(found: Tensor, expected: Sequence[int]) -> bool:
+    return bool(np.array_equal(found.numpy(), np.asarray(expected, dtype=np.int64)))
+
+
+def _problem(keys: Tensor, values: Tensor, token_ids: Tensor) -> str | None:
+    """What is wrong with the three tensors of a snapshot, if anything."""
+    if keys.dtype not in EXACT_DTYPES or values.dtype != keys.dtype:
+        return f"found keys {keys.dtype}, values {values.dtype}, expected one of {EXACT_DTYPES}"
+    if keys.dim() != 4 or keys.shape != values.shape or 0 in keys.shape:
+        shapes = f"keys {list(keys.shape)}, values {list(values.shape)}"
+        return f"found {shapes}, expected [layers, kv_heads, tokens, head_dim] for both"
+    if token_ids.dtype != torch.int64 or list(token_ids.shape) != [keys.shape[2]]:
+        found = f"{token_ids.dtype} {list(token_ids.shape)}"
+        return f"found token ids {found}, expected int64 [{keys.shape[2]}]"
+    return None
