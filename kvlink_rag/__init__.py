@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .answering import TextStream
     from .documents import Document, Hit, Part, Passage, Text
     from .embedder import ContrieverEmbedder, Embedder
     from .errors import KVLinkError
     from .layout import Layout
-    from .model import KVLinkModel, Prefill, TextStream, Verification
+    from .model import KVLinkModel, Prefill, Verification
     from .rag import Answer, AnswerStream, KVLinkRAG
     from .spec import PromptPreset, Spec
     from .splitting import split_document
@@ -45,7 +46,7 @@ _HOME = {
     "PromptPreset": "spec",
     "Spec": "spec",
     "Text": "documents",
-    "TextStream": "model",
+    "TextStream": "answering",
     "Trace": "trace",
     "Verification": "model",
     "split_document": "splitting",

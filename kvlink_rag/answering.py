@@ -9,7 +9,7 @@ come from a `SnapshotSource`, which alone knows whether there is a store.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -92,7 +92,7 @@ class TextStream(Iterator[str]):
         """Stop generating."""
         self._pieces.close()
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         trace, sampling, model = self.trace, self._sampling, self._model
         if self._fresh:
             trace.restart()
@@ -150,7 +150,7 @@ class PromptRun:
         """Prefill: logits [vocab] of the first token."""
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
-        assembled = self._assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
+        assembled = self.assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
         self.cache, self._computed = assembled.cache, assembled.computed
         trace.computed_tokens = len(assembled.computed)
         with trace.stage("prefill", backbone.synchronize):
@@ -164,7 +164,7 @@ class PromptRun:
         self.position += 1
         return logits
 
-    def _assemble(self, room: int) -> Assembled:
+    def assemble(self, room: int) -> Assembled:
         backbone, trace = self.backbone, self.trace
         passages = [self.prompt.passage_ids(span) for span in self.prompt.passages]
         snapshots = self.reuse.snapshots.fetch(passages, trace) if passages else []

@@ -28,7 +28,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class LiveLayer(CacheLayerMixin):
+class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a live cache: a buffer filled in place, [1, kv_heads, capacity, head_dim].
 
     Always a full-attention layer: sliding windows are part of the mask, never of the cache.
@@ -74,7 +74,7 @@ class LiveLayer(CacheLayerMixin):
         return -1
 
 
-class LiveCache(Cache):
+class LiveCache(Cache):  # type: ignore[misc]
     """The cache of one running prompt, with the position and segment of each entry.
 
     Entries may stand in any order; `positions` and `segments` (int64 [entries], on the device)
@@ -156,7 +156,7 @@ class Backbone:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in the model's dtype."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return int(2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards is true."""
@@ -202,7 +202,8 @@ class Backbone:
             use_cache=cache is not None,
             logits_to_keep=keep,
         )
-        return output.logits[0].float()
+        logits: Tensor = output.logits[0].float()
+        return logits
 
     @torch.inference_mode()
     def capture(self, token_ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -220,8 +221,8 @@ class Backbone:
     def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor) -> Any:
         """The attention masks, bool [1, 1, queries, keys]: one, or one for each kind of layer."""
         window = self._sliding_window()
-        if len(at) == 1 and window is None and bool(seg[0] == 0):
-            return None  # one computed token sees everything
+        if window is None and _is_causal(at, seg, key_at):
+            return None  # transformers' own causal attention, without a mask in memory
         kinds = set(getattr(self.config, "layer_types", None) or [])
         if self.config.model_type in ("llama", "mistral"):
             return visibility(at, seg, key_at, key_seg, window=window)[None, None]
@@ -265,6 +266,13 @@ class Backbone:
             attention = layer.self_attn
             getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_keys)
             attention.v_proj.register_forward_hook(keep_values)
+
+
+def _is_causal(at: Tensor, seg: Tensor, key_at: Tensor) -> bool:
+    """Whether plain causal attention is right: one computed token, or a whole computed prompt."""
+    if bool(seg.any()):
+        return False
+    return len(at) == 1 or (len(at) == len(key_at) and bool((at.diff() > 0).all()))
 
 
 def check_supported(config: Any) -> None:

@@ -64,7 +64,7 @@ def encode_batch(backbone: Backbone, passages: Sequence[Sequence[int]]) -> list[
         Snapshot(
             keys=_rows(keys, row, len(ids)),
             values=_rows(values, row, len(ids)),
-            token_ids=torch.tensor(ids, dtype=torch.int32),
+            token_ids=torch.tensor(ids, dtype=torch.int64),
         )
         for row, ids in enumerate(passages)
     ]

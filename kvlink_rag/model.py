@@ -258,7 +258,7 @@ def compare(logits: Tensor, expected: Tensor, tolerance: float) -> Verification:
 
 
 def default_spec(tokenizer: Any) -> Spec:
-    """A spec without link tokens, whose preset is the tokenizer's own chat template if it has one."""
+    """A spec without link tokens; its preset is the tokenizer's own chat template, if any."""
     if not getattr(tokenizer, "chat_template", None):
         bos = getattr(tokenizer, "bos_token", None) or ""
         return Spec(presets={"plain": replace(PLAIN_PRESET, before=bos)})

@@ -32,6 +32,9 @@ class PromptPreset:
     after: str = ""
 
 
+PLAIN_PRESET = PromptPreset(between="\nQuestion: ", after="\nAnswer:")
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """Link tokens, markers and templates of one model.
@@ -179,8 +182,6 @@ def _check_texts(spec: Spec) -> None:
     if spec.preset not in spec.presets:
         raise SpecError(f"preset is {spec.preset!r}, expected one of {sorted(spec.presets)}")
 
-
-PLAIN_PRESET = PromptPreset(between="\nQuestion: ", after="\nAnswer:")
 
 _SYSTEM = (
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"

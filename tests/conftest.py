@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -127,6 +130,40 @@ def make_model() -> ModelMaker:
         return made[key]
 
     return make
+
+
+class WordEmbedder:
+    """Words hashed into a vector: deterministic, and equal words do bring texts together."""
+
+    dimension = 64
+    name = "word-embedder"
+
+    def __init__(self, salt: str = "") -> None:
+        self.salt = salt
+        self.texts = 0
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.salt.encode()).hexdigest()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        self.texts += len(texts)
+        return np.stack([self._vector(text) for text in texts])
+
+    embed_queries = embed
+
+    def _vector(self, text: str) -> np.ndarray:
+        vector = np.zeros(self.dimension, dtype=np.float32)
+        for word in re.findall(r"\w+", text.lower()):
+            digest = hashlib.sha256((self.salt + word).encode()).digest()
+            vector[digest[0] % self.dimension] += 1
+            vector[digest[1] % self.dimension] -= 0.5
+        return vector / max(1e-6, float(np.linalg.norm(vector)))
+
+
+@pytest.fixture
+def embedder() -> WordEmbedder:
+    return WordEmbedder()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,102 @@
+"""Models of published shapes with random weights, and a tokenizer of one token a word.
+
+TTFT does not depend on what the weights are, so a shape is enough to time it honestly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvlink_rag import KVLinkModel, PromptPreset
+from kvlink_rag.spec import KVLINK5_LLAMA32
+
+SYSTEM_WORDS = 43  # tokens of the published system prompt, up to and including the user header
+AFTER_WORDS = 5  # tokens of <|eot_id|> and the assistant header
+
+_LLAMA32_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> KVLinkModel:
+    """A model of `shape` with random weights, the published link ids and a stand-in tokenizer."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_parameters=_LLAMA32_ROPE,
+        bos_token_id=128000,
+        eos_token_id=128009,
+        **SHAPES[shape],
+    )
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    system = " ".join(f"w{i}" for i in range(SYSTEM_WORDS))
+    after = " ".join(f"w{i}" for i in range(AFTER_WORDS))
+    spec = replace(
+        KVLINK5_LLAMA32,
+        passage_template="{text}",
+        untitled_template="{text}",
+        rank="none",
+        presets={"words": PromptPreset(before=system, after=after)},
+        preset="words",
+    )
+    return KVLinkModel(model, word_tokenizer(), spec, name=f"{shape} (random weights)")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """`w0` to `w127999` are ids 0 to 127999: one token a word."""
+    vocabulary = {f"w{i}": i for i in range(128000)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def words(count: int, generator: torch.Generator) -> str:
+    """`count` random words."""
+    ids = torch.randint(0, 120000, (count,), generator=generator)
+    return " ".join(f"w{i}" for i in ids.tolist())

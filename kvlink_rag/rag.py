@@ -1,0 +1,460 @@
+"""`KVLinkRAG`: a collection in a directory, and the questions asked of it.
+
+    directory/
+      catalog.sqlite   documents, metadata, embeddings, settings: the truth
+      index.faiss      vectors, derived
+      snapshots/       keys and values of each passage, derived
+
+Puts the parts together. The life of a document stands in `indexing`, that of a question in
+`AnswerStream` below and in `answering`. Model and embedder are loaded when first needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+import torch
+from tqdm.auto import tqdm
+
+from .answering import Reuse, TextStream
+from .catalog import Catalog, Entry
+from .documents import Document, Hit
+from .embedder import Embedder
+from .errors import ConfigError, DocumentNotFound, IndexCorrupt, StorageError
+from .files import private_directory
+from .index import VectorIndex
+from .indexing import AddReport, index_documents, remove_unused
+from .mending import check_collection, reembed, reencode
+from .model import KVLinkModel, Verification
+from .prefix import PrefixCache
+from .retrieval import retrieve
+from .settings import Settings
+from .spec import Spec
+from .store import SnapshotStore
+from .stored import StoredSnapshots
+from .trace import Trace
+
+CATALOG, INDEX, SNAPSHOTS, LOCK = "catalog.sqlite", "index.faiss", "snapshots", "write.lock"
+PREFIX_BUDGET = 256 << 20  # bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, the hits it was read from (best first) and what it cost."""
+
+    text: str
+    hits: list[Hit]
+    trace: Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a collection holds, and what its store has seen since it was opened.
+
+    tokens: of all passages. bytes_per_token: of the stored snapshots; 0.0 where there are none.
+    """
+
+    documents: int
+    embedded: int
+    tokens: int
+    snapshots: int
+    snapshot_bytes: int
+    bytes_per_token: float
+    hits: int
+    misses: int
+    corrupt: int
+    evicted: int
+    prefix_bytes: int
+    prefix_hits: int
+    model: str
+    embedder: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+class KVLinkRAG:
+    """A collection of documents that answers questions. Open it with `KVLinkRAG.open`.
+
+    For any number of threads; other processes may read and write the same directory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        catalog: Catalog,
+        store: SnapshotStore,
+        *,
+        prefix_budget: int,
+    ) -> None:
+        self.directory, self.catalog, self.store = directory, catalog, store
+        self._settings = settings
+        self._prefix = PrefixCache(prefix_budget) if prefix_budget else None
+        self._lock = threading.RLock()
+        self._writing = filelock.FileLock(directory / LOCK, thread_local=False)
+        self._index: VectorIndex | None = None
+        self._index_version = self._saved_version = 0
+        self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | Path,
+        *,
+        model: KVLinkModel | str | Path | None = None,
+        embedder: Embedder | str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        spec: Spec | None = None,
+        size_limit: int | None = None,
+        prefix_budget: int = PREFIX_BUDGET,
+        reencode: bool = False,
+        create: bool = True,
+    ) -> KVLinkRAG:
+        """Open the collection in `directory`, or make one there.
+
+        model, embedder: names, directories or loaded objects; None: what the directory remembers,
+        else the bundled small pair. size_limit: bytes of snapshots to keep at most.
+        prefix_budget: bytes of computed runs to keep in memory; 0 keeps none. reencode: where the
+        directory remembers another model or embedder, take the new one and encode again.
+        Raises `SettingsMismatch` (another model or embedder, without `reencode`), `StorageError`.
+        """
+        try:
+            path = private_directory(Path(directory).expanduser()) if create else Path(directory)
+            path = path.resolve(strict=True)
+        except OSError as error:
+            raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
+        catalog = Catalog.open(path / CATALOG, create=create, siblings=[INDEX, SNAPSHOTS])
+        settings = Settings(catalog, model, embedder, device=device, dtype=dtype, spec=spec)
+        store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
+        rag = cls(path, settings, catalog, store, prefix_budget=prefix_budget)
+        try:
+            rag._settle(reencode)
+        except BaseException:
+            rag.close()
+            raise
+        return rag
+
+    # Documents
+
+    def add(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
+        """Embed, index and encode `documents`; see `indexing` for the steps.
+
+        What is there already costs nothing; an existing id with other content is replaced. Each
+        batch is durable before the next begins, so an interrupted call resumes when repeated.
+        Raises `DocumentError` (and `PassageTooLong`): the batches before are kept, the one with
+        the bad document is not.
+        """
+        return self._take(documents, embed=True, show_progress=show_progress)
+
+    def register(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
+        """Encode `documents` without embedding them: for applications with their own retriever."""
+        return self._take(documents, embed=False, show_progress=show_progress)
+
+    def update(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
+        """Replace documents by id. Raises `DocumentNotFound` before anything is changed."""
+        batch = list(documents)
+        self.get([document.identified().id or "" for document in batch])
+        return self.add(batch, show_progress=show_progress)
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Delete documents by id and return how many.
+
+        Raises `DocumentNotFound`, and deletes none, where one of them is not there.
+        """
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        with self.writing():
+            self.get(wanted)
+            gone = self.catalog.delete(wanted)
+            self.refresh_index()
+            remove_unused(self, gone)
+        return len(gone)
+
+    def get(self, ids: Iterable[str]) -> list[Document]:
+        """Documents by id, in order. Raises `DocumentNotFound`."""
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        found = {entry.id: entry for entry in self.catalog.get(wanted)}
+        if missing := [id for id in wanted if id not in found]:
+            raise DocumentNotFound(f"no document with id {missing[0]!r} in {self.directory}")
+        return [found[id].document for id in wanted]
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in the order they were first added."""
+        return (entry.document for entry in self.catalog.iterate())
+
+    def __len__(self) -> int:
+        return self.catalog.count()
+
+    # Questions
+
+    def search(self, query: str, k: int = 10, *, rounds: int = 1) -> list[Hit]:
+        """The best `k` documents for `query`; fewer where there are fewer. See `retrieve`."""
+        return retrieve(self._search_many, query, k, rounds)
+
+    def stream(
+        self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any
+    ) -> AnswerStream:
+        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`."""
+        return AnswerStream(self, question, k, rounds, arguments)
+
+    def ask(self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any) -> Answer:
+        """The whole answer, its hits and its trace. Arguments as in `stream`."""
+        stream = self.stream(question, k=k, rounds=rounds, **arguments)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def verify(self, question: str = "What is this about?", *, k: int = 4) -> Verification:
+        """Compare reuse of this collection's snapshots with the masked full prefill."""
+        documents = [entry.document for entry in islice(self.catalog.iterate(k), k)]
+        return self.model.verify(self.model.prompt(documents, question), reuse=self.reuse)
+
+    # Care
+
+    def stats(self) -> Stats:
+        """Counts, bytes and counters."""
+        seen = self.store.stats()
+        tokens, stored = self._tokens()
+        prefix = self._prefix or PrefixCache(0)
+        return Stats(
+            documents=len(self),
+            embedded=self.catalog.embedded(),
+            tokens=tokens,
+            snapshots=seen.count,
+            snapshot_bytes=seen.bytes,
+            bytes_per_token=seen.bytes / stored if stored else 0.0,
+            hits=seen.hits,
+            misses=seen.misses,
+            corrupt=seen.corrupt,
+            evicted=seen.evicted,
+            prefix_bytes=prefix.nbytes,
+            prefix_hits=prefix.hits,
+            model=self._settings.model_name,
+            embedder=self._settings.embedder_name,
+        )
+
+    def check(self, fix: bool = False) -> list[str]:
+        """What is wrong in the directory, one line each; with `fix`, mend all that can be."""
+        with self.writing():
+            return check_collection(self, fix)
+
+    def close(self) -> None:
+        """Save the index and release the directory. Nothing is lost without it."""
+        with self._lock:
+            if self._index is not None and self._index_version != self._saved_version:
+                self.save_index()
+            self.store.close()
+            self.catalog.close()
+
+    def __enter__(self) -> KVLinkRAG:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Parts, loaded when first needed
+
+    @property
+    def model(self) -> KVLinkModel:
+        """The language model."""
+        return self._loaded()[0]
+
+    @property
+    def snapshots(self) -> StoredSnapshots:
+        """Where this collection's snapshots come from."""
+        return self._loaded()[1]
+
+    @property
+    def reuse(self) -> Reuse:
+        """What this collection brings to `KVLinkModel.stream`, `prefill` and `verify`."""
+        return self._loaded()[2]
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder."""
+        with self._lock:
+            return self._settings.embedder()
+
+    @property
+    def index(self) -> VectorIndex:
+        """The vector index, up to date with the catalog."""
+        return self.refresh_index()
+
+    def refresh_index(self) -> VectorIndex:
+        """Bring the index up to the catalog's version, whoever changed it."""
+        with self._lock:
+            if self._index is None:
+                self._index, self._index_version = self._load_index()
+                self._saved_version = self._index_version
+            if self._index_version != self.catalog.version():
+                changes = self.catalog.changes_since(self._index_version)
+                self._index.remove(changes.removed)
+                if len(changes.rows):
+                    self._index.add(changes.rows, changes.vectors)
+                self._index_version = changes.version
+            return self._index
+
+    def save_index(self) -> None:
+        """Write the index file. A failure is logged: the file is made again from the catalog."""
+        try:
+            index = self.refresh_index()
+            index.save(self.directory / INDEX, self._index_version, source=self.catalog.identity)
+            self._saved_version = self._index_version
+        except OSError as error:
+            logger.warning("the index is not saved and will be rebuilt: %s", error)
+
+    def check_index_file(self) -> list[str]:
+        """What is wrong with the index file; none is not wrong, it is made when needed."""
+        try:
+            VectorIndex.load(self.directory / INDEX, source=self.catalog.identity)
+        except FileNotFoundError:
+            pass
+        except (IndexCorrupt, OSError) as error:
+            return [f"index: {error}"]
+        return []
+
+    def reset_index(self) -> None:
+        """Make the index anew from the catalog, and its file."""
+        with self._lock:
+            self._index, self._index_version = VectorIndex(self._settings.dimension()), 0
+            self._saved_version = -1
+            self.save_index()
+
+    def is_indexed(self, entry: Entry | None, document: Document, *, embed: bool) -> bool:
+        """Whether `entry` holds `document` as it is, with an embedding if `embed`."""
+        if entry is None or entry.document.canonical() != document.canonical():
+            return False
+        return not embed or entry.row in self.index
+
+    def has_snapshot(self, entry: Entry) -> bool:
+        """Whether the store holds this entry's snapshot."""
+        return entry.snapshot_key is not None and entry.snapshot_key in self.store
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One writer at a time, among all threads and processes."""
+        with self._lock, self._writing:
+            yield
+
+    def _take(
+        self, documents: Iterable[Document], *, embed: bool, show_progress: bool
+    ) -> AddReport:
+        if isinstance(documents, Document):
+            raise ConfigError("found one Document, expected an iterable of them; use [document]")
+        total = len(documents) if isinstance(documents, Sequence) else None
+        with (
+            self.writing(),
+            tqdm(total=total, unit="passage", desc="indexing", disable=not show_progress) as bar,
+        ):
+            return index_documents(self, documents, embed=embed, advance=bar.update)
+
+    def _search_many(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        index = self.refresh_index()
+        if not len(index):
+            return [[] for _ in queries]
+        vectors = self.embedder.embed_queries(list(queries))
+        found = [index.search(vector, k) for vector in vectors]
+        rows = {row for hits in found for row, _ in hits}
+        entries = {entry.row: entry for entry in self.catalog.by_rows(rows)}
+        return [
+            [Hit(entries[row].document, score) for row, score in hits if row in entries]
+            for hits in found
+        ]
+
+    def _load_index(self) -> tuple[VectorIndex, int]:
+        """The saved index, or an empty one at version 0, which the catalog then fills."""
+        path = self.directory / INDEX
+        try:
+            return VectorIndex.load(
+                path, dimension=self._settings.dimension(), source=self.catalog.identity
+            )
+        except FileNotFoundError:
+            pass
+        except (IndexCorrupt, OSError) as error:
+            logger.warning("the index is rebuilt from the catalog: %s", error)
+        return VectorIndex(self._settings.dimension()), 0
+
+    def _loaded(self) -> tuple[KVLinkModel, StoredSnapshots, Reuse]:
+        with self._lock:
+            if self._parts is None:
+                model = self._settings.model()
+                snapshots = StoredSnapshots(self.store, model.backbone)
+                reuse = Reuse(snapshots, self._prefix, scope=self.catalog.identity)
+                self._parts = model, snapshots, reuse
+            return self._parts
+
+    def _settle(self, allow: bool) -> None:
+        """Compare what was asked for with what the directory remembers; encode again if told to."""
+        with self.writing():
+            if self._settings.settle_model(allow):
+                reencode(self)
+                self._settings.finish_model()
+            if self._settings.settle_embedder(allow):
+                reembed(self)
+                self._settings.finish_embedder()
+
+    def _tokens(self) -> tuple[int, int]:
+        """Tokens of all passages, and of those distinct ones whose snapshot is stored."""
+        total = 0
+        stored: dict[str, int] = {}
+        held = set(self.store.keys())
+        for entry in self.catalog.iterate():
+            total += entry.tokens or 0
+            if entry.snapshot_key in held:
+                stored[str(entry.snapshot_key)] = entry.tokens or 0
+        return total, sum(stored.values())
+
+
+class AnswerStream(Iterator[str]):
+    """An answer as it comes: question → hits → prompt → text.
+
+    Nothing runs before the first `next()`. `hits` are there after it, `trace` is final at the end.
+    """
+
+    def __init__(
+        self, rag: KVLinkRAG, question: str, k: int, rounds: int, arguments: dict[str, Any]
+    ) -> None:
+        self.hits: list[Hit] = []
+        self.trace = Trace()
+        self._rag, self._question, self._k, self._rounds = rag, question, k, rounds
+        self._arguments = arguments
+        self._stream: TextStream | None = None
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """What has been said so far, as an `Answer`."""
+        return Answer(self._stream.text if self._stream else "", self.hits, self.trace)
+
+    def _run(self) -> Iterator[str]:
+        rag, model = self._rag, self._rag.model
+        self.trace.restart()
+        # 1. question → hits
+        with self.trace.stage("retrieval"):
+            self.hits = rag.search(self._question, self._k, rounds=self._rounds)
+        # 2. hits → prompt
+        parts = model.prompt([hit.document for hit in self.hits], self._question)
+        # 3. prompt → text (answering)
+        self._stream = model.stream(parts, reuse=rag.reuse, trace=self.trace, **self._arguments)
+        yield from self._stream

@@ -1,0 +1,153 @@
+"""What a collection remembers of its model and embedder, and loading them.
+
+A directory's snapshots fit one model and one way to render passages, its vectors one embedder.
+Names are remembered for convenience, identities (fingerprints) for safety.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .catalog import Catalog
+from .embedder import ContrieverEmbedder, Embedder
+from .errors import SettingsMismatch
+from .loading import BUNDLED
+from .model import KVLinkModel
+from .spec import Spec
+
+UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
+
+
+class Settings:
+    """The model and embedder of one collection, loaded once, checked against what it remembers.
+
+    model, embedder: what the caller asked for; None: what is remembered, else the bundled pair.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        model: KVLinkModel | str | Path | None,
+        embedder: Embedder | str | Path | None,
+        *,
+        device: str,
+        dtype: str | torch.dtype,
+        spec: Spec | None,
+    ) -> None:
+        self._catalog, self._device, self._dtype, self._spec = catalog, device, dtype, spec
+        self._remembered = catalog.settings()
+        self._unfinished: set[str] = set()
+        self._asked = {"model": model is not None, "embedder": embedder is not None}
+        self._model = model if isinstance(model, KVLinkModel) else None
+        self._embedder = None if isinstance(embedder, str | Path) else embedder
+        self.model_name = self._name("model", model)
+        self.embedder_name = self._name("embedder", embedder)
+
+    def model(self) -> KVLinkModel:
+        """The model. Raises `SettingsMismatch` where it is not the one remembered."""
+        model = self._load_model()
+        self._check("model", model_identity(model))
+        return model
+
+    def embedder(self) -> Embedder:
+        """The embedder. Raises `SettingsMismatch` where it is not the one remembered."""
+        embedder = self._load_embedder()
+        self._check("embedder", embedder.fingerprint)
+        return embedder
+
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        known = self._remembered.get("dimension")
+        return int(known) if known else self.embedder().dimension
+
+    def settle_model(self, allow: bool) -> bool:
+        """Check a model that was asked for; True where it is new and `allow` takes it."""
+        if not self._asked["model"] or "model_identity" not in self._remembered:
+            return False
+        if not allow:
+            self.model()
+            return False
+        return self._begin("model", model_identity(self._load_model()))
+
+    def settle_embedder(self, allow: bool) -> bool:
+        """Check an embedder that was asked for; True where it is new and `allow` takes it."""
+        if not self._asked["embedder"] or "embedder_identity" not in self._remembered:
+            return False
+        if not allow:
+            self.embedder()
+            return False
+        return self._begin("embedder", self._load_embedder().fingerprint)
+
+    def finish_model(self) -> None:
+        """Remember the model now set: every document is encoded for it."""
+        self._remember("model", model_identity(self._load_model()))
+
+    def finish_embedder(self) -> None:
+        """Remember the embedder now set: every document is embedded by it."""
+        self._remember("embedder", self._load_embedder().fingerprint)
+
+    def _name(self, what: str, asked: Any) -> str:
+        if asked is None:
+            return str(self._remembered.get(what, BUNDLED))
+        if isinstance(asked, str | Path):
+            path = Path(asked).expanduser()
+            return str(path.resolve()) if path.is_dir() else str(asked)
+        return str(getattr(asked, "name", type(asked).__name__))
+
+    def _load_model(self) -> KVLinkModel:
+        if self._model is None:
+            self._model = KVLinkModel.from_pretrained(
+                self.model_name, device=self._device, dtype=self._dtype, spec=self._spec
+            )
+        return self._model
+
+    def _load_embedder(self) -> Embedder:
+        if self._embedder is None:
+            self._embedder = ContrieverEmbedder.from_pretrained(
+                self.embedder_name, device=self._device
+            )
+        return self._embedder
+
+    def _check(self, what: str, identity: str) -> None:
+        remembered = self._remembered.get(f"{what}_identity")
+        if remembered is None:
+            self._remember(what, identity)
+        elif remembered != identity and what not in self._unfinished:
+            found, known = getattr(self, f"{what}_name"), self._remembered.get(what)
+            raise SettingsMismatch(
+                f"this collection was made with the {what} {known!r}, found {found!r} with other "
+                f"weights or settings; open it with that {what}, in another directory, or with "
+                "reencode=True (kvlink-rag: --reencode) to encode it again"
+            )
+
+    def _begin(self, what: str, identity: str) -> bool:
+        """Whether `identity` is new; if so, nothing matches until `finish` has been called."""
+        if self._remembered.get(f"{what}_identity") == identity:
+            return False
+        self._remember(what, UNFINISHED)
+        self._unfinished.add(what)
+        return True
+
+    def _remember(self, what: str, identity: str) -> None:
+        values: dict[str, Any] = {what: getattr(self, f"{what}_name"), f"{what}_identity": identity}
+        if what == "embedder":
+            values["dimension"] = self._load_embedder().dimension
+        self._catalog.set_settings(values)
+        self._remembered.update(values)
+        self._unfinished.discard(what)
+
+
+def model_identity(model: KVLinkModel) -> str:
+    """What a collection's snapshots depend on: weights, dtype, and how passages are rendered.
+
+    Not the link tokens: a snapshot does not depend on them.
+    """
+    spec = model.spec
+    rendering = [spec.passage_template, spec.untitled_template, spec.rank]
+    facts = [model.fingerprint, str(model.backbone.dtype), rendering]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,63 @@
+"""Snapshots from the store, and encoded again where the store has none.
+
+The meeting point of store and engine: a missing, corrupt or evicted snapshot costs time, never an
+answer. Knows keys and token ids; knows no documents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from .backbone import Backbone
+from .encoding import encode_many
+from .errors import StorageError
+from .snapshot import Snapshot, snapshot_key
+from .store import SnapshotStore
+from .trace import Trace
+
+TokenIds = tuple[int, ...]
+
+logger = logging.getLogger(__name__)
+
+
+class StoredSnapshots:
+    """The `SnapshotSource` of a collection.
+
+    keep: whether a snapshot encoded for a question is stored for the next one.
+    """
+
+    def __init__(self, store: SnapshotStore, backbone: Backbone, *, keep: bool = True) -> None:
+        self.store, self.backbone, self.keep = store, backbone, keep
+
+    def key(self, token_ids: Sequence[int]) -> str:
+        """The key of a passage encoded by this model."""
+        backbone = self.backbone
+        return snapshot_key(backbone.fingerprint, token_ids, dtype=backbone.dtype)
+
+    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[Snapshot]:
+        """One snapshot a passage, in order, from the store or encoded now."""
+        keys = {ids: self.key(ids) for ids in passages}
+        with trace.stage("read"):
+            self.store.read_ahead(list(keys.values()))
+            read = {ids: self.store.get(key, ids) for ids, key in keys.items()}
+        found = {ids: snapshot for ids, snapshot in read.items() if snapshot is not None}
+        trace.snapshots_found += len(found)
+        missing = [ids for ids in keys if ids not in found]
+        if missing:
+            with trace.stage("encode", self.backbone.synchronize):
+                found.update(self._encode(missing, keys))
+            trace.snapshots_encoded += len(missing)
+        return [found[ids] for ids in passages]
+
+    def _encode(
+        self, missing: Sequence[TokenIds], keys: dict[TokenIds, str]
+    ) -> dict[TokenIds, Snapshot]:
+        logger.info("encoding %d passages that the store does not hold", len(missing))
+        made = {missing[i]: s for i, s in encode_many(self.backbone, missing)}
+        for ids, snapshot in made.items() if self.keep else ():
+            try:
+                self.store.put(keys[ids], snapshot)
+            except StorageError as error:
+                logger.warning("snapshot %s is used but not stored: %s", keys[ids], error)
+        return made

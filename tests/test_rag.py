@@ -1,0 +1,338 @@
+"""A collection's life: add, ask, update, delete, reopen, interrupt, mend, other models."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvlink_rag.indexing
+from conftest import ModelMaker, WordEmbedder
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import (
+    CatalogError,
+    ConfigError,
+    DocumentError,
+    DocumentNotFound,
+    PassageTooLong,
+    SettingsMismatch,
+)
+
+TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]
+
+
+def towns(count: int = len(TOWNS), said: str = "has a harbour") -> list[Document]:
+    return [Document(f"The town of {t} {said}.", title=t, id=t.lower()) for t in TOWNS[:count]]
+
+
+@pytest.fixture
+def model(make_model: ModelMaker) -> KVLinkModel:
+    return make_model("llama", torch.float32)
+
+
+@pytest.fixture
+def rag(tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder) -> KVLinkRAG:
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        yield rag
+        assert rag.check() == []
+
+
+def answers_equal_oracle(rag: KVLinkRAG, question: str, k: int = 4) -> bool:
+    """Whether the answer from snapshots is the one of a masked full prefill of the same prompt."""
+    answer = rag.ask(question, k=k, max_new_tokens=12)
+    parts = rag.model.prompt([hit.document for hit in answer.hits], question)
+    return answer.text == rag.model.generate(parts, mode="masked", max_new_tokens=12)
+
+
+def test_add_and_ask(rag: KVLinkRAG) -> None:
+    report = rag.add(towns())
+    assert (report.added, report.encoded, len(rag)) == (8, 8, 8)
+    answer = rag.ask("Which town is Marnik?", k=3, max_new_tokens=12)
+    assert answer.hits[0].document.id == "marnik"
+    assert answer.hits[0].score >= answer.hits[1].score
+    trace = answer.trace
+    assert (trace.passages, trace.snapshots_found, trace.snapshots_encoded) == (3, 3, 0)
+    assert trace.reused_tokens > 0
+    assert trace.computed_tokens > 0
+    assert trace.generated_tokens == 12
+    stages = (trace.retrieval_ms, trace.read_ms, trace.assembly_ms, trace.prefill_ms)
+    assert all(stage > 0 for stage in stages)
+    assert sum(stages) <= trace.first_token_ms <= trace.total_ms
+    assert answers_equal_oracle(rag, "Which town is Marnik?")
+
+
+def test_adding_again_does_no_work(rag: KVLinkRAG, embedder: WordEmbedder) -> None:
+    rag.add(towns())
+    before = embedder.texts
+    report = rag.add(towns())
+    assert (report.added, report.unchanged, report.encoded) == (0, 8, 0)
+    assert embedder.texts == before
+
+
+def test_derived_ids_and_shared_snapshots(rag: KVLinkRAG) -> None:
+    """Equal text from two sources stays two documents that share one snapshot."""
+    one, two = (Document("The same text.", metadata={"source": s}) for s in "ab")
+    rag.add([one, two, one])
+    assert len(rag) == 2
+    assert rag.stats().snapshots == 1
+    rag.delete([one.identified().id])
+    assert rag.stats().snapshots == 1
+    rag.delete([two.identified().id])
+    assert (len(rag), rag.stats().snapshots) == (0, 0)
+
+
+def test_update_and_delete(rag: KVLinkRAG) -> None:
+    rag.add(towns())
+    rag.update([Document("Quill is a village of weavers.", title="Quill", id="quill")])
+    assert rag.get(["quill"])[0].text == "Quill is a village of weavers."
+    assert rag.stats().snapshots == 8
+    assert rag.search("village of weavers", 1)[0].document.id == "quill"
+    assert answers_equal_oracle(rag, "village of weavers")
+    assert rag.delete(["quill", "velt"]) == 2
+    assert "quill" not in [hit.document.id for hit in rag.search("village of weavers", 10)]
+    assert rag.stats().snapshots == 6
+    with pytest.raises(DocumentNotFound, match="'quill'"):
+        rag.update([Document("x", id="quill")])
+    with pytest.raises(DocumentNotFound):
+        rag.delete(["hux", "quill"])
+    assert len(rag) == 6
+
+
+def test_reopened_it_remembers(tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder) -> None:
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns())
+        first = rag.search("the town of Sarno", 3)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        assert rag.search("the town of Sarno", 3) == first
+        assert rag.stats().documents == 8
+        assert rag.ask("the town of Sarno", k=2, max_new_tokens=2).trace.snapshots_found == 2
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_index_is_rebuilt(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, damage: str
+) -> None:
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns())
+        expected = rag.search("Hux", 3)
+    spoil(tmp_path / "index.faiss", damage)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        assert rag.search("Hux", 3) == expected
+        assert bool(rag.check(fix=True)) == (damage != "missing")
+        assert rag.check() == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_snapshot_is_encoded_again(
+    rag: KVLinkRAG, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rag.add(towns())
+    for path in (rag.directory / "snapshots").rglob("*.safetensors"):
+        spoil(path, damage)
+    with caplog.at_level(logging.INFO):
+        answer = rag.ask("Which town is Velt?", k=4, max_new_tokens=4)
+    assert answer.trace.snapshots_encoded == 4
+    assert "snapshot" in caplog.text or "passages" in caplog.text
+    assert answers_equal_oracle(rag, "Which town is Velt?")
+    problems = rag.check(fix=True)
+    assert len(problems) >= 4
+    assert rag.check() == []
+
+
+def spoil(path: Path, damage: str) -> None:
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+        return
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) * 2 // 3] ^= 1
+    path.write_bytes(data)
+
+
+def test_check_finds_and_mends_each_kind(rag: KVLinkRAG) -> None:
+    rag.add(towns())
+    stray = rag.directory / "snapshots" / "ab" / ("ab" + "0" * 62 + "-0123456789abcdef.safetensors")
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"nothing")
+    entry = next(iter(rag.catalog.iterate()))
+    rag.store.delete(entry.snapshot_key)
+    rag.catalog.delete(["hux"])
+    problems = "\n".join(rag.check(fix=True))
+    assert entry.id in problems
+    assert "no document" in problems
+    assert stray.name in problems
+    assert rag.check() == []
+    assert answers_equal_oracle(rag, "Orvale")
+
+
+def test_a_lost_catalog_is_never_an_empty_collection(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns(2))
+    for path in tmp_path.glob("catalog.sqlite*"):
+        path.unlink()
+    with pytest.raises(CatalogError, match="lost"):
+        KVLinkRAG.open(tmp_path, model=model, embedder=embedder)
+
+
+def test_an_interrupted_add_resumes(
+    rag: KVLinkRAG, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvlink_rag.indexing, "BATCH", 3)
+    stop_after = iter([None, None, None, None])
+    real = rag.store.put
+
+    def put(key, snapshot):  # type: ignore[no-untyped-def]
+        try:
+            next(stop_after)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+        return real(key, snapshot)
+
+    monkeypatch.setattr(rag.store, "put", put)
+    with pytest.raises(KeyboardInterrupt):
+        rag.add(towns())
+    monkeypatch.setattr(rag.store, "put", real)
+    assert len(rag) == 6  # two batches are in the catalog, the second without all snapshots
+    embedded = embedder.texts
+    report = rag.add(towns())
+    assert (report.added, report.unchanged, report.encoded) == (2, 6, 4)
+    assert embedder.texts == embedded + 2
+    assert answers_equal_oracle(rag, "Brisk")
+
+
+def test_another_model_is_refused_or_encoded_again(
+    tmp_path: Path, make_model: ModelMaker, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    other = make_model("llama", torch.float32, seed=1)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns())
+    with pytest.raises(SettingsMismatch, match="reencode"):
+        KVLinkRAG.open(tmp_path, model=other, embedder=embedder)
+    with KVLinkRAG.open(tmp_path, model=other, embedder=embedder, reencode=True) as rag:
+        assert rag.stats().snapshots == 8
+        assert rag.ask("Hux", k=2, max_new_tokens=2).trace.snapshots_found == 2
+        assert answers_equal_oracle(rag, "Hux")
+        assert rag.check() == []
+    with pytest.raises(SettingsMismatch):
+        KVLinkRAG.open(tmp_path, model=model, embedder=embedder)
+
+
+def test_another_embedder_is_refused_or_embedded_again(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns())
+    other = WordEmbedder("salt")
+    with pytest.raises(SettingsMismatch, match="embedder"):
+        KVLinkRAG.open(tmp_path, model=model, embedder=other)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=other, reencode=True) as rag:
+        assert rag.search("the town of Velt", 1)[0].document.id == "velt"
+        assert other.texts >= 8
+        assert rag.check() == []
+
+
+def test_a_cut_short_reencoding_is_not_taken_for_a_whole_one(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns())
+    other = WordEmbedder("salt")
+    monkeypatch.setattr(other, "embed", lambda texts: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        KVLinkRAG.open(tmp_path, model=model, embedder=other, reencode=True)
+    for maybe in (embedder, WordEmbedder("salt")):
+        with pytest.raises(SettingsMismatch):
+            KVLinkRAG.open(tmp_path, model=model, embedder=maybe)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, reencode=True) as rag:
+        assert rag.search("the town of Velt", 1)[0].document.id == "velt"
+
+
+def test_a_change_of_links_leaves_snapshots_valid(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder
+) -> None:
+    with KVLinkRAG.open(tmp_path, model=make_model(links=5), embedder=embedder) as rag:
+        rag.add(towns())
+    with KVLinkRAG.open(tmp_path, model=make_model(links=0), embedder=embedder) as rag:
+        assert rag.ask("Hux", k=2, max_new_tokens=2).trace.snapshots_found == 2
+        assert answers_equal_oracle(rag, "Hux")
+
+
+def test_two_open_collections_see_each_others_changes(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    with (
+        KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as one,
+        KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as two,
+    ):
+        one.add(towns(4))
+        assert two.search("Teldon", 1)[0].document.id == "teldon"
+        two.delete(["teldon"])
+        assert one.search("Teldon", 1)[0].document.id != "teldon"
+
+
+def test_a_size_limit_evicts_and_answers_stay_right(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, size_limit=100_000) as rag:
+        rag.add(towns())
+        assert rag.stats().snapshots < 8
+        assert rag.stats().snapshot_bytes <= 100_000
+        for town in TOWNS:
+            assert answers_equal_oracle(rag, town, k=2)
+        assert rag.stats().snapshot_bytes <= 100_000
+        assert rag.check() == []
+
+
+def test_questions_about_an_empty_collection(rag: KVLinkRAG) -> None:
+    assert rag.search("anything", 5) == []
+    answer = rag.ask("anything?", max_new_tokens=3)
+    assert answer.hits == []
+    assert answer.trace.passages == 0
+
+
+def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
+    rag.add(towns(3))
+    with pytest.raises(PassageTooLong, match="split_document"):
+        rag.add([Document("short", id="s"), Document("long " * 3000, id="l")])
+    with pytest.raises(DocumentError, match="no text"):
+        rag.add([Document("  \n", id="empty")])
+    with pytest.raises(DocumentError, match="metadata"):
+        rag.add([Document("x", metadata={"when": object()})])
+    with pytest.raises(DocumentError, match="surrogate"):
+        rag.add([Document("lone \ud800 surrogate", id="u")])
+    with pytest.raises(ConfigError, match="iterable"):
+        rag.add(Document("x"))  # type: ignore[arg-type]
+    with pytest.raises(DocumentError, match="expected a kvlink_rag.Document"):
+        rag.add(["x"])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="k is 0"):
+        rag.search("x", 0)
+    assert len(rag) == 3
+    assert len(rag.search("town", 100)) == 3
+
+
+def test_registered_documents_are_encoded_but_not_found(rag: KVLinkRAG) -> None:
+    report = rag.register(towns(3))
+    assert (report.added, report.encoded) == (3, 3)
+    assert rag.search("Orvale", 3) == []
+    rag.add(towns(1))
+    assert [hit.document.id for hit in rag.search("Orvale", 3)] == ["orvale"]
+    assert rag.stats().embedded == 1
+
+
+def test_two_rounds_find_what_the_question_does_not_name(rag: KVLinkRAG) -> None:
+    rag.add(
+        [
+            Document("Falcon: Mira Tolt.", id="one"),
+            Document("Mira Tolt: Hux.", id="two"),
+            *[Document(f"Something else, {word}.", id=word) for word in TOWNS],
+        ]
+    )
+    question = "Which birthplace has the head of Falcon?"
+    assert "two" not in [hit.document.id for hit in rag.search(question, 2)]
+    assert [hit.document.id for hit in rag.search(question, 2, rounds=2)] == ["one", "two"]
