@@ -59,6 +59,8 @@ def find_spec(name: str, directory: Path) -> Spec | None:
 
 
 def load_config(directory: Path) -> Any:
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory} holds no model: there is no config.json in it")
     try:
         return AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:

@@ -113,10 +113,11 @@ class KVLinkModel:
         one of a published checkpoint, else a spec without link tokens.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
+        target, precision = find_device(device), find_dtype(dtype)
         directory = resolve(path_or_id, bundled="lm")
         check_supported(load_config(directory))
         spec = spec or find_spec(str(path_or_id), directory)
-        model = load_model(directory, find_dtype(dtype)).to(find_device(device))
+        model = load_model(directory, precision).to(target)
         tokenizer = load_tokenizer(directory, spec)
         return cls(model, tokenizer, spec, name=str(path_or_id), source=directory)
 

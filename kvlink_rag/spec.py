@@ -19,6 +19,7 @@ from .errors import SpecError
 
 SPEC_FILE = "kvlink.json"
 SPEC_FORMAT = 1
+MOST = 1 << 22  # a token id, a slot or a count beyond this is a mistake
 
 Rank = Literal["none", "fixed", "exact"]
 
@@ -117,18 +118,22 @@ class Spec:
         if unknown := sorted(set(fields) - known):
             raise SpecError(f"{source}: unknown fields {unknown}; known are {sorted(known)}")
         try:
-            presets = fields.get("presets", {"plain": {}})
-            fields["presets"] = {name: PromptPreset(**preset) for name, preset in presets.items()}
+            if "presets" in fields:
+                fields["presets"] = _presets(fields["presets"])
             return cls(**fields)
-        except (TypeError, AttributeError) as error:
-            raise SpecError(f"{source}: {error}") from error
-        except SpecError as error:
+        except (TypeError, SpecError) as error:
             raise SpecError(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Spec:
         """Read the `kvlink.json` at `path`."""
         return cls.from_json(path.read_text(encoding="utf-8"), source=str(path))
+
+
+def _presets(value: Any) -> dict[str, PromptPreset]:
+    if not isinstance(value, dict) or not all(isinstance(p, dict) for p in value.values()):
+        raise SpecError("presets is not an object of objects with before, between and after")
+    return {name: PromptPreset(**preset) for name, preset in value.items()}
 
 
 def _object(text: str, source: str) -> dict[str, Any]:
@@ -156,6 +161,8 @@ def _check(spec: Spec) -> None:
         raise SpecError("mem_start and mem_end go together: give both or neither")
     if spec.rank not in ("none", "fixed", "exact"):
         raise SpecError(f"rank is {spec.rank!r}, expected 'none', 'fixed' or 'exact'")
+    if (spec.max_passages or 0) * spec.links_per_passage > MOST:
+        raise SpecError(f"links_per_passage times max_passages is more than {MOST}")
     ids = spec.special_ids()
     if len(set(ids)) != len(ids):
         raise SpecError("link-token ids and memory markers overlap")
@@ -163,8 +170,8 @@ def _check(spec: Spec) -> None:
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{name} is {value!r}, expected an integer of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        raise SpecError(f"{name} is {value!r}, expected an integer from {least} to {MOST}")
 
 
 def _check_texts(spec: Spec) -> None:
@@ -181,6 +188,8 @@ def _check_texts(spec: Spec) -> None:
             raise SpecError(f"preset {name!r}: before, between and after must be strings")
     if spec.preset not in spec.presets:
         raise SpecError(f"preset is {spec.preset!r}, expected one of {sorted(spec.presets)}")
+    if not isinstance(spec.notice, str) or not isinstance(spec.tokenizer, str | None):
+        raise SpecError("notice and tokenizer must be strings")
 
 
 _SYSTEM = (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -29,6 +30,10 @@ from kvlink_rag import KVLinkModel, Spec
 from kvlink_rag.spec import PromptPreset
 
 torch.set_num_threads(1)
+settings.register_profile(
+    "shared", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60
+)
+settings.load_profile("shared")
 
 MAX_PASSAGES = 40
 SHARED_DATA = Path(

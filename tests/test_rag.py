@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ModelMaker, WordEmbedder
 
 import kvlink_rag.indexing
-from conftest import ModelMaker, WordEmbedder
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.errors import (
     CatalogError,
@@ -308,7 +308,7 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         rag.add([Document("lone \ud800 surrogate", id="u")])
     with pytest.raises(ConfigError, match="iterable"):
         rag.add(Document("x"))  # type: ignore[arg-type]
-    with pytest.raises(DocumentError, match="expected a kvlink_rag.Document"):
+    with pytest.raises(DocumentError, match=r"expected a kvlink_rag\.Document"):
         rag.add(["x"])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="k is 0"):
         rag.search("x", 0)

@@ -1,0 +1,56 @@
+"""The public face: names, laziness, no network and no telemetry at import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import kvlink_rag
+
+PUBLIC = {
+    "Answer",
+    "AnswerStream",
+    "ContrieverEmbedder",
+    "Document",
+    "Embedder",
+    "Hit",
+    "KVLinkError",
+    "KVLinkModel",
+    "KVLinkRAG",
+    "Layout",
+    "Part",
+    "Passage",
+    "Prefill",
+    "PromptPreset",
+    "Spec",
+    "Text",
+    "TextStream",
+    "Trace",
+    "Verification",
+    "__version__",
+    "split_document",
+}
+
+
+def test_public_names_are_locked() -> None:
+    assert set(kvlink_rag.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(kvlink_rag, name) is not None
+    assert set(dir(kvlink_rag)) == PUBLIC
+
+
+def test_unknown_names_raise() -> None:
+    assert not hasattr(kvlink_rag, "Chunk")
+
+
+def test_importing_opens_no_socket_and_loads_no_torch() -> None:
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise SystemExit('a socket was opened')\n"
+        "socket.socket.connect = refuse\n"
+        "socket.create_connection = refuse\n"
+        "import kvlink_rag\n"
+        "assert 'torch' not in sys.modules\n"
+        "kvlink_rag.KVLinkRAG, kvlink_rag.KVLinkModel\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

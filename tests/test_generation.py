@@ -1,0 +1,126 @@
+"""Tokens to text: valid Unicode at every step, stop strings whole; and sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvlink_rag.errors import ConfigError
+from kvlink_rag.generation import Sampling, TextPieces, sample
+from kvlink_rag.tokens import PartTokenizer
+
+ENCODER = PartTokenizer(byte_tokenizer())
+TEXTS = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=30)
+
+
+def pieces_of(text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], TextPieces]:
+    pieces = TextPieces(ENCODER.decode, stop)
+    out = []
+    for token in ENCODER.encode(text):
+        out.append(pieces.push(token))
+        if pieces.stopped:
+            break
+    out.append(pieces.finish())
+    return out, pieces
+
+
+@given(TEXTS)
+def test_pieces_join_to_the_text(text: str) -> None:
+    out, _ = pieces_of(text)
+    assert "".join(out) == text
+    for piece in out:
+        piece.encode("utf-8")
+        assert "\N{REPLACEMENT CHARACTER}" not in piece or "\N{REPLACEMENT CHARACTER}" in text
+
+
+@given(
+    TEXTS,
+    st.lists(st.text(alphabet="abé漢", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.text(alphabet="abé漢", max_size=30),
+)
+def test_stop_strings_are_never_split(head: str, stops: list[str], tail: str) -> None:
+    """What is yielded is the text before the earliest stop string, and never part of one."""
+    text = head + tail
+    out, pieces = pieces_of(text, tuple(stops))
+    joined = "".join(out)
+    first = min((text.find(stop) for stop in stops if stop in text), default=-1)
+    if first < 0:
+        assert joined == text
+        assert not pieces.stopped
+    else:
+        # one token may bring several characters: the first stop found when its token came
+        assert pieces.stopped
+        assert text.startswith(joined)
+        assert not any(stop in joined for stop in stops)
+    seen = ""
+    for piece in out:
+        seen += piece
+        assert not any(stop in seen for stop in stops)
+
+
+def test_half_a_character_is_held_back() -> None:
+    pieces = TextPieces(ENCODER.decode)
+    tokens = ENCODER.encode("漢")
+    assert [pieces.push(token) for token in tokens] == ["", "", "漢"]
+
+
+def test_bytes_that_are_no_text_come_out_at_the_end() -> None:
+    pieces = TextPieces(ENCODER.decode)
+    tokens = [ENCODER.encode("a")[0], *ENCODER.encode("漢")[:2]]
+    assert "".join(pieces.push(token) for token in tokens) == "a"
+    assert pieces.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_held_back_text_comes_out_when_no_stop_follows() -> None:
+    out, _ = pieces_of("abc", ("bcd",))
+    assert out[-1] == "bc"
+
+
+def test_greedy_and_sampling() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
+    greedy = Sampling()
+    assert sample(logits, greedy, greedy.generator()) == 1
+    drawn = Sampling(temperature=1.0, seed=7)
+    one, two = drawn.generator(), drawn.generator()
+    first = [sample(logits, drawn, one) for _ in range(20)]
+    assert first == [sample(logits, drawn, two) for _ in range(20)]
+    assert len(set(first)) > 1
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    drawn = Sampling(temperature=0.5, seed=0)
+    generator = drawn.generator()
+    draws = torch.tensor([sample(logits, drawn, generator) for _ in range(4000)])
+    expected = torch.softmax(logits / 0.5, 0)
+    found = draws.bincount(minlength=3) / 4000
+    assert torch.allclose(found, expected, atol=0.03)  # four standard deviations of 4000 draws
+
+
+def test_top_p_keeps_the_smallest_set() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    drawn = Sampling(temperature=1.0, top_p=0.7, seed=0)
+    generator = drawn.generator()
+    assert {sample(logits, drawn, generator) for _ in range(300)} == {0, 1}
+    tiny = Sampling(temperature=1.0, top_p=1e-9, seed=0)
+    assert {sample(logits, tiny, tiny.generator()) for _ in range(5)} == {0}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"stop": ("",)},
+    ],
+)
+def test_impossible_sampling_is_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Sampling(**bad)  # type: ignore[arg-type]
