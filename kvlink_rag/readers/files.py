@@ -1,0 +1,181 @@
+"""Finding files, and their bytes as text. Knows the file system; knows no format."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+MAX_BYTES = 64 * 2**20
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BINARY_LOOK = 8192  # a NUL this early means that a file is not text, as for git
+_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What went wrong in one place: `source` is a path, `path:line` or `path, page n`.
+
+    skipped: the place gave no document. Otherwise it did, but some of it is not as it was.
+    """
+
+    source: str
+    message: str
+    skipped: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to read, and the name it goes by."""
+
+    path: Path
+    source: str
+
+    @property
+    def suffix(self) -> str:
+        """The lower-case suffix, which says the format."""
+        return self.path.suffix.lower()
+
+    @property
+    def stem(self) -> str:
+        """The file's name without suffix: the last resort for a title."""
+        return clean(self.path.stem)
+
+    def load(self, max_bytes: int) -> bytes | Problem:
+        """The whole file, or the problem that it is too large."""
+        with self.path.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+        return data if len(data) <= max_bytes else too_large(self.source, "the file", max_bytes)
+
+
+def too_large(source: str, what: str, max_bytes: int) -> Problem:
+    """The problem of a file or line over the limit."""
+    limit = f"{max_bytes / 2**20:g} MiB" if max_bytes >= 2**20 else f"{max_bytes} bytes"
+    return Problem(source, f"{what} is larger than {limit}; split it, or raise the limit")
+
+
+def clean(text: str) -> str:
+    """`text` with lone surrogates, which are no Unicode text, as U+FFFD."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def decode(data: bytes, source: str) -> tuple[str, list[Problem]]:
+    """Text of `data`: by its byte order mark, else UTF-8; lines end with a newline alone.
+
+    What cannot be decoded becomes U+FFFD, with a warning. Binary data is a problem without text.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    problems = []
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        text = data.decode(encoding, errors="replace")
+        name = encoding.removesuffix("-sig").upper()
+        message = f"not {name} at byte {error.start}; what cannot be read was replaced by U+FFFD"
+        problems.append(Problem(source, message, skipped=False))
+    if is_binary(text):
+        return "", [not_text(source)]
+    return text.replace("\r\n", "\n").replace("\r", "\n"), problems
+
+
+def is_binary(text: str) -> bool:
+    """Does decoded `text` look like no text at all?"""
+    return "\0" in text[:_BINARY_LOOK]
+
+
+def not_text(source: str) -> Problem:
+    """The problem of a file that `is_binary`."""
+    return Problem(source, "not a text file: it holds zero bytes (UTF-16 needs a byte order mark)")
+
+
+def find_files(
+    paths: Iterable[str | PathLike[str]], suffixes: Collection[str]
+) -> tuple[list[SourceFile], list[Problem]]:
+    """The files of `paths` with one of `suffixes`, each once, and the paths that gave none."""
+    search = _Search(suffixes)
+    for path in paths:
+        search.take(Path(path))
+    return search.files, search.problems
+
+
+class _Search:
+    """One walk over some paths. No recursion: folders may be nested deeper than Python's stack."""
+
+    def __init__(self, suffixes: Collection[str]) -> None:
+        self.files: list[SourceFile] = []
+        self.problems: list[Problem] = []
+        self._suffixes = suffixes
+        self._known = ", ".join(suffixes)
+        self._seen: set[tuple[int, int]] = set()  # device and inode: links may lead back
+
+    def take(self, path: Path) -> None:
+        """All files at or below a path that the caller named."""
+        before, source = len(self.files), clean(path.as_posix())
+        kind = self._kind(path, source)
+        if kind == "folder":
+            problems = len(self.problems)
+            self._walk(path)
+            if len(self.files) == before and len(self.problems) == problems:
+                self._problem(source, f"no new {self._known} files in this folder")
+        elif kind == "file" and path.suffix.lower() in self._suffixes:
+            self.files.append(SourceFile(path, source))
+        elif kind in ("file", "other"):
+            self._problem(source, f"not a file of a known kind; known are {self._known}")
+
+    def _walk(self, folder: Path) -> None:
+        pending = [folder]
+        while pending:
+            path = pending.pop()
+            if path is folder or (kind := self._kind(path, clean(path.as_posix()))) == "folder":
+                pending += reversed(self._children(path))
+            elif kind == "file":
+                self.files.append(SourceFile(path, clean(path.as_posix())))
+
+    def _children(self, folder: Path) -> list[Path]:
+        """Folders and files of known kinds in `folder`, by name; hidden ones are left out."""
+        try:
+            with os.scandir(folder) as entries:
+                names = sorted(e.name for e in entries if self._wanted(e))
+        except OSError as error:
+            self._problem(clean(folder.as_posix()), f"cannot be listed: {error.strerror}")
+            return []
+        return [folder / name for name in names]
+
+    def _wanted(self, entry: os.DirEntry[str]) -> bool:
+        known = os.path.splitext(entry.name)[1].lower() in self._suffixes
+        return not entry.name.startswith(".") and (known or entry.is_dir())
+
+    def _kind(self, path: Path, source: str) -> str:
+        """ "file", "folder" or "other"; "" for what was seen before or cannot be looked at."""
+        try:
+            status = path.stat()
+        except (OSError, ValueError) as error:
+            reason = "no such file or folder" if isinstance(error, FileNotFoundError) else error
+            self._problem(source, str(getattr(reason, "strerror", None) or reason))
+            return ""
+        identity = (status.st_dev, status.st_ino)
+        if identity in self._seen:
+            return ""
+        if stat.S_ISDIR(status.st_mode) or path.suffix.lower() in self._suffixes:
+            self._seen.add(identity)
+        if stat.S_ISDIR(status.st_mode):
+            return "folder"
+        return "file" if stat.S_ISREG(status.st_mode) else "other"
+
+    def _problem(self, source: str, message: str) -> None:
+        self.problems.append(Problem(source, message))
