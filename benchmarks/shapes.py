@@ -5,6 +5,9 @@ TTFT does not depend on what the weights are, so a shape is enough to time it ho
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlink_rag import KVLinkModel, PromptPreset
+from kvlink_rag.attention import NAME
 from kvlink_rag.spec import KVLINK5_LLAMA32
 
 SYSTEM_WORDS = 43  # tokens of the published system prompt, up to and including the user header
@@ -75,6 +79,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> 
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
+    model.set_attn_implementation(NAME)  # as `from_pretrained` loads it
     system = " ".join(f"w{i}" for i in range(SYSTEM_WORDS))
     after = " ".join(f"w{i}" for i in range(AFTER_WORDS))
     spec = replace(
@@ -100,3 +105,28 @@ def words(count: int, generator: torch.Generator) -> str:
     """`count` random words."""
     ids = torch.randint(0, 120000, (count,), generator=generator)
     return " ".join(f"w{i}" for i in ids.tolist())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.machine()

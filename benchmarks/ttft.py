@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from shapes import SHAPES, random_model, words
+from shapes import SHAPES, machine, random_model, words
 from transformers import DynamicCache
 
 from kvlink_rag import Document, KVLinkModel, Layout, Part, Trace
@@ -142,10 +141,17 @@ def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
         "position_ids": at[None].to(device),
         "attention_mask": mask[None, None].to(device),
     }
-    return timed(
-        model,
-        lambda: backbone.model(past_key_values=cache, logits_to_keep=1, **inputs).logits.argmax(),
-    )
+    ours = backbone.config._attn_implementation
+    backbone.config._attn_implementation = "sdpa"
+    try:
+        return timed(
+            model,
+            lambda: backbone.model(
+                past_key_values=cache, logits_to_keep=1, **inputs
+            ).logits.argmax(),
+        )
+    finally:
+        backbone.config._attn_implementation = ours
 
 
 def timed(model: KVLinkModel, call: Callable[[], torch.Tensor]) -> float:
@@ -183,19 +189,6 @@ def show(row: dict[str, Any]) -> None:
         f"  read {row['read_ms']:.0f} ms  assembly {row['assembly_ms']:.0f} ms",
         flush=True,
     )
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def parse() -> argparse.Namespace:

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .attention import NAME as GROUPED
+from .attention import pack_mask
 from .errors import ModelNotSupported
 from .fingerprint import module_digest, weights_digest
 from .layout import visibility
@@ -219,19 +221,30 @@ class Backbone:
         return [k.view(shape) for k in capture[0]], [v.view(shape) for v in capture[1]]
 
     def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor) -> Any:
-        """The attention masks, bool [1, 1, queries, keys]: one, or one for each kind of layer."""
+        """The attention masks [1, 1, queries, keys]: one, or one for each kind of layer."""
         window = self._sliding_window()
         if window is None and _is_causal(at, seg, key_at):
             return None  # transformers' own causal attention, without a mask in memory
-        kinds = set(getattr(self.config, "layer_types", None) or [])
-        if self.config.model_type in ("llama", "mistral"):
-            return visibility(at, seg, key_at, key_seg, window=window)[None, None]
-        masks = {"full_attention": visibility(at, seg, key_at, key_seg)[None, None]}
-        if "sliding_attention" in kinds:
-            masks["sliding_attention"] = visibility(at, seg, key_at, key_seg, window=window)[
-                None, None
-            ]
-        return masks
+        everywhere = visibility(at, seg, key_at, key_seg)
+        if window is None:
+            mask = self._mask(everywhere)
+            return mask if self._one_mask else {"full_attention": mask}
+        near = self._mask(visibility(at, seg, key_at, key_seg, window=window))
+        if self._one_mask:
+            return near
+        return {"full_attention": self._mask(everywhere), "sliding_attention": near}
+
+    @property
+    def _one_mask(self) -> bool:
+        """Whether all layers of this architecture take one and the same mask."""
+        return self.config.model_type in ("llama", "mistral")
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """bool [queries, keys] in the form that this model's attention takes."""
+        if self.config._attn_implementation == GROUPED:
+            groups = self.config.num_attention_heads // self.kv_heads
+            return pack_mask(seen, groups, self.dtype)
+        return seen[None, None]
 
     def _sliding_window(self) -> int | None:
         """The window in positions, or None where no layer slides."""

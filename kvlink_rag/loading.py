@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .attention import NAME as GROUPED
 from .errors import ConfigError, ModelNotSupported
 from .spec import PUBLISHED, SPEC_FILE, Spec
 
@@ -72,7 +73,7 @@ def load_config(directory: Path) -> Any:
 def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+            directory, dtype=dtype, use_safetensors=True, attn_implementation=GROUPED
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

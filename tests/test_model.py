@@ -39,7 +39,7 @@ def test_from_pretrained(saved: Path, model: KVLinkModel) -> None:
     loaded = KVLinkModel.from_pretrained(saved, device="cpu")
     assert loaded.spec == byte_spec()
     parts = loaded.prompt(DOCS, "what?")
-    assert torch.equal(loaded.prefill(parts).logits, model.prefill(parts).logits)
+    assert torch.allclose(loaded.prefill(parts).logits, model.prefill(parts).logits, atol=1e-4)
     assert loaded.fingerprint == KVLinkModel.from_pretrained(saved, device="cpu").fingerprint
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,24 @@ def test_both_equal_a_mask_written_from_the_rule(make_model: ModelMaker, family:
     for mode in ("reuse", "masked"):
         got = model.prefill(parts, mode=mode, reuse=fresh(model))
         assert difference(got.logits, expected) < TOLERANCE[F32], mode
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_loaded_model_equals_the_rule(
+    make_model: ModelMaker, family: str, tmp_path: Path
+) -> None:
+    """`from_pretrained` brings our attention; the rule is run by transformers' own."""
+    plain = make_model(family, F32)
+    plain.backbone.model.save_pretrained(tmp_path)
+    plain.tokenizer.hf.save_pretrained(tmp_path)
+    loaded = KVLinkModel.from_pretrained(tmp_path, device="cpu", spec=plain.spec)
+    parts = prompt(loaded, 5, seed=3)
+    expected = rule_logits(plain, plain.layout(parts))
+    for mode in ("reuse", "masked"):
+        got = loaded.prefill(parts, mode=mode, reuse=fresh(loaded))
+        assert difference(got.logits, expected) < TOLERANCE[F32], mode
+    texts = {m: loaded.generate(parts, max_new_tokens=12, mode=m) for m in ("reuse", "masked")}
+    assert texts["reuse"] == texts["masked"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
