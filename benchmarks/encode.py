@@ -1,12 +1,12 @@
-"""Encoding: snapshot tokens a second against a plain batched prefill, and memory over many passages.
+"""Encoding: snapshot tokens a second against a plain batched prefill; memory over many passages.
 
     python benchmarks/encode.py --shape llama-3.2-1b --passages 20 --tokens 200 --rounds 5
 
 Each round runs, one after the other, over the same passages in the same batches:
-    encode  `encode_many` and `SnapshotStore.put`: snapshots on disk (page cache), checksums included
+    encode  `encode_many` and `SnapshotStore.put`: snapshots on disk (page cache), checksums too
     plain   transformers' own forward with its own cache, nothing kept
-Then a collection takes `--many` passages through `KVLinkRAG.add` with a small random model, and the
-process's memory is read after each fifth of them. The last line is one JSON object.
+Then a collection takes `--many` passages through `KVLinkRAG.add` with a small random model, and
+the process's memory is read after each fifth of them. The last line is one JSON object.
 """
 
 from __future__ import annotations
