@@ -149,7 +149,7 @@ def test_borders_are_paragraphs_then_sentences_then_lines_then_words():
     assert texts("a b c\nd e f", 5) == ["a b c", "d e f"]
     assert texts("a b c d e", 3) == ["a b c", "d e"]
     # a border that would leave less than a quarter is passed over for a finer one
-    assert texts("a\n\nb c d e f. g h i j k l m", 8) == ["a\n\nb c d e f.", "g h i j k l m"]
+    assert texts("a\n\nbb cc dd ee. Ff gg hh ii", 8) == ["a\n\nbb cc dd ee.", "Ff gg hh ii"]
 
 
 @pytest.mark.parametrize(
