@@ -16,9 +16,10 @@ from ..errors import DocumentError
 from . import html, jsonl, pdf, text
 from .files import MAX_BYTES, Problem, SourceFile, find_files
 
-__all__ = ["MAX_BYTES", "SUFFIXES", "Problem", "read_paths"]
+__all__ = ["MAX_BYTES", "SUFFIXES", "Problem", "SourceFile", "find", "read_file", "read_paths"]
 
 Reader = Callable[[SourceFile, int], Iterator["Document | Problem"]]
+OnProblem = Callable[[Problem], None]
 
 _READERS: dict[str, Reader] = {
     ".txt": text.read_text,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 def read_paths(
     paths: Iterable[str | PathLike[str]],
     *,
-    on_problem: Callable[[Problem], None] | None = None,
+    on_problem: OnProblem | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[Document]:
     """The documents in `paths`, files or folders, one file after the other.
@@ -54,30 +55,37 @@ def read_paths(
     max_bytes: the most bytes of one file, or of one line of a .jsonl file.
     Raises `MissingExtra` before anything is read where a file needs a package that is missing.
     """
-    report = on_problem or _raise_or_log
+    report = on_problem or raise_or_log
+    for file in find(paths, report):
+        yield from read_file(file, report, max_bytes)
+
+
+def find(paths: Iterable[str | PathLike[str]], on_problem: OnProblem) -> list[SourceFile]:
+    """The files that `read_paths` reads, each once. Raises `MissingExtra`."""
     files, problems = find_files(paths, SUFFIXES)
     for suffix in sorted({file.suffix for file in files} & set(_NEEDS)):
         _NEEDS[suffix]()
     for problem in problems:
-        report(problem)
-    for file in files:
-        yield from _read(file, report, max_bytes)
+        on_problem(problem)
+    return files
 
 
-def _read(
-    file: SourceFile, report: Callable[[Problem], None], max_bytes: int
+def read_file(
+    file: SourceFile, on_problem: OnProblem, max_bytes: int = MAX_BYTES
 ) -> Iterator[Document]:
+    """The documents of one file."""
     try:
         for found in _READERS[file.suffix](file, max_bytes):
             if isinstance(found, Problem):
-                report(found)
+                on_problem(found)
             else:
                 yield found
     except OSError as error:
-        report(Problem(file.source, f"cannot be read: {error.strerror or error}"))
+        on_problem(Problem(file.source, f"cannot be read: {error.strerror or error}"))
 
 
-def _raise_or_log(problem: Problem) -> None:
+def raise_or_log(problem: Problem) -> None:
+    """Raise `DocumentError` for what must be skipped; log a warning."""
     if problem.skipped:
         raise DocumentError(str(problem))
     logger.warning("%s", problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import stat
@@ -79,7 +80,7 @@ def decode(data: bytes, source: str) -> tuple[str, list[Problem]]:
 
     What cannot be decoded becomes U+FFFD, with a warning. Binary data is a problem without text.
     """
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = marked_encoding(data) or "utf-8"
     problems = []
     try:
         text = data.decode(encoding)
@@ -91,6 +92,11 @@ def decode(data: bytes, source: str) -> tuple[str, list[Problem]]:
     if is_binary(text):
         return "", [not_text(source)]
     return text.replace("\r\n", "\n").replace("\r", "\n"), problems
+
+
+def marked_encoding(data: bytes) -> str | None:
+    """The encoding that a byte order mark names."""
+    return next((name for mark, name in _MARKS if data.startswith(mark)), None)
 
 
 def is_binary(text: str) -> bool:
@@ -158,7 +164,9 @@ class _Search:
 
     def _wanted(self, entry: os.DirEntry[str]) -> bool:
         known = os.path.splitext(entry.name)[1].lower() in self._suffixes
-        return not entry.name.startswith(".") and (known or entry.is_dir())
+        with contextlib.suppress(OSError):  # a link to itself
+            return not entry.name.startswith(".") and (known or entry.is_dir())
+        return False
 
     def _kind(self, path: Path, source: str) -> str:
         """ "file", "folder" or "other"; "" for what was seen before or cannot be looked at."""

@@ -6,6 +6,8 @@ dropped. The walk keeps its own stack, so that hostile nesting does not exhaust 
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..documents import Document
 from ..errors import MissingExtra
-from .files import Problem, SourceFile, clean, is_binary, not_text
+from .files import Problem, SourceFile, clean, is_binary, marked_encoding, not_text
 from .text import empty, markdown_document, top_heading
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ _SPACE = re.compile(r"[ \t\r\n\f]+")
 # A line of text that Markdown would take for a heading, an underline or a fence.
 _MARKDOWN = re.compile(r"^(?= {0,3}(?:#{1,6}[ \t]|`{3}|~{3}|=+[ \t]*$|-{2,}[ \t]*$))", re.MULTILINE)
 _TITLE_CHARACTERS = 200
+# Codecs that no declaration may name: not wide ones, whose declaration could not be read, nor
+# Python's own, some of which take quadratic time.
+_NO_CHARSET = re.compile(r"utf-(16|32|7)|idna|punycode|.*escape|undefined")
 
 
 def require() -> None:
@@ -72,11 +77,21 @@ def read_html(file: SourceFile, max_bytes: int) -> Iterator[Document | Problem]:
 
 
 def _decode(data: bytes) -> tuple[str, bool]:
-    """The page by byte order mark, declaration, UTF-8 or Windows-1252; and: was any replaced?"""
-    from bs4.dammit import UnicodeDammit
+    """The page as text, and whether characters were replaced.
 
-    found = UnicodeDammit(data, is_html=True)
-    return found.unicode_markup or "", bool(found.contains_replacement_characters)
+    By byte order mark, declaration, UTF-8 or Windows-1252: as the HTML standard has it, without
+    guessing by statistics, which is wrong on short pages.
+    """
+    from bs4.dammit import EncodingDetector
+
+    marked = marked_encoding(data)
+    declared = EncodingDetector.find_declared_encoding(data, is_html=True) or "utf-8"
+    for encoding in () if marked else (declared, "utf-8"):
+        with contextlib.suppress(LookupError, UnicodeError):
+            if not _NO_CHARSET.match(codecs.lookup(encoding).name):
+                return data.decode(encoding), False
+    text = data.decode(marked or "windows-1252", errors="replace")
+    return text, "\N{REPLACEMENT CHARACTER}" in text
 
 
 def _parse(page: str) -> BeautifulSoup:

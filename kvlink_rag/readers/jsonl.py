@@ -82,7 +82,7 @@ def _documents(line: bytes, source: str, path: str, max_bytes: int) -> Iterator[
     if not text.strip() or any(problem.skipped for problem in problems):
         return
     try:
-        yield _document(_parse(text), path)
+        yield _document(_parse(text.strip()), path)
     except (DocumentError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         yield Problem(source, str(reason))
@@ -93,10 +93,12 @@ def _parse(text: str) -> dict[str, Any]:
         fields = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise DocumentError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except DocumentError:
+        raise
     except ValueError as error:  # Python reads no integer of more than 4300 digits
         raise DocumentError("a number has too many digits") from error
     if not isinstance(fields, dict):
-        raise DocumentError(f'expected a JSON object with "text", found {_kind(fields)}')
+        raise DocumentError(f'expected an object with "text", found {_kind(fields)}')
     return fields
 
 
