@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +28,17 @@ from tqdm.auto import tqdm
 
 from .answering import Reuse, TextStream
 from .catalog import Catalog, Entry
-from .documents import Document, Hit
-from .embedder import Embedder
-from .errors import ConfigError, DocumentNotFound, IndexCorrupt, StorageError
-from .files import private_directory
+from .documents import Document, Hit, Part, Passage
+from .embedder import Embedder, Vectors
+from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
 from .index import VectorIndex
 from .indexing import AddReport, index_documents, remove_unused
 from .mending import check_collection, reembed, reencode
 from .model import KVLinkModel, Verification
+from .outline import ModelOutline
 from .prefix import PrefixCache
-from .retrieval import retrieve
+from .recognition import MIN_TOKENS, Recogniser
+from .retrieval import Where, check_count, retrieve
 from .settings import Settings
 from .spec import Spec
 from .store import SnapshotStore
@@ -99,15 +101,19 @@ class KVLinkRAG:
         store: SnapshotStore,
         *,
         prefix_budget: int,
+        min_tokens: int = MIN_TOKENS,
     ) -> None:
         self.directory, self.catalog, self.store = directory, catalog, store
         self._settings = settings
         self._prefix = PrefixCache(prefix_budget) if prefix_budget else None
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # parts and index, held briefly
+        self._writer = threading.RLock()  # one writer among this process's threads
         self._writing = filelock.FileLock(directory / LOCK, thread_local=False)
         self._index: VectorIndex | None = None
         self._index_version = self._saved_version = 0
         self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse] | None = None
+        self._recogniser = Recogniser(catalog, self._count_tokens, min_tokens=min_tokens)
+        self._system_prompts: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -121,6 +127,7 @@ class KVLinkRAG:
         spec: Spec | None = None,
         size_limit: int | None = None,
         prefix_budget: int = PREFIX_BUDGET,
+        min_tokens: int = MIN_TOKENS,
         reencode: bool = False,
         create: bool = True,
     ) -> KVLinkRAG:
@@ -128,19 +135,24 @@ class KVLinkRAG:
 
         model, embedder: names, directories or loaded objects; None: what the directory remembers,
         else the bundled small pair. size_limit: bytes of snapshots to keep at most.
-        prefix_budget: bytes of computed runs to keep in memory; 0 keeps none. reencode: where the
-        directory remembers another model or embedder, take the new one and encode again.
+        prefix_budget: bytes of computed runs to keep in memory; 0 keeps none. min_tokens: the
+        shortest stretch that `recognise` takes for a passage. reencode: where the directory
+        remembers another model or embedder, take the new one and encode again.
         Raises `SettingsMismatch` (another model or embedder, without `reencode`), `StorageError`.
         """
         try:
-            path = private_directory(Path(directory).expanduser()) if create else Path(directory)
+            path = Path(directory).expanduser()
+            if create:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = path.resolve(strict=True)
         except OSError as error:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
         catalog = Catalog.open(path / CATALOG, create=create, siblings=[INDEX, SNAPSHOTS])
         settings = Settings(catalog, model, embedder, device=device, dtype=dtype, spec=spec)
         store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
-        rag = cls(path, settings, catalog, store, prefix_budget=prefix_budget)
+        rag = cls(
+            path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
+        )
         try:
             rag._settle(reencode)
         except BaseException:
@@ -170,26 +182,31 @@ class KVLinkRAG:
         self.get([document.identified().id or "" for document in batch])
         return self.add(batch, show_progress=show_progress)
 
-    def delete(self, ids: Iterable[str]) -> int:
+    def delete(self, ids: Iterable[str], *, missing_ok: bool = False) -> int:
         """Delete documents by id and return how many.
 
-        Raises `DocumentNotFound`, and deletes none, where one of them is not there.
+        Raises `DocumentNotFound`, and deletes none, where one of them is not there, unless
+        `missing_ok`.
         """
         wanted = [ids] if isinstance(ids, str) else list(ids)
         with self.writing():
-            self.get(wanted)
+            self.get(wanted, missing_ok=missing_ok)
             gone = self.catalog.delete(wanted)
             self.refresh_index()
             remove_unused(self, gone)
         return len(gone)
 
-    def get(self, ids: Iterable[str]) -> list[Document]:
-        """Documents by id, in order. Raises `DocumentNotFound`."""
+    def get(self, ids: Iterable[str], *, missing_ok: bool = False) -> list[Document]:
+        """Documents by id, in order.
+
+        Raises `DocumentNotFound` where one is not there; with `missing_ok` it is left out.
+        """
         wanted = [ids] if isinstance(ids, str) else list(ids)
         found = {entry.id: entry for entry in self.catalog.get(wanted)}
-        if missing := [id for id in wanted if id not in found]:
+        missing = [id for id in wanted if id not in found]
+        if missing and not missing_ok:
             raise DocumentNotFound(f"no document with id {missing[0]!r} in {self.directory}")
-        return [found[id].document for id in wanted]
+        return [found[id].document for id in wanted if id in found]
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the order they were first added."""
@@ -200,9 +217,33 @@ class KVLinkRAG:
 
     # Questions
 
-    def search(self, query: str, k: int = 10, *, rounds: int = 1) -> list[Hit]:
-        """The best `k` documents for `query`; fewer where there are fewer. See `retrieve`."""
-        return retrieve(self._search_many, query, k, rounds)
+    def search(
+        self, query: str, k: int = 10, *, rounds: int = 1, where: Where | None = None
+    ) -> list[Hit]:
+        """The best `k` documents for `query`; fewer where there are fewer. See `retrieve`.
+
+        where: takes a document, says whether it may be a hit.
+        """
+        return retrieve(partial(self._search_many, where=where), query, k, rounds)
+
+    def search_vector(
+        self, vector: Vectors, k: int = 10, *, where: Where | None = None
+    ) -> list[Hit]:
+        """The best `k` documents for a vector (float32 [dimension]) of this embedder."""
+        check_count(k)
+        return self._nearest(vector, k, where) if len(self.refresh_index()) else []
+
+    def vectors(self, ids: Iterable[str]) -> Vectors:
+        """The vectors of documents, float32 [ids, dimension], in order.
+
+        Raises `DocumentNotFound` where one is not there or was registered without a vector.
+        """
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        index = self.refresh_index()
+        rows = {entry.id: entry.row for entry in self.catalog.get(wanted) if entry.row in index}
+        if missing := [id for id in wanted if id not in rows]:
+            raise DocumentNotFound(f"no vector of id {missing[0]!r} in {self.directory}")
+        return index.vectors([rows[id] for id in wanted])
 
     def stream(
         self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any
@@ -221,6 +262,58 @@ class KVLinkRAG:
         """Compare reuse of this collection's snapshots with the masked full prefill."""
         documents = [entry.document for entry in islice(self.catalog.iterate(k), k)]
         return self.model.verify(self.model.prompt(documents, question), reuse=self.reuse)
+
+    # Prompts that someone else wrote
+
+    def recognise(
+        self, prompt: str, *, question: str | None = None, system: Sequence[str] = ()
+    ) -> list[Part]:
+        """`prompt` as parts: what is verbatim the text of a document here becomes a `Passage`.
+
+        question: the question as it stands in the prompt, which is never a passage; None finds it
+        (`recognition.find_question`). system: more prompts of the application, besides those
+        registered. Passages beyond the model's slots stay text.
+        """
+        known, most = (*self._system_prompts, *system), self.model.spec.max_passages
+        return self._recogniser.recognise(prompt, question=question, system=known, most=most)
+
+    def recognise_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, system: Sequence[str] = ()
+    ) -> list[Part]:
+        """A conversation as parts: contents as in `recognise`, then `KVLinkModel.chat`.
+
+        The question of every user message and all that the assistant said stay text.
+        """
+        known, most = (*self._system_prompts, *system), self.model.spec.max_passages
+        contents = self._recogniser.recognise_contents(messages, system=known, most=most)
+        return self.model.chat(contents)
+
+    def register_system_prompt(self, text: str) -> None:
+        """Never take `text`, the application's own prompt, for a passage."""
+        if text.strip() and text not in self._system_prompts:
+            self._system_prompts += (text,)
+
+    def complete(self, prompt: str | Sequence[Mapping[str, Any]], **arguments: Any) -> TextStream:
+        """Stream the answer to a prompt or to messages, reusing every passage recognised in it.
+
+        A string is one user message; without a chat template the spec's preset stands around it.
+        Logs a warning where the collection has documents and none was recognised. Arguments as in
+        `KVLinkModel.stream`. Raises `PromptError` for an empty prompt.
+        """
+        trace = Trace()
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not messages or (isinstance(prompt, str) and not prompt.strip()):
+            raise PromptError("the prompt is empty, expected text or messages")
+        with trace.stage("retrieval"):
+            parts = self.recognise_chat(messages)
+        if not any(isinstance(part, Passage) for part in parts) and len(self):
+            logger.warning(
+                "recognised none of the %d documents of %s in the prompt, so all of it is "
+                "computed; texts must stand in it unchanged",
+                len(self),
+                self.directory,
+            )
+        return self.model.stream(parts, reuse=self.reuse, trace=trace, **arguments)
 
     # Care
 
@@ -276,6 +369,19 @@ class KVLinkRAG:
     def model(self) -> KVLinkModel:
         """The language model."""
         return self._loaded()[0]
+
+    def outline(self) -> ModelOutline:
+        """The model's name, window, tokenizer and spec, without loading its weights."""
+        return self._settings.outline()
+
+    def uses(
+        self,
+        model: KVLinkModel | str | Path | None = None,
+        embedder: Embedder | str | Path | None = None,
+        device: str = "auto",
+    ) -> bool:
+        """Whether these arguments of `open` ask for what is open here."""
+        return self._settings.uses(model, embedder, device)
 
     @property
     def snapshots(self) -> StoredSnapshots:
@@ -351,7 +457,7 @@ class KVLinkRAG:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time, among all threads and processes."""
-        with self._lock, self._writing:
+        with self._writer, self._writing:
             yield
 
     def _take(
@@ -366,18 +472,32 @@ class KVLinkRAG:
         ):
             return index_documents(self, documents, embed=embed, advance=bar.update)
 
-    def _search_many(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        index = self.refresh_index()
-        if not len(index):
+    def _count_tokens(self, text: str) -> int:
+        return len(self.model.tokenizer.encode(text))
+
+    def _search_many(
+        self, queries: Sequence[str], k: int, *, where: Where | None = None
+    ) -> list[list[Hit]]:
+        if not len(self.refresh_index()):
             return [[] for _ in queries]
         vectors = self.embedder.embed_queries(list(queries))
-        found = [index.search(vector, k) for vector in vectors]
-        rows = {row for hits in found for row, _ in hits}
-        entries = {entry.row: entry for entry in self.catalog.by_rows(rows)}
-        return [
-            [Hit(entries[row].document, score) for row, score in hits if row in entries]
-            for hits in found
-        ]
+        return [self._nearest(vector, k, where) for vector in vectors]
+
+    def _nearest(self, vector: Vectors, k: int, where: Where | None) -> list[Hit]:
+        """The best `k` hits that `where` takes; asks the index for more until there are `k`."""
+        index, ask = self.refresh_index(), k
+        hits: list[Hit] = []
+        seen: set[int] = set()
+        while True:
+            found = index.search(vector, ask)
+            fresh = [(row, score) for row, score in found if row not in seen]
+            entries = {entry.row: entry for entry in self.catalog.by_rows(row for row, _ in fresh)}
+            here = [Hit(entries[row].document, score) for row, score in fresh if row in entries]
+            hits += [hit for hit in here if where is None or where(hit.document)]
+            if len(hits) >= k or len(found) < ask:
+                return hits[:k]
+            seen.update(row for row, _ in fresh)
+            ask *= 4
 
     def _load_index(self) -> tuple[VectorIndex, int]:
         """The saved index, or an empty one at version 0, which the catalog then fills."""

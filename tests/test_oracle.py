@@ -19,8 +19,8 @@ from conftest import FAMILIES, MAX_PASSAGES, ModelMaker
 
 import kvlink_rag.answering
 import kvlink_rag.backbone
-from kvlink_rag import Document, KVLinkModel, Part, Passage, Text
-from kvlink_rag.answering import EncodeNow, Reuse
+from kvlink_rag import Document, KVLinkModel, Part, Passage, Text, Trace
+from kvlink_rag.answering import EncodeNow, PromptRun, Reuse
 from kvlink_rag.layout import Layout
 from kvlink_rag.model import TOLERANCE
 
@@ -199,25 +199,37 @@ def test_greedy_text_is_the_same_in_float32(make_model: ModelMaker, family: str)
         assert texts["reuse"] == texts["masked"]
 
 
+def greedy(model: KVLinkModel, parts: list[Part], mode: str, steps: int) -> list[torch.Tensor]:
+    """The logits of each step of a greedy answer."""
+    run = PromptRun(model.backbone, model.layout(parts), Trace(mode=mode), fresh(model))
+    logits = [run.start(room=steps)]
+    while len(logits) < steps:
+        logits.append(run.step(int(logits[-1].argmax())))
+    return logits
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_greedy_text_in_16_bits_differs_only_at_near_ties(
-    make_model: ModelMaker, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+    make_model: ModelMaker, family: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each first token that differs must be one whose two best masked logits nearly tie."""
-    model = make_model("llama", dtype)
-    ties = 0
-    for seed in range(20):
+    """Where the two texts part, the two best logits of the masked run nearly tie; counted."""
+    model = make_model(family, dtype)
+    prompts, steps, same, parted = 6, 12, 0, 0
+    for seed in range(prompts):
         parts = prompt(model, 3, seed=seed)
-        verdict = model.verify(parts)
-        assert verdict.difference <= TOLERANCE[dtype]
-        if not verdict.same_top_token:
-            assert verdict.margin <= 2 * TOLERANCE[dtype]
-            ties += 1
-            continue
-        assert verdict.holds
+        reuse, masked = (greedy(model, parts, mode, steps) for mode in ("reuse", "masked"))
+        for ours, oracle in zip(reuse, masked, strict=True):
+            assert difference(ours, oracle) < TOLERANCE[dtype]
+            if ours.argmax() != oracle.argmax():
+                best = oracle.topk(2).values
+                assert float(best[0] - best[1]) <= 2 * TOLERANCE[dtype] * float(oracle.abs().max())
+                parted += 1
+                break
+            same += 1
     with capsys.disabled():
-        print(f"\n{dtype}: {ties} of 20 prompts differ in their first token, all near ties")
-    assert ties < 10
+        print(f"\n{family} {dtype}: {parted} of {prompts} answers part at a near tie")
+    assert same > prompts * steps / 4  # random weights: near ties are many, but not the rule
 
 
 # Mutations: what the oracle must catch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -336,3 +337,39 @@ def test_two_rounds_find_what_the_question_does_not_name(rag: KVLinkRAG) -> None
     question = "Which birthplace has the head of Falcon?"
     assert "two" not in [hit.document.id for hit in rag.search(question, 2)]
     assert [hit.document.id for hit in rag.search(question, 2, rounds=2)] == ["one", "two"]
+
+
+def test_questions_are_answered_while_documents_are_added(
+    rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rag.add(towns(4))
+    encoding, asked = threading.Event(), threading.Event()
+    real = rag.store.put
+
+    def put(key, snapshot):  # type: ignore[no-untyped-def]
+        if threading.current_thread() is writer:
+            encoding.set()
+            asked.wait(30)
+        return real(key, snapshot)
+
+    monkeypatch.setattr(rag.store, "put", put)
+    writer = threading.Thread(target=rag.add, args=(towns(),))
+    writer.start()
+    assert encoding.wait(30)
+    assert answers_equal_oracle(rag, "Orvale", k=2)
+    assert writer.is_alive()
+    asked.set()
+    writer.join()
+    assert len(rag) == 8
+
+
+def test_an_existing_folder_keeps_its_permissions(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    tmp_path.chmod(0o755)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns(1))
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "snapshots").stat().st_mode & 0o777 == 0o700
+    files = [path for path in (tmp_path / "snapshots").rglob("*") if path.is_file()]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
