@@ -238,6 +238,28 @@ class Catalog:
 
         return _changes(*self._read(read))
 
+    def changed_rows(self, version: int) -> tuple[int, list[int]]:
+        """The version now, and every row written or deleted after `version` (0: all rows)."""
+        changed = "SELECT row FROM documents WHERE version > ?"
+        gone = "SELECT row FROM tombstones WHERE version > ?"
+
+        def read(sql: _Sql) -> tuple[int, list[int]]:
+            (now,) = sql.execute("SELECT version FROM state").fetchone()
+            rows = sql.execute(f"{changed} UNION {gone}", (version, version)).fetchall()
+            return now, [row for (row,) in rows]
+
+        return self._read(read)
+
+    def texts(self, rows: Iterable[int]) -> Iterator[tuple[int, str, str, str]]:
+        """Row, id, title and text of those `rows` that are there; contents are not verified."""
+        wanted = list(dict.fromkeys(int(row) for row in rows))
+        for start in range(0, len(wanted), _AT_ONCE):
+            part = wanted[start : start + _AT_ONCE]
+            marks = ", ".join("?" * len(part))
+            yield from self._all(
+                f"SELECT row, id, title, text FROM documents WHERE row IN ({marks})", *part
+            )
+
     def snapshot_users(self, key: str) -> int:
         """How many documents use the snapshot `key`."""
         return int(self._one("SELECT COUNT(*) FROM documents WHERE snapshot_key = ?", key))

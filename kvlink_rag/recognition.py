@@ -1,0 +1,466 @@
+"""Passages found by their content in a prompt that someone else wrote.
+
+A stretch of the prompt that is verbatim the text of a known passage becomes that `Passage`; all
+else stays `Text`. There are no markers that a document could forge. Rules and limits stand in
+`docs/architecture.md`. Knows texts, rows and versions; knows neither SQLite nor FAISS, no model.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .catalog import Entry
+from .documents import Document, Part, Passage, Text
+from .errors import CatalogError, PromptError
+
+MIN_TOKENS = 16
+HEAD = 32  # characters of a text that are looked up first
+LONGEST = (1 << 24) - 1  # characters; no window holds a longer passage
+PATIENCE = 1 << 24  # characters and rows looked at for one prompt, besides eight a character
+
+Array = npt.NDArray[Any]
+
+logger = logging.getLogger(__name__)
+
+
+class KnownTexts(Protocol):
+    """What recognition asks of a catalog."""
+
+    def version(self) -> int:
+        """The number of the last change."""
+        ...
+
+    def changed_rows(self, version: int) -> tuple[int, list[int]]:
+        """The version now, and every row written or deleted after `version`."""
+        ...
+
+    def texts(self, rows: Iterable[int]) -> Iterator[tuple[int, str, str, str]]:
+        """Row, id, title and text of those `rows` that are there."""
+        ...
+
+    def by_rows(self, rows: Iterable[int]) -> list[Entry]:
+        """The entries of those `rows` that are there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """`prompt[start:stop]`, the stripped text of the documents in `rows`."""
+
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """`prompt[start:stop]`, which no passage may overlap; a longer one may hold it if `soft`."""
+
+    start: int
+    stop: int
+    soft: bool = False
+
+    def forbids(self, start: int, stop: int) -> bool:
+        """Whether `[start, stop)` may not become a passage."""
+        if stop <= self.start or self.stop <= start:
+            return False
+        holds = start <= self.start and self.stop <= stop
+        return not (self.soft and holds and stop - start > self.stop - self.start)
+
+
+class Recogniser:
+    """Finds the passages of one collection in prompts. Safe to share between threads.
+
+    count_tokens: tokens of a text. min_tokens: shorter stretches stay text.
+    The table of known texts is made at the first call and follows the catalog's changes, whichever
+    process made them: 24 bytes a passage.
+    """
+
+    def __init__(
+        self,
+        catalog: KnownTexts,
+        count_tokens: Callable[[str], int],
+        *,
+        min_tokens: int = MIN_TOKENS,
+    ) -> None:
+        self._catalog, self._count, self.min_tokens = catalog, count_tokens, min_tokens
+        self._table = Table()
+        self._lock = threading.Lock()
+
+    def recognise(
+        self,
+        prompt: str,
+        *,
+        asks: bool = True,
+        question: str | None = None,
+        system: Sequence[str] = (),
+        most: int | None = None,
+    ) -> list[Part]:
+        """`prompt` as parts: with the stripped text in place of each passage, it is `prompt` again.
+
+        asks: whether the prompt holds the question; `question` is its text, None finds it
+        (`find_question`). system: the application's own prompts. most: passages at most; those
+        after them stay text.
+        """
+        table = self.refresh()
+        closed = [c for text in system for c in occurrences(prompt, text)]
+        if question is not None:
+            closed += occurrences(prompt, question)[-1:]
+        found = table.find(prompt, closed)
+        if asks and question is None:
+            asked = find_question(prompt, found)
+            if any(asked.forbids(s.start, s.stop) for s in found):
+                found = table.find(prompt, [*closed, asked])
+        return _cut(prompt, self._confirmed(prompt, found, table)[:most])
+
+    def recognise_contents(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        system: Sequence[str] = (),
+        most: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """`messages` with parts as contents. What the assistant said stays text.
+
+        The question rule holds for every user message, so that a later turn changes no earlier one.
+        `most` counts through all messages, with the passages that contents already hold.
+        """
+        contents = [_contents(message) for message in messages]
+        left = None if most is None else max(0, most - sum(map(_passages, contents)))
+        done = []
+        for message, content in zip(messages, contents, strict=True):
+            parts: list[Part] = []
+            last = max((i for i, p in enumerate(content) if isinstance(p, Text)), default=-1)
+            for i, part in enumerate(content):
+                if isinstance(part, Passage) or part.special or message["role"] == "assistant":
+                    parts.append(part)
+                    continue
+                asks = message["role"] == "user" and i == last
+                new = self.recognise(part.text, asks=asks, system=system, most=left)
+                left = None if left is None else left - _passages(new)
+                parts += new
+            done.append({**message, "content": parts})
+        return done
+
+    def refresh(self) -> Table:
+        """The table, up to date with the catalog."""
+        with self._lock:
+            if self._table.version != self._catalog.version():
+                version, rows = self._catalog.changed_rows(self._table.version)
+                texts = ((row, text) for row, _, _, text in self._catalog.texts(rows))
+                self._table = self._table.changed(version, rows, texts)
+            return self._table
+
+    def _confirmed(
+        self, prompt: str, found: Sequence[Stretch], table: Table
+    ) -> list[tuple[Stretch, Document]]:
+        """The stretches that are long enough and whose text is the catalog's, with documents."""
+        chosen: list[int] = []
+        before = 0
+        for stretch in found:
+            chosen.append(self._choose(stretch, prompt[before : stretch.start], table))
+            before = stretch.stop
+        entries = {entry.row: entry for entry in self._entries(chosen)}
+        confirmed = []
+        for stretch, row in zip(found, chosen, strict=True):
+            entry, text = entries.get(row), prompt[stretch.start : stretch.stop]
+            if entry and entry.document.text.strip() == text and self._long_enough(text, entry):
+                confirmed.append((stretch, entry.document))
+        return confirmed
+
+    def _choose(self, stretch: Stretch, before: str, table: Table) -> int:
+        """Of several documents with one text: the one whose title stands before, else lowest id."""
+        if len(stretch.rows) == 1:
+            return stretch.rows[0]
+        key = stretch.rows[0]
+        if key not in table.titles:
+            known = sorted(
+                (id, title, row) for row, id, title, _ in self._catalog.texts(stretch.rows)
+            )
+            titles: dict[str, int] = {}
+            for _, title, row in known:
+                titles.setdefault(title.strip(), row)
+            titles[""] = known[0][2] if known else stretch.rows[0]
+            table.titles[key] = titles
+        titles = table.titles[key]
+        return titles[title_before(before, titles)]
+
+    def _entries(self, rows: Sequence[int]) -> list[Entry]:
+        try:
+            return self._catalog.by_rows(rows)
+        except CatalogError:
+            pass
+        entries = []
+        for row in dict.fromkeys(rows):
+            try:
+                entries += self._catalog.by_rows([row])
+            except CatalogError as error:
+                logger.warning("a damaged document is computed as text: %s", error)
+        return entries
+
+    def _long_enough(self, text: str, entry: Entry) -> bool:
+        """Whether `text` has enough tokens; a token holds at least a byte of what was rendered."""
+        header = len(entry.document.title.encode()) + 64
+        if (entry.tokens or 0) - header >= self.min_tokens:
+            return True
+        return self._count(text) >= self.min_tokens
+
+
+# The table of known texts
+
+_MULTIPLIER = np.uint64(secrets.randbits(64) | 1)
+_LENGTH = np.uint64(LONGEST)
+_HASH = np.uint64(~LONGEST & (1 << 64) - 1)
+_SEED = secrets.randbits(64)
+
+
+def _empty() -> Array:
+    return np.empty(0, dtype=np.uint64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Known texts, sorted by the hash of their first `HEAD` characters and then by length.
+
+    heads: uint64 [n], 40 bits of hash and 24 of length. digests: uint64 [n] of whole texts. rows:
+    uint64 [n]. sizes: the head lengths that occur. Never changed: another version is another table.
+    """
+
+    version: int = 0
+    heads: Array = field(default_factory=_empty)
+    digests: Array = field(default_factory=_empty)
+    rows: Array = field(default_factory=_empty)
+    sizes: frozenset[int] = frozenset()
+    titles: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def changed(self, version: int, rows: Sequence[int], texts: Iterable[tuple[int, str]]) -> Table:
+        """This table without `rows`, and with `texts` (row, text)."""
+        heads, digests, new_rows = _hashed(texts)
+        stay = ~np.isin(self.rows, np.array(rows, dtype=np.uint64))
+        at = np.searchsorted(self.heads[stay], heads)
+        all_heads = np.insert(self.heads[stay], at, heads)
+        sizes = np.bincount(np.minimum(all_heads & _LENGTH, HEAD).astype(np.int64)).nonzero()[0]
+        return Table(
+            version,
+            all_heads,
+            np.insert(self.digests[stay], at, digests),
+            np.insert(self.rows[stay], at, new_rows),
+            frozenset(sizes.tolist()),
+        )
+
+    def find(self, prompt: str, closed: Sequence[Closed] = ()) -> list[Stretch]:
+        """Stretches in order, none overlapping: of those that could be, the longest first."""
+        if not len(self.heads) or not prompt:
+            return []
+        codes = _codes(prompt)
+        space = _SPACE[np.minimum(codes, len(_SPACE) - 1)]
+        starts = np.flatnonzero(~space & np.concatenate([[True], space[:-1]]))
+        found = self._matches(prompt, codes, starts, np.append(space, True), closed)
+        return _longest_first(found)
+
+    def _matches(
+        self, prompt: str, codes: Array, starts: Array, border: Array, closed: Sequence[Closed]
+    ) -> list[Stretch]:
+        found: list[Stretch] = []
+        work, most = 0, PATIENCE + 8 * len(prompt)
+        for start, low in self._probe(codes, starts):
+            high = int(np.searchsorted(self.heads, (self.heads[low] | _LENGTH), side="right"))
+            stops = start + np.unique(self.heads[low:high] & _LENGTH).astype(np.int64)[::-1]
+            stops = stops[stops < len(border)]
+            work += 64 + high - low
+            for stop in stops[border[stops]].tolist():
+                work += stop - start
+                if work > most:
+                    logger.warning("the prompt looks like too many passages; the rest is computed")
+                    return found
+                if any(c.forbids(start, stop) for c in closed):
+                    continue
+                if rows := self._rows(low, high, prompt[start:stop]):
+                    found.append(Stretch(start, stop, rows))
+        return found
+
+    def _probe(self, codes: Array, starts: Array) -> list[tuple[int, int]]:
+        """Positions where a known head stands, and the first place of that head in the table."""
+        padded = np.concatenate([codes, np.zeros(HEAD, codes.dtype)]).astype(np.uint64)
+        hashes = np.zeros(len(starts), dtype=np.uint64)
+        found: list[tuple[int, int]] = []
+        for size in range(1, HEAD + 1):
+            hashes = hashes * _MULTIPLIER + padded[starts + (size - 1)]
+            if size in self.sizes:
+                keys = _key(hashes, size)
+                low = np.searchsorted(self.heads, keys)
+                near = self.heads[np.minimum(low, len(self.heads) - 1)] & _HASH
+                hit = near == keys
+                found += zip(starts[hit].tolist(), low[hit].tolist(), strict=True)
+        return sorted(found)
+
+    def _rows(self, low: int, high: int, text: str) -> tuple[int, ...]:
+        """The rows of `text` among those in `[low, high)` of the table."""
+        digest = np.uint64(_digest(text))
+        return tuple(sorted(self.rows[low:high][self.digests[low:high] == digest].tolist()))
+
+
+def _longest_first(found: Sequence[Stretch]) -> list[Stretch]:
+    taken: list[Stretch] = []
+    for stretch in sorted(found, key=lambda s: (-len(s), s.start)):
+        if all(stretch.stop <= t.start or t.stop <= stretch.start for t in taken):
+            taken.append(stretch)
+    return sorted(taken, key=lambda s: s.start)
+
+
+def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array, Array]:
+    """Heads, digests and rows of texts, sorted by head."""
+    columns: list[tuple[Array, list[int], list[int]]] = []
+    batch: list[tuple[int, str]] = []
+
+    def flush() -> None:
+        if batch:
+            rows, digests = [row for row, _ in batch], [_digest(text) for _, text in batch]
+            columns.append((_heads([text for _, text in batch]), digests, rows))
+            batch.clear()
+
+    for row, text in texts:
+        stripped = text.strip()
+        if 0 < len(stripped) <= LONGEST:
+            batch.append((row, stripped))
+        if len(batch) == 1024:
+            flush()
+    flush()
+    heads = np.concatenate([c[0] for c in columns]) if columns else _empty()
+    digests = np.array([d for c in columns for d in c[1]], dtype=np.uint64)
+    rows = np.array([r for c in columns for r in c[2]], dtype=np.uint64)
+    order = np.argsort(heads, kind="stable")
+    return heads[order], digests[order], rows[order]
+
+
+def _heads(texts: Sequence[str]) -> Array:
+    """uint64 [texts]: hash of the first characters, and length."""
+    joined = "".join(text[:HEAD].ljust(HEAD, "\0") for text in texts)
+    codes = _codes(joined).reshape(len(texts), HEAD).astype(np.uint64)
+    lengths = np.array([len(text) for text in texts], dtype=np.uint64)
+    sizes = np.minimum(lengths, HEAD)
+    hashes = np.zeros(len(texts), dtype=np.uint64)
+    for i in range(HEAD):
+        hashes = np.where(i < sizes, hashes * _MULTIPLIER + codes[:, i], hashes)
+    return _key(hashes, sizes) | lengths
+
+
+def _key(hashes: Array, size: Array | int) -> Array:
+    mixed: Array = (hashes * _MULTIPLIER + np.asarray(size, dtype=np.uint64)) * _MULTIPLIER
+    return mixed & _HASH
+
+
+def _digest(text: str) -> int:
+    return int(xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), _SEED))
+
+
+def _codes(text: str) -> Array:
+    """Code points, uint32 [characters]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])
+
+
+# What may not be recognised
+
+_QUESTION = re.compile(
+    r"^[^\w\n]*(?:(?:user|user's|human|the|input|final|my|new|current|follow[- ]up)\s+)?"
+    r"(?:question|query|q|human|user|input)\b[^\S\n]*\d*[*_ \t]*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_END_OF_QUESTION = re.compile(r"\n[^\S\n]*\n|\n[^\w\n]*[A-Za-z][\w' -]{0,30}:")
+_BARE_LABEL = re.compile(r"[^\w\n]*(?:[\w'-]+[ \t]+){0,4}[\w'-]+[*_ \t]*:[*_]*")
+
+
+def occurrences(prompt: str, text: str) -> list[Closed]:
+    """Where `text`, stripped, stands in `prompt`."""
+    text, found, at = text.strip(), [], 0
+    while text and (at := prompt.find(text, at)) >= 0:
+        found.append(Closed(at, at + len(text), soft=True))
+        at += len(text)
+    return found
+
+
+def find_question(prompt: str, passages: Sequence[Stretch]) -> Closed:
+    """The final question of a prompt in which `passages` were found.
+
+    What the last label such as "Question:" outside passages introduces, up to a blank line or the
+    next label; without one, the last line that is not a bare label such as "Answer:".
+    """
+    labels = [m for m in _QUESTION.finditer(prompt) if not _inside(m.end() - 1, passages)]
+    if labels:
+        start = labels[-1].end()
+        while start < len(prompt) and prompt[start].isspace():
+            start += 1
+        end = _END_OF_QUESTION.search(prompt, start)
+        return Closed(labels[-1].start(), end.start() if end else len(prompt))
+    stop = len(prompt.rstrip())
+    while stop:
+        start = prompt.rfind("\n", 0, stop) + 1
+        if not _BARE_LABEL.fullmatch(prompt[start:stop].strip()):
+            return Closed(start, len(prompt))
+        stop = len(prompt[:start].rstrip())
+    return Closed(0, len(prompt))
+
+
+def title_before(before: str, titles: Mapping[str, int]) -> str:
+    """The title that stands nearest before a text, at the end of a line of its header; or ""."""
+    block = re.split(r"\n[^\S\n]*\n", before[-2000:].rstrip())[-1]
+    for line in reversed(block.splitlines()):
+        for end in (line.rstrip(), line.rstrip(" \t\r:.,;-–—#*_|)]}>\"'")):
+            for word in re.finditer(r"(?<!\w)\S", end):
+                if end[word.start() :] in titles:
+                    return end[word.start() :]
+    return ""
+
+
+def _inside(at: int, stretches: Sequence[Stretch]) -> bool:
+    return any(s.start <= at < s.stop for s in stretches)
+
+
+# Parts
+
+
+def _cut(prompt: str, found: Sequence[tuple[Stretch, Document]]) -> list[Part]:
+    parts: list[Part] = []
+    at = 0
+    for stretch, document in found:
+        if at < stretch.start:
+            parts.append(Text(prompt[at : stretch.start]))
+        parts.append(Passage(document))
+        at = stretch.stop
+    if at < len(prompt) or not parts:
+        parts.append(Text(prompt[at:]))
+    return parts
+
+
+def _contents(message: Mapping[str, Any]) -> list[Part]:
+    try:
+        content, _ = message["content"], message["role"]
+    except (KeyError, TypeError) as error:
+        raise PromptError("found a message without role or content, expected both") from error
+    if isinstance(content, str):
+        return [Text(content)]
+    if isinstance(content, Sequence) and all(isinstance(p, Text | Passage) for p in content):
+        return list(content)
+    raise PromptError(
+        f"a message's content is {type(content).__name__}, expected str or Text and Passage parts"
+    )
+
+
+def _passages(parts: Iterable[Part]) -> int:
+    return sum(isinstance(part, Passage) for part in parts)
