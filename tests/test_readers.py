@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_folders_nested_deeper_than_the_stack():
     Path("a.txt").write_text("deep")
     os.chdir(here)
     documents, _ = read("d")
+    subprocess.run(["rm", "-r", "d"], check=True)  # deeper than pytest's own clean-up can go
     assert [d.text for d in documents] == ["deep"]
 
 
