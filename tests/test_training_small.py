@@ -54,7 +54,9 @@ def test_a_name_has_the_same_tokens_wherever_it_stands(encoder: CachedEncoder, b
 
 
 def test_group_mask_is_the_rule_written_out_by_hand(encoder: CachedEncoder) -> None:
-    """A passage sees itself; other prompt tokens all before them; a question the prompt and itself."""
+    """A passage sees itself; other prompt tokens all before them; a question the prompt and
+    itself.
+    """
     prompt = packed(encoder)
     n = torch.arange(len(prompt))
     seen = prompt.visible(n, n)

@@ -155,11 +155,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) 
         _softmax(shared, key[:, :, :known], value[:, :, :known], plan.shared[:, None]),
         _tails(tails, key, value, known, plan.tails),
     ]
-    return torch.cat(parts[0 if bins else 1 :], dim=2)
+    return torch.cat(parts, dim=2)
 
 
 def _binned(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Each bin attends to itself."""
+    if not bias.shape[1]:
+        return query
     q, k, v = (_fold(x, bias.shape[1]) for x in (query, key, value))
     return _unfold(_softmax(q, k, v, bias.flatten(0, 1)[:, None]), query)
 

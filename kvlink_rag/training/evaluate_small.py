@@ -24,7 +24,7 @@ from ..tokens import PartTokenizer
 from .formats import Prompt, preset, varied
 from .questions import (
     Question,
-    absent_questions,
+    absent_around,
     context,
     exercise,
     final_answer,
@@ -62,12 +62,13 @@ def held_out(n: int, *, k: int = 10, seed: int = 0, pages: int = 600) -> Iterato
 
 
 def absent(world: World, rng: random.Random) -> Question:
-    """Two in three a one-hop question whose page is left out, else a two-hop question that lacks
-    a page.
-    """
+    """A question that a left-out page would answer: half of them two-hop, where there are any."""
     lost = rng.choice(list(world.pages))
     here = set(world.pages) - {lost}
-    found = [q for q in absent_questions(world, here, rng) if lost in q.missing]
+    about = world.pages[lost].about
+    near = [(f, page) for f, page in world.stated.values() if page == lost or f.value == about]
+    found = [q for f, page in near for q in absent_around(world, f, page, here, rng)]
+    found = [q for q in found if lost in q.missing]
     hops = [q for q in found if len(q.kinds) > 1]
     return rng.choice(hops if hops and rng.random() < 0.5 else found)
 

@@ -42,7 +42,7 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 2600
+    steps: int = 1900
     warmup: int = 50
     flat: float = 0.35
     matrix_rate: float = 0.02
@@ -51,7 +51,7 @@ class Recipe:
     workers: int = 2
     rows: int = 4
     check_every: int = 250
-    save_every: int = 250
+    save_every: int = 100
 
     def rate(self, step: int) -> float:
         """The factor on both learning rates at a step."""
@@ -63,12 +63,20 @@ class Recipe:
         mixture.
         """
         part, last = step / self.steps, Mixture(rows=self.rows)
-        early = replace(last, varied_share=0.04, turns_share=0.02, text_share=0.06)
-        if part < 0.15:
+        early = replace(
+            last, varied_share=0.04, turns_share=0.02, text_share=0.06, learn="questions"
+        )
+        if part < 0.3:
             return replace(
-                early, usual_pages=(5, 6), usual_share=0.9, most_pages=8, full_share=0.45
+                early,
+                usual_pages=(5, 6),
+                usual_share=0.9,
+                most_pages=8,
+                full_share=0.45,
+                learn="all",
+                absent=0.1,
             )
-        if part < 0.35:
+        if part < 0.45:
             return replace(
                 early, usual_pages=(6, 8, 10), usual_share=0.8, most_pages=12, full_share=0.3
             )

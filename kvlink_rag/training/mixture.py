@@ -12,7 +12,7 @@ from ..spec import Spec
 from . import formats
 from .blocks import BIN, Batch, arrange, bins_of
 from .formats import Prompt
-from .packing import Packed, pack, tail_length
+from .packing import Learn, Packed, pack, tail_length
 from .questions import Exercise, exercise
 
 Asked = list[tuple[str, str]]
@@ -33,6 +33,8 @@ class Mixture:
     turns_share: float = 0.06
     rows: int = 8
     bins: int = 4
+    learn: Learn = "answers"
+    absent: float = 0.2
 
 
 def draw(rng: random.Random, mixture: Mixture, encoder: PartEncoder, spec: Spec) -> Batch:
@@ -63,7 +65,7 @@ def draw_prompt(
 
     reuse: False for ordinary causal attention; text: the pages are plain text instead of passages.
     """
-    task = exercise(rng, k, questions=2 * BIN * mixture.bins // 24)
+    task = exercise(rng, k, questions=2 * BIN * mixture.bins // 24, absent=mixture.absent)
     if text:
         prompt, asked = formats.varied(task.pages, rng, reuse=False, spec=spec), _asked(task)
     else:
@@ -72,7 +74,16 @@ def draw_prompt(
     slot = rng.randint(0, free) if rng.random() < 0.5 else 0
     gaps = rng if rng.random() < mixture.gap_share else None
     fitting = _fitting(prompt, asked, encoder, mixture.bins)
-    return pack(prompt, fitting, encoder, spec, first_slot=slot, reuse=reuse, gaps=gaps)
+    return pack(
+        prompt,
+        fitting,
+        encoder,
+        spec,
+        first_slot=slot,
+        reuse=reuse,
+        learn=mixture.learn,
+        gaps=gaps,
+    )
 
 
 def _fitting(prompt: Prompt, asked: Asked, encoder: PartEncoder, bins: int) -> Asked:

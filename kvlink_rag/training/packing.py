@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..spec import Spec
 from .formats import END, Prompt
 
 WINDOW = 8192
+Learn = Literal["answers", "questions", "all"]
 
 
 class CachedEncoder:
@@ -77,11 +79,13 @@ def pack(
     *,
     first_slot: int = 0,
     reuse: bool = True,
+    learn: Learn = "answers",
     gaps: random.Random | None = None,
 ) -> Packed:
     """Lay the prompt out with each (question, answer) and join the tails behind the common prefix.
 
     reuse: False for ordinary causal attention over the same tokens.
+    learn: whose tokens are targets; "questions" and "all" include the answers.
     gaps: source of random distances put before passages and questions, up to the window.
     """
     whole = [
@@ -90,8 +94,10 @@ def pack(
         )
         for q, a in asked
     ]
-    answers = [len(encoder.encode(a)) + 1 for _, a in asked]
     shared = len(whole[0]) - tail_length(prompt, *asked[0], encoder)
+    learned = [len(encoder.encode(a)) + 1 for _, a in asked]
+    if learn != "answers":
+        learned = [len(each) - shared - 1 for each in whole]
     offsets = _offsets(whole[0], shared, gaps)
     tails = [slice(shared, len(each)) for each in whole]
     pieces = [(whole[0], slice(0, shared)), *zip(whole, tails, strict=True)]
@@ -103,7 +109,9 @@ def pack(
         groups=torch.cat(
             [torch.full((cut.stop - cut.start,), i) for i, (_, cut) in enumerate(pieces)]
         ),
-        targets=torch.cat([torch.full((shared,), -100), *map(_targets, whole, tails, answers)]),
+        targets=torch.cat(
+            [_passage_targets(whole[0], shared, learn), *map(_targets, whole, tails, learned)]
+        ),
     )
 
 
@@ -115,10 +123,20 @@ def tail_length(prompt: Prompt, question: str, answer: str, encoder: PartEncoder
     return len(asked) + len(encoder.encode(answer)) + 1
 
 
-def _targets(whole: Layout, tail: slice, answer: int) -> Tensor:
-    """Each of the last `answer` tokens is the target of the token before it."""
+def _passage_targets(whole: Layout, shared: int, learn: Learn) -> Tensor:
+    """For the first `shared` tokens: the next token where it is of the same passage, if learned."""
+    targets = torch.full((shared,), -100)
+    segments = whole.segments[:shared]
+    same = (segments[:-1] == segments[1:]) & (segments[:-1] > 0)
+    if learn == "all":
+        targets[:-1] = torch.where(same, whole.token_ids[1:shared], -100)
+    return targets
+
+
+def _targets(whole: Layout, tail: slice, learned: int) -> Tensor:
+    """Each of the last `learned` tokens is the target of the token before it."""
     targets = torch.full((tail.stop - tail.start,), -100)
-    targets[-answer - 1 : -1] = whole.token_ids[-answer:]
+    targets[-learned - 1 : -1] = whole.token_ids[-learned:]
     return targets
 
 

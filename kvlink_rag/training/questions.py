@@ -151,12 +151,16 @@ def context(world: World, question: Question, k: int, rng: random.Random) -> tup
 
 
 def exercise(
-    rng: random.Random, k: int, *, questions: int = 12, split: Split = "train"
+    rng: random.Random, k: int, *, questions: int = 12, absent: float = 0.2, split: Split = "train"
 ) -> Exercise:
-    """A small world of its own, k of its pages, and a mixture of questions over them."""
+    """A small world of its own, k of its pages, and a mixture of questions over them, of which the
+    share `absent` asks for what the pages do not say.
+    """
     world = _small_world(rng, k, split)
     pages = _choose(list(world.pages.values()), k, rng)
-    return Exercise(tuple(pages), tuple(_mixture(world, {p.id for p in pages}, questions, rng)))
+    return Exercise(
+        tuple(pages), tuple(_mixture(world, {p.id for p in pages}, questions, absent, rng))
+    )
 
 
 def _small_world(rng: random.Random, k: int, split: Split) -> World:
@@ -189,7 +193,9 @@ def _choose(pages: list[Page], k: int, rng: random.Random) -> list[Page]:
     return chosen
 
 
-def _mixture(world: World, here: Collection[str], n: int, rng: random.Random) -> list[Question]:
+def _mixture(
+    world: World, here: Collection[str], n: int, absent: float, rng: random.Random
+) -> list[Question]:
     """Up to n questions: about 2 in 5 one-hop, 2 in 5 two-hop where the pages allow it, the rest
     absent.
     """
@@ -205,7 +211,9 @@ def _mixture(world: World, here: Collection[str], n: int, rng: random.Random) ->
     none = list(absent_questions(world, here, rng))
     across = [q for q in ones if q.dependence]
     picked = (
-        _sample(twos, n * 2 // 5, rng) + _sample(none, n // 5, rng) + _sample(across, n // 5, rng)
+        _sample(twos, n * 2 // 5, rng)
+        + _sample(none, round(n * absent), rng)
+        + _sample(across, n // 5, rng)
     )
     picked += _sample([q for q in ones if q not in picked], n - len(picked), rng)
     rng.shuffle(picked)
@@ -217,24 +225,27 @@ def absent_questions(world: World, here: Collection[str], rng: random.Random) ->
     missing.
     """
     for fact, page in world.stated.values():
-        gone, value = page not in here, fact.value
-        if gone and not fact.same_as:
-            yield absent_one_hop(fact.subject, fact.relation, (page,), rng)
-        if not gone and rng.random() < 0.1:
-            relation = rng.choice(relations_of(fact.subject.kind))
-            if world.find(fact.subject, relation) is None:
-                yield absent_one_hop(fact.subject, relation, (), rng)
-        if (
-            fact.relation.descriptions
-            and isinstance(value, Entity)
-            and _outright(world, fact, page)
-        ):
-            relation = rng.choice(relations_of(value.kind))
-            second = world.find(value, relation)
-            if gone and rng.random() < 0.5:
-                yield absent_two_hop(world, fact, relation, "first", rng)
-            if not gone and (second is None or second[1] not in here) and rng.random() < 0.4:
-                yield absent_two_hop(world, fact, relation, "second", rng)
+        yield from absent_around(world, fact, page, here, rng)
+
+
+def absent_around(
+    world: World, fact: Fact, page: str, here: Collection[str], rng: random.Random
+) -> Iterator[Question]:
+    """The absent questions that start from one stated fact and its page."""
+    gone, value = page not in here, fact.value
+    if gone and not fact.same_as:
+        yield absent_one_hop(fact.subject, fact.relation, (page,), rng)
+    if not gone and rng.random() < 0.1:
+        relation = rng.choice(relations_of(fact.subject.kind))
+        if world.find(fact.subject, relation) is None:
+            yield absent_one_hop(fact.subject, relation, (), rng)
+    if fact.relation.descriptions and isinstance(value, Entity) and _outright(world, fact, page):
+        relation = rng.choice(relations_of(value.kind))
+        second = world.find(value, relation)
+        if gone and rng.random() < 0.5:
+            yield absent_two_hop(world, fact, relation, "first", rng)
+        if not gone and (second is None or second[1] not in here) and rng.random() < 0.4:
+            yield absent_two_hop(world, fact, relation, "second", rng)
 
 
 def _sample(items: list[_T], n: int, rng: random.Random) -> list[_T]:

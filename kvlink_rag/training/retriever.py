@@ -18,10 +18,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from ..indexing import embedded_text
+from ..retrieval import followed
 from .facts import KINDS
+from .formats import document
 from .names import Split
 from .questions import one_hop, two_hop, two_hop_facts
 from .world import Builder, Page, World
+
+POSITIONS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def build(vocabulary: int, seed: int = 0) -> BertModel:
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=384,
-        max_position_embeddings=512,
+        max_position_embeddings=POSITIONS,
         type_vocab_size=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -70,7 +75,10 @@ def build(vocabulary: int, seed: int = 0) -> BertModel:
 
 
 def embed(
-    model: BertModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int = 512
+    model: BertModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    longest: int = POSITIONS,
 ) -> Tensor:
     """float32 [texts, hidden]: the mean of the last hidden states over the attention mask."""
     inputs = tokenizer(
@@ -83,13 +91,13 @@ def embed(
 
 
 def page_text(page: Page) -> str:
-    """What is embedded for a page: title and text, as the engine joins them."""
-    return f"{page.title} {page.text}".strip()
+    """What is embedded for a page, as the engine does it."""
+    return embedded_text(document(page))
 
 
 def second_query(question: str, first: Page) -> str:
-    """What the second round asks with: the question and the text of one first hit."""
-    return f"{question} {first.text}"
+    """What the second round asks with, as the engine does it."""
+    return followed(question, document(first))
 
 
 def large_world(rng: random.Random, split: Split, pages: int) -> World:

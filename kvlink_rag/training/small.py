@@ -16,7 +16,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ..tokens import PartTokenizer
-from . import formats, lm
+from . import formats, lm, retriever
+from .demo import write_demo
 from .questions import exercise
 from .tokenizer import SYSTEM, small_spec, train_tokenizer
 
@@ -59,16 +60,38 @@ def save_lm(model: LlamaForCausalLM, directory: Path) -> None:
     (directory / "kvlink.json").write_text(small_spec().to_json(), encoding="utf-8")
 
 
+def make_encoder(out: Path, seed: int) -> None:
+    """The encoder in `out`/encoder with a copy of the tokenizer, trained if it is missing."""
+    if (out / "encoder" / "model.safetensors").exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
+    tokenizer.chat_template, tokenizer.model_max_length = None, retriever.POSITIONS
+    model = retriever.build(len(tokenizer), seed)
+    for line in retriever.train(model, tokenizer, retriever.Recipe(seed=seed)):
+        print(line, flush=True)
+    world = retriever.large_world(random.Random("recall"), "heldout", 600)
+    print(retriever.recalls(model, tokenizer, world), flush=True)
+    model.save_pretrained(out / "encoder")
+    tokenizer.save_pretrained(out / "encoder")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the finished files go")
     parser.add_argument("--work", type=Path, help="where checkpoints go (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--only", choices=("lm", "encoder", "demo"), help="one stage")
+    parser.add_argument("--steps", type=int, default=1900)
     arguments = parser.parse_args()
     work = arguments.work or arguments.out / "work"
     tokenizer = make_tokenizer(arguments.out, arguments.seed)
-    make_lm(arguments.out, work, lm.Recipe(seed=arguments.seed, steps=arguments.steps), tokenizer)
+    if arguments.only in (None, "demo"):
+        write_demo(arguments.out, arguments.seed)
+    if arguments.only in (None, "encoder"):
+        make_encoder(arguments.out, arguments.seed)
+    if arguments.only in (None, "lm"):
+        recipe = lm.Recipe(seed=arguments.seed, steps=arguments.steps)
+        make_lm(arguments.out, work, recipe, tokenizer)
 
 
 if __name__ == "__main__":
