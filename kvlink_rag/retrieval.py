@@ -15,6 +15,7 @@ from .errors import ConfigError
 FIRST_HITS = 3  # best hits of round one that round two starts from
 
 SearchMany = Callable[[Sequence[str], int], list[list[Hit]]]
+Where = Callable[[Document], bool]
 
 
 def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list[Hit]:
@@ -23,8 +24,7 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
     rounds: 1, or 2 for two-hop questions: then half of the hits may come from the second round.
     Raises `ConfigError` for other numbers.
     """
-    if k < 1:
-        raise ConfigError(f"k is {k}, expected at least 1")
+    check_count(k)
     if rounds not in (1, 2):
         raise ConfigError(f"rounds is {rounds}, expected 1 or 2")
     first = search([question], k)[0]
@@ -33,6 +33,12 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
     seeds = first[:FIRST_HITS]
     second = search([followed(question, hit.document) for hit in seeds], k)
     return merge(first, seeds, second, k)
+
+
+def check_count(k: int) -> None:
+    """Raise `ConfigError` where `k` is no number of hits to ask for."""
+    if k < 1:
+        raise ConfigError(f"k is {k}, expected at least 1")
 
 
 def followed(question: str, document: Document) -> str:
