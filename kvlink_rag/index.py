@@ -76,6 +76,15 @@ class VectorIndex:
         order = np.lexsort((ids, -scores))[: max(k, 0)]
         return [(int(ids[i]), float(scores[i])) for i in order]
 
+    def vectors(self, ids: Array | Iterable[int]) -> Array:
+        """The vectors of `ids`, float32 [n, dimension], in order. Raises `ConfigError`."""
+        numbers = _ids(ids)
+        with self._lock:
+            if missing := [id for id in numbers.tolist() if id not in self._ids]:
+                raise ConfigError(f"found id {missing[0]}, expected one that the index holds")
+            rows = [self._index.reconstruct(id) for id in numbers.tolist()]
+        return np.stack(rows) if rows else np.empty((0, self.dimension), np.float32)
+
     def save(self, path: Path, version: int, *, source: str = "") -> None:
         """Write the index to `path`, whole or not at all.
 
