@@ -33,16 +33,6 @@ from kvlink_rag.encoding import TOKENS_A_BATCH, batches, encode_many
 from kvlink_rag.store import SnapshotStore
 from kvlink_rag.stored import StoredSnapshots
 
-SHAPES["tiny"] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "tie_word_embeddings": True,
-}
-
 
 def main() -> None:
     arguments = parse()
