@@ -106,7 +106,7 @@ def test_folders_nested_deeper_than_the_stack():
     [
         (lambda: None, "gone", "no such file or folder"),
         (lambda: write("a.py", "x"), "a.py", "not a file of a known kind; known are .txt, .md,"),
-        (lambda: os.mkdir("empty"), "empty", "no new .txt, .md,"),
+        (lambda: os.mkdir("empty"), "empty", "no .txt, .md,"),
         (lambda: os.mkfifo("pipe.txt"), "pipe.txt", "not a file of a known kind"),
         (lambda: Path("l.txt").symlink_to("gone"), "l.txt", "no such file or folder"),
     ],

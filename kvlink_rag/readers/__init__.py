@@ -16,7 +16,17 @@ from ..errors import DocumentError
 from . import html, jsonl, pdf, text
 from .files import MAX_BYTES, Problem, SourceFile, find_files
 
-__all__ = ["MAX_BYTES", "SUFFIXES", "Problem", "SourceFile", "find", "read_file", "read_paths"]
+__all__ = [
+    "MAX_BYTES",
+    "SUFFIXES",
+    "OnProblem",
+    "Problem",
+    "SourceFile",
+    "find",
+    "raise_or_log",
+    "read_file",
+    "read_paths",
+]
 
 Reader = Callable[[SourceFile, int], Iterator["Document | Problem"]]
 OnProblem = Callable[[Problem], None]

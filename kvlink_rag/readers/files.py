@@ -57,6 +57,13 @@ class SourceFile:
         """The file's name without suffix: the last resort for a title."""
         return clean(self.path.stem)
 
+    def size(self) -> int:
+        """Bytes of the file; 0 where it cannot be looked at."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
     def load(self, max_bytes: int) -> bytes | Problem:
         """The whole file, or the problem that it is too large."""
         with self.path.open("rb") as stream:
@@ -131,32 +138,34 @@ class _Search:
 
     def take(self, path: Path) -> None:
         """All files at or below a path that the caller named."""
-        before, source = len(self.files), clean(path.as_posix())
+        source = clean(path.as_posix())
         kind = self._kind(path, source)
         if kind == "folder":
-            problems = len(self.problems)
-            self._walk(path)
-            if len(self.files) == before and len(self.problems) == problems:
-                self._problem(source, f"no new {self._known} files in this folder")
+            if not self._walk(path):
+                self._problem(source, f"no {self._known} files in this folder")
         elif kind == "file" and path.suffix.lower() in self._suffixes:
             self.files.append(SourceFile(path, source))
         elif kind in ("file", "other"):
             self._problem(source, f"not a file of a known kind; known are {self._known}")
 
-    def _walk(self, folder: Path) -> None:
-        pending = [folder]
+    def _walk(self, folder: Path) -> bool:
+        """Take the files below `folder`; whether there is any, taken before or not."""
+        pending, some = self._children(folder), False
         while pending:
             path = pending.pop()
-            if path is folder or (kind := self._kind(path, clean(path.as_posix()))) == "folder":
-                pending += reversed(self._children(path))
+            kind = self._kind(path, clean(path.as_posix()))
+            if kind == "folder":
+                pending += self._children(path)
             elif kind == "file":
                 self.files.append(SourceFile(path, clean(path.as_posix())))
+            some = some or kind != "folder"
+        return some
 
     def _children(self, folder: Path) -> list[Path]:
-        """Folders and files of known kinds in `folder`, by name; hidden ones are left out."""
+        """Folders and files of known kinds in `folder`, not hidden, the first by name last."""
         try:
             with os.scandir(folder) as entries:
-                names = sorted(e.name for e in entries if self._wanted(e))
+                names = sorted((e.name for e in entries if self._wanted(e)), reverse=True)
         except OSError as error:
             self._problem(clean(folder.as_posix()), f"cannot be listed: {error.strerror}")
             return []

@@ -1,0 +1,282 @@
+"""The command line: arguments, exit codes and one-line errors. What commands do is in `commands`.
+
+Imports nothing heavy, so that `--help` is instant. Exit codes: 0 done, 1 failed or problems found,
+2 wrong usage, 130 interrupted, 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ._version import __version__
+from .readers import SUFFIXES
+from .splitting import MAX_TOKENS
+
+FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
+
+_ABOUT = """\
+Answer questions from your documents with a local language model. Every document is encoded once;
+its keys and values are kept on disk and reused, so the first word of an answer comes at once."""
+_COLLECTION = """\
+The collection is the directory --dir, else `collection` in the directory that the environment
+variable KVLINK_CACHE_DIR names, else in the user's cache directory. It remembers its models."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _prepare(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _no_reader()
+    except KeyboardInterrupt:
+        _say(getattr(arguments, "interrupted", "interrupted"))
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        _say(f"error: {_one_line(error)}")
+        return FAILED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from . import commands
+
+    command: Callable[[argparse.Namespace], int] = getattr(commands, arguments.command)
+    return command(arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    """Settings that must be made before transformers is imported, and how text is written."""
+    if arguments.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    level = {0: logging.WARNING, 1: logging.INFO}.get(arguments.verbose, logging.DEBUG)
+    logging.basicConfig(level=level, format="kvlink-rag: %(message)s", stream=sys.stderr)
+    logging.getLogger("pypdf").setLevel(logging.ERROR if level > logging.DEBUG else level)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _no_reader() -> int:
+    """Let the interpreter's own last flush go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return NO_READER
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong; of an error that is not ours also its kind and how to learn more."""
+    from .errors import KVLinkError
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KVLinkError | OSError):
+        return text
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"kvlink-rag: {text}\n")
+
+
+# ── arguments ────────────────────────────────────────────────────────────────────────────────
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("kvlink-rag", description=_ABOUT, epilog=_COLLECTION)
+    parser.add_argument("--version", action="version", version=f"kvlink-rag {__version__}")
+    _add_common(parser, {})
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_index, _ask, _chat, _stats, _check, _delete, _verify, _demo):
+        _add_common(add(commands), {"default": argparse.SUPPRESS})
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
+    """Options of every command; given before or after it."""
+    group = parser.add_argument_group("options of every command")
+    group.add_argument("--dir", metavar="DIR", help="the collection's directory", **default)
+    group.add_argument(
+        "--model", help="a model directory, hub id or 'bundled' (the collection's)", **default
+    )
+    group.add_argument("--embedder", help="likewise for the embedder", **default)
+    group.add_argument(
+        "--device", help="auto, cpu, cuda, cuda:1, … (auto)", **(default or {"default": "auto"})
+    )
+    group.add_argument(
+        "--dtype",
+        help="auto, float32, bfloat16, float16 (auto)",
+        **(default or {"default": "auto"}),
+    )
+    group.add_argument(
+        "--reencode",
+        action="store_true",
+        help="take another --model or --embedder than the collection's and encode it again",
+        **default,
+    )
+    group.add_argument("--offline", action="store_true", help="use no network", **default)
+    group.add_argument("--debug", action="store_true", help="show tracebacks", **default)
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        help="say more; twice: say all",
+        **(default or {"default": 0}),
+    )
+
+
+def _index(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "index",
+        help="take files into the collection",
+        description=f"Read files ({', '.join(SUFFIXES)}) and folders, split them into passages, "
+        "encode each. A file that was indexed before (a file is known by its path as given) is "
+        "brought up to date; what is unchanged costs nothing. An interrupted run is finished by "
+        "repeating it. What cannot be read is reported and skipped; the exit code is then 1.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a file or folder")
+    parser.add_argument(
+        "--passage-tokens",
+        type=_count,
+        default=MAX_TOKENS,
+        metavar="N",
+        help="the most tokens of a passage (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-file-size", type=_size, default=None, metavar="SIZE", help="per file or line (64MB)"
+    )
+    parser.add_argument(
+        "--size-limit", type=_size, metavar="SIZE", help="most bytes of snapshots to keep: 20GB"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first file or line that cannot be read"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(interrupted="interrupted; run the same command again to go on from here")
+    return parser
+
+
+def _ask(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "ask", help="answer one question", description="Answer one question, with its sources."
+    )
+    parser.add_argument("question", help="the question; - reads it from standard input")
+    _add_answering(parser, k=10)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    return parser
+
+
+def _chat(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "chat",
+        help="several questions, with what was said before",
+        description="Read a question a line until the end of input; each is answered from newly "
+        "retrieved passages and the conversation so far.",
+    )
+    _add_answering(parser, k=4)
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    return parser
+
+
+def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:
+    parser.add_argument("-k", type=_count, default=k, help="passages to retrieve (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: retrieve again with the first hits, for questions over two facts (%(default)s)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("reuse", "masked", "full"),
+        default="reuse",
+        help="reuse snapshots; or compute all, masked as reuse is or in full (%(default)s)",
+    )
+    parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--trace", action="store_true", help="show times and token counts")
+
+
+def _stats(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "stats", help="what the collection holds", description="What the collection holds."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _check(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "check",
+        help="find lost or damaged files",
+        description="Compare catalog, index and snapshots. Exit code 1: problems are left.",
+    )
+    parser.add_argument("--fix", action="store_true", help="mend what can be made again")
+    return parser
+
+
+def _delete(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "delete", help="delete passages", description="Delete passages by id or by their file."
+    )
+    parser.add_argument("ids", nargs="*", metavar="ID", help="as shown by ask")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="PATH", help="all passages of this file"
+    )
+    return parser
+
+
+def _verify(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "verify",
+        help="is reuse exact on this model?",
+        description="Compare the model's output over snapshots with one full prefill that has the "
+        "same visibility, on passages of the collection (or two of its own, if there are none).",
+    )
+    parser.add_argument("-k", type=_count, default=4, help="passages to compare (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _demo(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "demo",
+        help="the bundled model on the bundled documents",
+        description="Index the bundled documents, answer questions, show times. Keeps nothing "
+        "unless --dir is given.",
+    )
+    parser.add_argument("--threads", type=_count, default=None, metavar="N", help="of the CPU")
+    parser.add_argument("--runs", type=_count, default=5, metavar="N", help="timings of each kind")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes: 1000, 500kB, 64MB, 1.5GB, 2TB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    upper = text.strip().upper()
+    unit = next((unit for unit in units if upper.endswith(unit)), "")
+    try:
+        count = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 500MB or 20GB")
+    return count

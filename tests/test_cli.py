@@ -1,0 +1,458 @@
+"""The command line, as a user runs it: in a process of its own wherever that could matter.
+
+The models have random weights, so what an answer says means nothing here; that it comes, whole
+and the same from snapshots as from a masked prefill, does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_spec, byte_tokenizer, random_model
+from transformers import BertConfig, BertModel
+
+from kvlink_rag import terminal
+from kvlink_rag.cli import main
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+FILES = {
+    "docs/orvale.md": "# Orvale\n\nThe harbour was built in 1911.\n\n## Ships\n\nThey carry tin.\n",
+    "docs/sub/tarn.txt": "The Tarn company makes cranes. " * 30,
+    "docs/lines.jsonl": '{"text": "One.", "id": "one"}\n{"text": "Two.", "title": "Second"}\n',
+    "docs/page.html": "<title>Page</title><p>A page about lamps.</p>",
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a tiny model and embedder with random weights."""
+    root = tmp_path_factory.mktemp("pair")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(root / "encoder")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root / "lm")
+    random_model("llama", torch.float32).save_pretrained(root / "lm")
+    (root / "lm" / "kvlink.json").write_text(byte_spec().to_json())
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
+    BertModel(config).save_pretrained(root / "encoder")
+    return ["--model", str(root / "lm"), "--embedder", str(root / "encoder")]
+
+
+@pytest.fixture(scope="session")
+def collection(pair: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with FILES in docs/ and their collection in col/; tests leave it as it is."""
+    root = tmp_path_factory.mktemp("collection")
+    write(root)
+    ran = user("--dir", "col", *pair, "index", "docs", "--passage-tokens", "200", cwd=root)
+    assert ran.code == 0, ran.err
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_other_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def write(root: Path) -> None:
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def user(*arguments: str, cwd: Path, stdin: str = "") -> Ran:
+    """A process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvlink_rag", *arguments],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def here(*arguments: str, cwd: Path, stdin: str = "") -> Ran:
+    """The same within this process, which has torch loaded already."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd) if sys.version_info >= (3, 11) else changed(cwd),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            code = main(arguments)
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def changed(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def the_error(ran: Ran, code: int = 1) -> str:
+    """The message of a run that failed with one line."""
+    assert ran.code == code
+    assert ran.out == ""
+    assert ran.err.startswith("kvlink-rag: error: ")
+    assert ran.err.count("\n") == 1
+    return ran.err
+
+
+# ── without a model ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", [[], ["index"], ["ask"], ["chat"], ["demo"]])
+def test_help_needs_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys, kvlink_rag.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "finally: print(sorted({'torch', 'transformers', 'numpy', 'faiss'} & set(sys.modules)))"
+    )
+    call = [sys.executable, "-c", code, *command, "--help"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: kvlink-rag")
+    assert done.stdout.endswith("[]\n")
+
+
+def test_version(tmp_path: Path) -> None:
+    from kvlink_rag import __version__
+
+    assert here("--version", cwd=tmp_path).out == f"kvlink-rag {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["ask"],
+        ["index"],
+        ["ask", "x", "-k", "0"],
+        ["ask", "x", "-k", "many"],
+        ["ask", "x", "--rounds", "3"],
+        ["ask", "x", "--mode", "guess"],
+        ["index", "x", "--size-limit", "lots"],
+        ["index", "x", "--size-limit", "-5GB"],
+        ["index", "x", "--passage-tokens", "1.5"],
+    ],
+)
+def test_wrong_usage_is_2(arguments: list[str], tmp_path: Path) -> None:
+    ran = here(*arguments, cwd=tmp_path)
+    assert ran.code == 2
+    assert "usage:" in ran.err
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("command", [["ask", "x"], ["chat"], ["stats"], ["check"], ["delete", "x"]])
+def test_without_a_collection(command: list[str], tmp_path: Path) -> None:
+    message = the_error(here(*command, "--dir", "none", cwd=tmp_path))
+    assert "no collection in none; make one with: kvlink-rag index PATH" in message
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_directory_is_the_argument_then_the_variable(tmp_path: Path) -> None:
+    assert str(tmp_path / "cache" / "collection") in the_error(here("stats", cwd=tmp_path))
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="no collection"):
+        here("stats", "--debug", cwd=tmp_path)
+
+
+# ── as a user ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path)
+    message = the_error(user("index", "docs", "--model", "/no/model", cwd=tmp_path))
+    assert "no model directory at /no/model" in message
+
+
+def test_ask_streams_an_answer_with_sources_and_trace(collection: Path) -> None:
+    options = ["-k", "3", "--max-new-tokens", "6", "--trace"]
+    ran = user("--dir", "col", "ask", "Who makes cranes?", *options, cwd=collection)
+    assert (ran.code, ran.err) == (0, "")
+    answer, _, rest = ran.out.rpartition("\n\n[1] ")
+    assert answer
+    lines = ("[1] " + rest).splitlines()
+    assert [line[:3] for line in lines[:3]] == ["[1]", "[2]", "[3]"]
+    scores = [float(line.split()[1]) for line in lines[:3]]
+    assert scores == sorted(scores, reverse=True)
+    assert lines[3].startswith("ms: retrieval ")
+    assert "3 passages" in lines[4]
+    assert "6 generated" in lines[4]
+    assert "snapshots: 3 found, 0 encoded" in lines[4]
+
+
+def test_chat_reads_questions_from_a_pipe(collection: Path) -> None:
+    options = ["-k", "2", "--max-new-tokens", "4", "--trace"]
+    questions = "Who makes cranes?\n\n  \nAnd when?"
+    ran = user("--dir", "col", "chat", *options, cwd=collection, stdin=questions)
+    assert (ran.code, ran.err) == (0, "")
+    assert [f"\n[{n}] " in ran.out for n in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+    reused = [line for line in ran.out.splitlines() if "reused" in line]
+    assert len(reused) == 2
+    assert " 0 kept" in reused[0]
+    assert " 0 kept" not in reused[1]  # the second turn finds the first one's computed tokens
+
+
+def test_a_reader_that_goes_away(collection: Path) -> None:
+    call = [
+        sys.executable,
+        "-m",
+        "kvlink_rag",
+        "--dir",
+        "col",
+        "ask",
+        "x",
+        "--max-new-tokens",
+        "99",
+    ]
+    with subprocess.Popen(
+        call, cwd=collection, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+COUNT = 3000
+
+
+def test_interrupted_index_ends_cleanly_and_a_second_run_finishes(
+    pair: list[str], tmp_path: Path
+) -> None:
+    lines = (json.dumps({"text": f"Lamp {n} is {n * 7919} cm tall."}) for n in range(COUNT))
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    command = ["--dir", "col", *pair, "index", "many.jsonl", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvlink_rag", *command],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not documents_in(tmp_path / "col") and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "kvlink-rag: interrupted; run the same command again to go on from here\n"
+    kept = documents_in(tmp_path / "col")
+    assert 0 < kept < COUNT
+
+    second = user(*command, cwd=tmp_path)
+    assert second.code == 0, second.err
+    assert (second.json["added"], second.json["unchanged"]) == (COUNT - kept, kept)
+    assert second.json["collection"]["snapshots"] == COUNT
+    assert here("--dir", "col", "check", cwd=tmp_path) == Ran(0, "no problems\n", "")
+
+
+def documents_in(directory: Path) -> int:
+    with contextlib.suppress(sqlite3.Error):
+        uri = f"file:{directory / 'catalog.sqlite'}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as sql:
+            return int(sql.execute("SELECT count(*) FROM documents").fetchone()[0])
+    return 0
+
+
+# ── index ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_index_tells_what_it_did_and_a_second_time_does_nothing(
+    pair: list[str], tmp_path: Path
+) -> None:
+    write(tmp_path)
+    first = here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    assert (first.code, first.err) == (0, "")
+    assert first.out.startswith("4 files, 5 documents, 10 passages: 10 added, 0 replaced, ")
+    assert "10 snapshots encoded: " in first.out
+    assert "col holds 10 passages; snapshots " in first.out
+    assert " a token" in first.out
+    second = here("index", "docs", "--json", "--dir", "col", cwd=tmp_path)
+    assert second.code == 0
+    done = {key: second.json[key] for key in ("added", "unchanged", "encoded", "removed", "gone")}
+    assert done == {"added": 0, "unchanged": 10, "encoded": 0, "removed": 0, "gone": []}
+    assert second.json["collection"]["bytes_per_token"] > 0
+
+
+def test_index_brings_changed_files_up_to_date(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    (tmp_path / "docs/orvale.md").write_text("# Orvale\n\nThe harbour was built in 1912.\n")
+    (tmp_path / "docs/sub/tarn.txt").unlink()
+    ran = here("--dir", "col", "index", "docs", "--json", cwd=tmp_path)
+    assert (ran.code, ran.json["added"], ran.json["removed"]) == (0, 1, 2)
+    assert ran.json["gone"] == ["docs/sub/tarn.txt"]
+    deleted = here("--dir", "col", "delete", "--source", "docs/sub/tarn.txt", cwd=tmp_path)
+    assert deleted == Ran(0, "deleted 5 passages\n", "")
+    texts = here("--dir", "col", "ask", "?", "--json", "--max-new-tokens", "1", cwd=tmp_path).out
+    assert "1912" in texts
+    assert "1911" not in texts
+    assert "cranes" not in texts
+
+
+def test_index_reports_what_it_skips_takes_the_rest_and_keeps_old_passages(
+    pair: list[str], tmp_path: Path
+) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    (tmp_path / "docs/bad.txt").write_bytes(b"\0\1\2")
+    (tmp_path / "docs/lines.jsonl").write_text('{"text": "Three."}\noops\n')
+    (tmp_path / "docs/latin.txt").write_bytes(b"caf\xe9")
+    ran = here("--dir", "col", "index", "docs", "gone.md", cwd=tmp_path)
+    assert ran.code == 1
+    assert sorted(line.split(" (")[0] for line in ran.err.splitlines()) == [
+        "kvlink-rag: skipped: docs/bad.txt: not a text file: it holds zero bytes",
+        "kvlink-rag: skipped: docs/lines.jsonl:2: not JSON: Expecting value at column 1",
+        "kvlink-rag: skipped: gone.md: no such file or folder",
+        "kvlink-rag: warning: docs/latin.txt: not UTF-8 at byte 3; what cannot be read was "
+        "replaced by U+FFFD",
+    ]
+    assert " 2 added, 0 replaced, 8 unchanged, 0 removed" in ran.out
+    strict = here("--dir", "col", "index", "--strict", "docs", cwd=tmp_path)
+    assert "docs/bad.txt: not a text file" in the_error(strict)
+
+
+def test_index_of_nothing_is_1_and_makes_no_collection(tmp_path: Path) -> None:
+    ran = here("--dir", "col", "index", "gone", cwd=tmp_path)
+    assert ran == Ran(1, "", "kvlink-rag: skipped: gone: no such file or folder\n")
+    assert not (tmp_path / "col").exists()
+
+
+# ── ask, stats, check, delete, verify ────────────────────────────────────────────────────────
+
+
+def test_ask_json_is_the_same_from_snapshots_and_from_a_masked_prefill(collection: Path) -> None:
+    def ask(mode: str) -> dict:
+        options = ["-k", "4", "--max-new-tokens", "12", "--json", "--mode", mode]
+        ran = here("--dir", "col", "ask", "Who makes cranes?", *options, cwd=collection)
+        assert (ran.code, ran.err) == (0, "")
+        return ran.json
+
+    reuse, masked = ask("reuse"), ask("masked")
+    assert reuse["question"] == "Who makes cranes?"
+    assert reuse["answer"] == masked["answer"] != ""
+    assert [s["id"] for s in reuse["sources"]] == [s["id"] for s in masked["sources"]]
+    assert len(reuse["sources"]) == 4
+    assert {"id", "title", "text", "metadata", "score"} == set(reuse["sources"][0])
+    assert all(s["metadata"]["source"] in FILES for s in reuse["sources"])
+    assert reuse["trace"]["reused_tokens"] > 0 == masked["trace"]["reused_tokens"]
+
+
+def test_the_question_may_come_from_standard_input(collection: Path) -> None:
+    options = ["--json", "--max-new-tokens", "1", "--rounds", "2"]
+    ran = here("--dir", "col", "ask", "-", *options, cwd=collection, stdin="  Who?\n")
+    assert ran.json["question"] == "Who?"
+    assert "empty" in the_error(here("--dir", "col", "ask", " ", cwd=collection))
+
+
+def test_stats(collection: Path) -> None:
+    fields = here("--dir", "col", "stats", "--json", cwd=collection).json
+    assert (fields["documents"], fields["snapshots"]) == (10, 10)
+    assert fields["directory"] == str((collection / "col").resolve())
+    shown = here("--dir", "col", "stats", cwd=collection).out
+    assert f"tokens           {fields['tokens']:,}\n" in shown
+    assert f"snapshots        {fields['snapshots']}\n" in shown
+
+
+def test_check_finds_and_mends(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    assert here("--dir", "col", "check", cwd=tmp_path) == Ran(0, "no problems\n", "")
+    largest = max((tmp_path / "col" / "snapshots").rglob("*"), key=snapshot_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    found = here("--dir", "col", "check", cwd=tmp_path)
+    assert found.code == 1
+    assert found.out.count("\n") >= 1
+    mended = here("--dir", "col", "check", "--fix", cwd=tmp_path)
+    assert mended.code == 0
+    assert mended.out.endswith(" found, 0 left\n")
+
+
+def snapshot_size(path: Path) -> int:
+    return path.stat().st_size if path.suffix == ".safetensors" else -1
+
+
+def test_delete(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs/lines.jsonl", cwd=tmp_path)
+    assert "nothing to delete" in the_error(here("--dir", "col", "delete", cwd=tmp_path))
+    assert "'nope'" in the_error(here("--dir", "col", "delete", "one", "nope", cwd=tmp_path))
+    assert "'a.md'" in the_error(here("--dir", "col", "delete", "--source", "a.md", cwd=tmp_path))
+    assert here("--dir", "col", "delete", "one", cwd=tmp_path).out == "deleted 1 passage\n"
+    here("--dir", "col", "delete", "--source", "./docs/lines.jsonl", cwd=tmp_path)
+    assert "holds no documents" in the_error(here("--dir", "col", "ask", "x", cwd=tmp_path))
+
+
+def test_verify(collection: Path, pair: list[str], tmp_path: Path) -> None:
+    ran = here("--dir", "col", "verify", "--json", cwd=collection)
+    assert ran.code == 0
+    assert ran.json["holds"]
+    assert ran.json["difference"] <= ran.json["tolerance"]
+    alone = here("--dir", "none", *pair, "verify", cwd=tmp_path)
+    assert alone.code == 0
+    assert "reuse equals the masked full prefill" in alone.out
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_model_is_refused(collection: Path, tmp_path: Path) -> None:
+    random_model("llama", torch.float32, seed=1).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ran = here("--dir", "col", "--model", str(tmp_path), "ask", "x", cwd=collection)
+    assert "--reencode" in the_error(ran)
+
+
+# ── what is shown ────────────────────────────────────────────────────────────────────────────
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert terminal.visible("a\x1b[2Jb\x07\u202e\x9bc\td\ne") == "a�[2Jb���c\td\ne"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (3e12, "3 TB")],
+)
+def test_sizes(count: float, text: str) -> None:
+    assert terminal.size(count) == text
