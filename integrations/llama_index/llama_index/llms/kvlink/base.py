@@ -1,0 +1,409 @@
+"""`KVLink`: the LLM of an unchanged LlamaIndex application.
+
+    prompt or messages → kvlink_rag (recognition, snapshots, generation) → responses
+
+One generator, `_responses`, is the way of every call; the eight methods of an LLM are thin round
+it. Asynchronous ones run each of its steps in a worker thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import llama_index.core
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.utils import set_global_tokenizer
+from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelLike
+from llama_index.llms.kvlink.errors import KVLinkCallError
+from llama_index.llms.kvlink.threads import in_thread
+
+from kvlink_rag.documents import Document, Part, Passage, Text
+from kvlink_rag.errors import KVLinkError
+
+if TYPE_CHECKING:
+    from kvlink_rag import KVLinkRAG, TextStream, Trace
+
+_ROLES = {"developer": "system", "model": "assistant", "chatbot": "assistant"}
+logger = logging.getLogger(__name__)
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
+
+
+class KVLink(CustomLLM):
+    """A local LLM that reuses the keys and values of every passage its collection knows.
+
+    Wherever a prompt holds, verbatim, the text of a registered node, that stretch is not computed
+    but taken from disk; so any query engine or chat engine profits unchanged. Nodes become known
+    by `KVLinkRegister` or `KVLinkRetriever`. Weights are loaded at the first call; calls from any
+    number of threads are safe.
+
+    Args:
+        model: name, directory or `kvlink_rag.KVLinkModel`; None: what the directory remembers,
+            else the bundled small model.
+        embedder: name, directory, or embedding object of kvlink_rag, LlamaIndex or LangChain;
+            None likewise. The LLM itself never embeds.
+        directory: where the collection is kept; None: the one of the `kvlink-rag` command line.
+            Classes that name the same directory share one collection.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        max_new_tokens, temperature, top_p, stop, seed: how answers are generated; each may also
+            be given to a call (`max_tokens` means `max_new_tokens`). temperature 0 is greedy.
+        use_tokenizer: whether LlamaIndex counts tokens as this model does, unless the application
+            has set `Settings.tokenizer`. Its own default counts as GPT-3.5 does, so that prompts
+            packed with it may not fit.
+        rag: an open `kvlink_rag.KVLinkRAG` instead of the first four.
+
+    Examples:
+        ```python
+        from llama_index.llms.kvlink import KVLink, KVLinkRegister
+
+        index = VectorStoreIndex.from_documents(
+            documents, transformations=[SentenceSplitter(), KVLinkRegister()]
+        )
+        response = index.as_query_engine(llm=KVLink()).query("When was the harbour built?")
+        ```
+
+    """
+
+    model: str | None = Field(default=None, description="Name or directory of the model.")
+    embedder: str | None = Field(default=None, description="Name or directory of the encoder.")
+    directory: str | None = Field(default=None, description="Where the collection is kept.")
+    device: str = Field(default="auto", description="Torch device.")
+    max_new_tokens: int = Field(default=256, gt=0, description="The most tokens of an answer.")
+    temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end an answer.")
+    seed: int | None = Field(default=None, description="Seed for sampling.")
+    use_tokenizer: bool = Field(default=True, description="Count LlamaIndex's tokens as the model.")
+
+    _collection: Collection = PrivateAttr()
+
+    def __init__(
+        self,
+        *,
+        model: ModelLike = None,
+        embedder: Any = None,
+        directory: DirectoryLike = None,
+        device: str = "auto",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] | str | None = None,
+        seed: int | None = None,
+        use_tokenizer: bool = True,
+        rag: KVLinkRAG | None = None,
+        callback_manager: CallbackManager | None = None,
+        **llm_fields: Any,
+    ) -> None:
+        if unknown := sorted(set(llm_fields) - set(type(self).model_fields)):
+            raise TypeError(f"KVLink takes no argument {unknown[0]!r}")
+        collection = Collection(
+            model=model, embedder=embedder, directory=directory, device=device, rag=rag
+        )
+        super().__init__(
+            **collection.names(),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=_strings(stop),
+            seed=seed,
+            use_tokenizer=use_tokenizer,
+            callback_manager=callback_manager or CallbackManager([]),
+            **llm_fields,
+        )
+        self._collection = collection
+        if use_tokenizer and _replaceable(llama_index.core.global_tokenizer):
+            set_global_tokenizer(TokenIds(collection))
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's serialised form."""
+        return "KVLink"
+
+    @property
+    def rag(self) -> KVLinkRAG:
+        """The collection, opened."""
+        return self._collection.rag()
+
+    @property
+    def tokenizer(self) -> Callable[[str], list[int]]:
+        """Text to token ids as the model reads it, for `Settings.tokenizer` and splitters."""
+        return TokenIds(self._collection)
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex's prompt helpers go by; read without loading weights.
+
+        context_window: the model's, less what this integration itself may add to a prompt: the
+        chat template round one message and the link tokens after passages.
+        """
+        outline = self._collection.outline()
+        preset = outline.spec.prompt_preset
+        around = outline.tokenizer.encode(preset.before + preset.after, special=True)
+        added = len(around) + outline.link_tokens
+        return LLMMetadata(
+            context_window=outline.window - min(added, outline.window // 4),
+            num_output=self.max_new_tokens,
+            is_chat_model=outline.has_chat_template,
+            model_name=outline.name,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """What events say of this LLM; read without opening anything."""
+        return {"class_name": self.class_name(), "model_name": self.model or "", **self._sampling}
+
+    # Complete
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """The answer to a prompt, which is one user message.
+
+        documents: in `kwargs`, passages (`kvlink_rag.Document`) that precede the prompt.
+        """
+        return _last(self._completions(prompt, formatted, kwargs))
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseGen:
+        """As `complete`, as it comes; the last response has an empty delta and the trace."""
+        return self._completions(prompt, formatted, kwargs)
+
+    @llm_completion_callback()
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        """As `complete`; a cancelled call stops after the token it is at."""
+        return await _alast(in_thread(self._completions(prompt, formatted, kwargs)))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """As `stream_complete`."""
+        return in_thread(self._completions(prompt, formatted, kwargs))
+
+    # Chat
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """The answer to a conversation, which goes through the tokenizer's chat template."""
+        return _last(self._replies(messages, kwargs))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """As `chat`, as it comes; the last response has an empty delta and the trace."""
+        return self._replies(messages, kwargs)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """As `chat`; a cancelled call stops after the token it is at."""
+        return await _alast(in_thread(self._replies(messages, kwargs)))
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        """As `stream_chat`."""
+        return in_thread(self._replies(messages, kwargs))
+
+    # One way for all of them
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SAMPLING}
+
+    def _completions(
+        self, prompt: str, formatted: bool, arguments: dict[str, Any]
+    ) -> Generator[CompletionResponse, None, None]:
+        documents = arguments.get("documents")
+        sampling = {name: value for name, value in arguments.items() if name != "documents"}
+        if not formatted and self.completion_to_prompt is not None:
+            prompt = self.completion_to_prompt(prompt)
+        if documents is None:
+            return self._responses(lambda **given: self.rag.complete(prompt, **given), sampling)
+        return self._responses(partial(self._over, documents, prompt), sampling)
+
+    def _replies(
+        self, messages: Sequence[ChatMessage], sampling: dict[str, Any]
+    ) -> Generator[ChatResponse, None, None]:
+        def start(**given: Any) -> TextStream:
+            return self.rag.complete([_message(message) for message in messages], **given)
+
+        for response in self._responses(start, sampling):
+            yield ChatResponse(
+                message=ChatMessage(role=MessageRole.ASSISTANT, content=response.text),
+                delta=response.delta,
+                raw=response.raw,
+                additional_kwargs=response.additional_kwargs,
+            )
+
+    def _responses(
+        self, start: Callable[..., TextStream], sampling: dict[str, Any]
+    ) -> Generator[CompletionResponse, None, None]:
+        """Text so far and what is new, one response a piece; then the trace. Lazy from the start.
+
+        Raises `KVLinkCallError` where kvlink_rag raises an error that LlamaIndex would swallow.
+        """
+        with _unswallowed():
+            stream = start(**self._merged(sampling))
+            try:
+                for piece in stream:
+                    yield CompletionResponse(text=stream.text, delta=piece)
+            finally:
+                stream.close()
+            yield CompletionResponse(
+                text=stream.text,
+                delta="",
+                raw=self._raw(stream.trace),
+                additional_kwargs=_usage(stream.trace),
+            )
+
+    def _over(self, documents: Sequence[Document], question: str, **sampling: Any) -> TextStream:
+        """The answer to `question` after `documents`; those beyond the model's slots are text."""
+        model = self.rag.model
+        most = model.spec.max_passages or len(documents)
+        if len(documents) > most:
+            logger.warning(
+                "%d of %d passages are computed: the model has link tokens for %d",
+                len(documents) - most,
+                len(documents),
+                most,
+            )
+        rest = [Text(model.spec.render_passage(document)) for document in documents[most:]]
+        if self.system_prompt:
+            passages = [Passage(document) for document in documents[:most]]
+            user: list[Part] = [*passages, *rest, Text(question)]
+            system = {"role": "system", "content": self.system_prompt}
+            parts = model.chat([system, {"role": "user", "content": user}])
+        else:
+            parts = model.prompt(documents[:most], question)
+            after = max((i + 1 for i, p in enumerate(parts) if isinstance(p, Passage)), default=0)
+            parts[after:after] = rest
+        return model.stream(parts, reuse=self.rag.reuse, **sampling)
+
+    def _merged(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """This LLM's sampling with that of one call. Raises `KVLinkCallError` for other words."""
+        given = {{"max_tokens": "max_new_tokens"}.get(k, k): v for k, v in arguments.items()}
+        if unknown := sorted(set(given) - set(_SAMPLING)):
+            raise KVLinkCallError(
+                f"found the argument {unknown[0]!r}, expected one of {', '.join(_SAMPLING)}"
+            )
+        if "stop" in given:
+            given["stop"] = _strings(given["stop"])
+        return {**self._sampling, **given}
+
+    def _raw(self, trace: Trace) -> dict[str, Any]:
+        return {
+            "model": self.rag.model.name,
+            "finish_reason": trace.finish_reason,
+            "usage": _usage(trace),
+            "trace": trace.to_dict(),
+        }
+
+
+class TokenIds:
+    """Text to token ids as the model reads it. Holds the collection only until the first call."""
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection: Collection | None = collection
+        self._encode: Callable[[str], list[int]] | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        """Token ids of `text` alone, special-token strings spelled out."""
+        if self._encode is None and self._collection is not None:
+            self._encode, self._collection = self._collection.outline().tokenizer.encode, None
+        if self._encode is None:
+            raise RuntimeError("no tokenizer")
+        return self._encode(text)
+
+
+def _replaceable(tokenizer: Any) -> bool:
+    """Whether LlamaIndex's tokenizer is unset, ours, or the default that it sets by itself."""
+    if tokenizer is None or isinstance(tokenizer, TokenIds):
+        return True
+    return (
+        isinstance(tokenizer, partial)
+        and type(getattr(tokenizer.func, "__self__", None)).__module__.startswith("tiktoken")
+        and tokenizer.keywords == {"allowed_special": "all"}
+    )
+
+
+@contextmanager
+def _unswallowed() -> Iterator[None]:
+    """Our errors as `KVLinkCallError` where LlamaIndex would take them for bad model output."""
+    try:
+        yield
+    except KVLinkError as error:
+        if isinstance(error, ValueError | TypeError):
+            raise KVLinkCallError(str(error)) from error
+        raise
+
+
+def _message(message: ChatMessage) -> dict[str, str]:
+    """A message as kvlink_rag takes it. Raises `KVLinkCallError` for images and the like."""
+    for block in message.blocks:
+        if not isinstance(block, TextBlock):
+            raise KVLinkCallError(
+                f"found a {type(block).__name__} in a message, expected text: this model reads text"
+            )
+    role = str(getattr(message.role, "value", message.role))
+    return {"role": _ROLES.get(role, role), "content": message.content or ""}
+
+
+def _usage(trace: Trace) -> dict[str, int]:
+    """Token counts under the names that LlamaIndex's counters read; cached: reused or kept."""
+    cached = trace.reused_tokens + trace.prefix_tokens
+    prompt = cached + trace.computed_tokens
+    return {
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "completion_tokens": trace.generated_tokens,
+        "total_tokens": prompt + trace.generated_tokens,
+    }
+
+
+def _strings(stop: Sequence[str] | str | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop or ())
+
+
+Response = TypeVar("Response", CompletionResponse, ChatResponse)
+
+
+def _last(responses: Iterable[Response]) -> Response:
+    """The whole answer: the last response of a stream, without a delta."""
+    return _whole(deque(responses, maxlen=1).pop())
+
+
+async def _alast(responses: AsyncGenerator[Response, None]) -> Response:
+    last = None
+    async with aclosing(responses):
+        async for response in responses:
+            last = response
+    if last is None:
+        raise RuntimeError("a stream of responses was empty")
+    return _whole(last)
+
+
+def _whole(response: Response) -> Response:
+    response.delta = None
+    return response

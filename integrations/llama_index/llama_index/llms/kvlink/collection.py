@@ -1,0 +1,101 @@
+"""What all classes of this integration share: `model`, `embedder`, `directory`, `device`.
+
+A collection is opened on first use and once a process, so that the LLM, the retriever and the
+ingestion of one application share one model and one index. Knows no LlamaIndex.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from kvlink_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvlink_rag import KVLinkModel, KVLinkRAG
+    from kvlink_rag.outline import ModelOutline
+
+ModelLike = Union["KVLinkModel", str, Path, None]
+DirectoryLike = str | Path | None
+
+# The collection opened last: without it, `KVLinkRegister()(nodes)` would load weights for itself.
+_last: KVLinkRAG | None = None
+
+
+class Collection:
+    """A collection that is opened when first used.
+
+    model: a name, a directory or a `KVLinkModel`; embedder: a name, a directory, an embedder of
+    kvlink_rag, of LlamaIndex or of LangChain; None: what the directory remembers, else the bundled
+    pair. directory: None is the one that `kvlink-rag` uses on the command line. rag: an open
+    collection instead of the other four.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelLike = None,
+        embedder: Any = None,
+        directory: DirectoryLike = None,
+        device: str = "auto",
+        rag: KVLinkRAG | None = None,
+    ) -> None:
+        others = [v is not None for v in (model, embedder, directory)]
+        if rag is not None and (any(others) or device != "auto"):
+            raise ConfigError("found rag and one of model, embedder, directory, device; give one")
+        self.model, self.embedder, self.directory, self.device = model, embedder, directory, device
+        self._given = self._rag = rag
+        self._outline: ModelOutline | None = None
+        self._lock = threading.Lock()
+
+    def names(self) -> dict[str, str | None]:
+        """The four as plain strings, for LlamaIndex's fields and its serialised form."""
+        directory = self.directory if self._given is None else self._given.directory
+        return {
+            "model": _name(self.model),
+            "embedder": _name(self.embedder),
+            "directory": None if directory is None else str(directory),
+            "device": self.device,
+        }
+
+    def rag(self) -> KVLinkRAG:
+        """The open collection. Errors as in `KVLinkRAG.open`."""
+        global _last
+        from kvlink_rag.shared import shared_collection
+
+        with self._lock:
+            if self._rag is None:
+                _last = self._rag = shared_collection(
+                    self.directory,
+                    model=self.model,
+                    embedder=_bare(self.embedder),
+                    device=self.device,
+                )
+            return self._rag
+
+    def outline(self) -> ModelOutline:
+        """The model's window, tokenizer and spec, without its weights."""
+        if self._outline is None:
+            self._outline = self.rag().outline()
+        return self._outline
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not all(v is None or isinstance(v, str | Path) for v in (self.model, self.embedder)):
+            raise TypeError("found a model or embedder object, expected its name or directory")
+        return self.names()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Collection.__init__(self, **state)
+
+
+def _bare(embedder: Any) -> Any:
+    """The encoder within a `ContrieverEmbedding`, so that its vectors and digest are its own."""
+    own = getattr(embedder, "kvlink_embedder", None)
+    return embedder if own is None else own()
+
+
+def _name(value: Any) -> str | None:
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    return str(getattr(value, "name", None) or getattr(value, "model_name", type(value).__name__))

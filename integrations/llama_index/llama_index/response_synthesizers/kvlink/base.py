@@ -1,0 +1,203 @@
+"""`KVLinkSynthesizer`: retrieved nodes become passages, without a detour through one string.
+
+`synthesize` is the last place that sees nodes; LlamaIndex itself goes on with texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import CompletionResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.schema import NodeWithScore, QueryType
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+from llama_index.llms.kvlink import KVLink
+from llama_index.llms.kvlink.collection import DirectoryLike, ModelLike
+from llama_index.llms.kvlink.nodes import to_documents
+
+from kvlink_rag.documents import Document
+
+if TYPE_CHECKING:
+    from kvlink_rag import KVLinkRAG
+
+TRACE = "kvlink"  # where a response's metadata holds counts and times
+
+
+class KVLinkSynthesizer(BaseSynthesizer):
+    """One prompt, the model's own: all nodes as passages, then the query.
+
+    Every node is a passage of its bare text and title, whether registered or not (then it is
+    encoded now and kept); metadata does not enter the prompt. Nothing is repacked: more nodes than
+    the model has link tokens for are computed as text, and more than its window holds raise
+    `kvlink_rag`'s `PromptTooLong` as the cause of a `KVLinkCallError`.
+    `response.metadata["kvlink"]` holds token counts and the trace, for a stream once it has ended.
+
+    Args:
+        llm: a `KVLink`; None makes one of the next five.
+        model, embedder, directory, device, rag: as everywhere in this integration, see `KVLink`.
+        streaming: whether responses stream.
+        empty_response: the answer where there are no nodes.
+
+    Examples:
+        ```python
+        RetrieverQueryEngine(retriever, KVLinkSynthesizer(llm=llm, streaming=True))
+        ```
+
+    """
+
+    def __init__(
+        self,
+        llm: KVLink | None = None,
+        *,
+        model: ModelLike = None,
+        embedder: Any = None,
+        directory: DirectoryLike = None,
+        device: str = "auto",
+        rag: KVLinkRAG | None = None,
+        streaming: bool = False,
+        callback_manager: CallbackManager | None = None,
+        empty_response: str | None = None,
+    ) -> None:
+        if llm is None:
+            llm = KVLink(
+                model=model, embedder=embedder, directory=directory, device=device, rag=rag
+            )
+        elif device != "auto" or any(v is not None for v in (model, embedder, directory, rag)):
+            raise TypeError(
+                "found llm and one of model, embedder, directory, device, rag; give one"
+            )
+        if not isinstance(llm, KVLink):
+            raise TypeError(
+                f"found llm {type(llm).__name__}, expected KVLink, which takes passages"
+            )
+        super().__init__(llm=llm, callback_manager=callback_manager, streaming=streaming)
+        self._kvlink = llm
+        if empty_response is not None:
+            self._empty_response = empty_response
+
+    def synthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """The answer to `query` from `nodes`. Other arguments are those of `KVLink.complete`."""
+        trace: dict[str, Any] = {}
+        response = super().synthesize(
+            query,
+            nodes,
+            additional_source_nodes,
+            documents=to_documents(nodes),
+            trace=trace,
+            **response_kwargs,
+        )
+        return _with_trace(response, trace)
+
+    async def asynthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """As `synthesize`, without blocking the event loop."""
+        trace: dict[str, Any] = {}
+        response = await super().asynthesize(
+            query,
+            nodes,
+            additional_source_nodes,
+            documents=to_documents(nodes),
+            trace=trace,
+            **response_kwargs,
+        )
+        return _with_trace(response, trace)
+
+    def get_response(
+        self,
+        query_str: str,
+        text_chunks: Sequence[str],
+        documents: Sequence[Document] | None = None,
+        trace: dict[str, Any] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TEXT_TYPE:
+        """The answer from `documents`, or from `text_chunks` where no nodes are known."""
+        asked = {"documents": _passages(documents, text_chunks), **response_kwargs}
+        if self._streaming:
+            return _tokens(self._kvlink.stream_complete(query_str, formatted=True, **asked), trace)
+        return _text(self._kvlink.complete(query_str, formatted=True, **asked), trace)
+
+    async def aget_response(
+        self,
+        query_str: str,
+        text_chunks: Sequence[str],
+        documents: Sequence[Document] | None = None,
+        trace: dict[str, Any] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TEXT_TYPE:
+        """As `get_response`, without blocking the event loop."""
+        asked = {"documents": _passages(documents, text_chunks), **response_kwargs}
+        if self._streaming:
+            responses = await self._kvlink.astream_complete(query_str, formatted=True, **asked)
+            return _atokens(responses, trace)
+        return _text(await self._kvlink.acomplete(query_str, formatted=True, **asked), trace)
+
+    def _get_prompts(self) -> PromptDictType:
+        """No templates: the prompt is the model's own."""
+        return {}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        """Raises `ValueError`: there is no template to replace."""
+        if prompts:
+            raise ValueError(
+                f"found prompts {sorted(prompts)}, but the prompt of a KVLinkSynthesizer is the "
+                "model's own; set system_prompt of KVLink, or use CompactAndRefine"
+            )
+
+
+def _passages(documents: Sequence[Document] | None, texts: Sequence[str]) -> list[Document]:
+    if documents is None:
+        return [Document(text) for text in texts if text.strip()]
+    return list(documents)
+
+
+def _text(response: CompletionResponse, trace: dict[str, Any] | None) -> str:
+    _note(response, trace)
+    return response.text
+
+
+def _tokens(
+    responses: Generator[CompletionResponse, None, None], trace: dict[str, Any] | None
+) -> Generator[str, None, None]:
+    with closing(responses):
+        for response in responses:
+            _note(response, trace)
+            if response.delta:
+                yield response.delta
+
+
+async def _atokens(
+    responses: AsyncGenerator[CompletionResponse, None], trace: dict[str, Any] | None
+) -> AsyncGenerator[str, None]:
+    async with aclosing(responses):
+        async for response in responses:
+            _note(response, trace)
+            if response.delta:
+                yield response.delta
+
+
+def _note(response: CompletionResponse, trace: dict[str, Any] | None) -> None:
+    if trace is not None and response.raw:
+        trace.update(response.raw)
+
+
+def _with_trace(response: RESPONSE_TYPE, trace: dict[str, Any]) -> RESPONSE_TYPE:
+    """`response`, with `trace` (which a stream fills at its end) in its metadata."""
+    if response.metadata is not None:
+        response.metadata[TRACE] = trace
+    return response

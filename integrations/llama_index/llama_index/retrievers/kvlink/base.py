@@ -1,0 +1,86 @@
+"""`KVLinkRetriever`: Contriever and FAISS over nodes that are already encoded for `KVLink`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBundle
+from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelLike
+from llama_index.llms.kvlink.nodes import to_documents, to_node
+
+from kvlink_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvlink_rag import KVLinkRAG
+
+
+class KVLinkRetriever(BaseRetriever):
+    """Finds the `k` best nodes of a collection; fewer where there are fewer.
+
+    Args:
+        k: nodes a query; at least 1.
+        rounds: 2 searches again from the best first hits, for two-hop questions.
+        model, embedder, directory, device, rag: as everywhere in this integration, see `KVLink`.
+
+    Examples:
+        ```python
+        retriever = KVLinkRetriever(k=5, directory="my-collection")
+        retriever.add(nodes)
+        RetrieverQueryEngine.from_args(retriever, llm=KVLink(directory="my-collection"))
+        ```
+
+    """
+
+    def __init__(
+        self,
+        k: int = 10,
+        *,
+        rounds: int = 1,
+        model: ModelLike = None,
+        embedder: Any = None,
+        directory: DirectoryLike = None,
+        device: str = "auto",
+        rag: KVLinkRAG | None = None,
+        callback_manager: CallbackManager | None = None,
+        object_map: dict[str, Any] | None = None,
+        objects: list[IndexNode] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        if k < 1:
+            raise ConfigError(f"k is {k}, expected at least 1")
+        if rounds not in (1, 2):
+            raise ConfigError(f"rounds is {rounds}, expected 1 or 2")
+        self.k, self.rounds = k, rounds
+        self._collection = Collection(
+            model=model, embedder=embedder, directory=directory, device=device, rag=rag
+        )
+        super().__init__(
+            callback_manager=callback_manager,
+            object_map=object_map,
+            objects=objects,
+            verbose=verbose,
+        )
+
+    @property
+    def rag(self) -> KVLinkRAG:
+        """The collection, opened."""
+        return self._collection.rag()
+
+    def add(self, nodes: Sequence[BaseNode]) -> None:
+        """Embed, index and encode all nodes that have text; what is there costs nothing.
+
+        Raises `kvlink_rag.errors.DocumentError`.
+        """
+        self.rag.add(to_documents(nodes))
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """The best nodes for the bundle's embedding texts: the query, or what HyDE made of it."""
+        query = "\n".join(query_bundle.embedding_strs)
+        return [to_node(hit) for hit in self.rag.search(query, self.k, rounds=self.rounds)]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)

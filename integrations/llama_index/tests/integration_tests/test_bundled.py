@@ -1,0 +1,66 @@
+"""Every class without a model argument: the bundled pair, in a directory of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llama_index.core import VectorStoreIndex
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import TextNode
+from llama_index.embeddings.contriever import ContrieverEmbedding
+from llama_index.llms.kvlink import KVLink, KVLinkRegister
+from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
+from llama_index.retrievers.kvlink import KVLinkRetriever
+
+QUESTION = "When was the harbour of Orvale built?"
+
+
+def nodes() -> list[TextNode]:
+    texts = {
+        "Orvale": "The harbour of Orvale was built in 1911. Its lighthouse stands on a rock.",
+        "Marnik": "Marnik is a town in the hills. Its market is held every Tuesday morning.",
+        "Teldon": "The bridge of Teldon was opened in 1876 and crosses the river Sarn.",
+    }
+    return [
+        TextNode(id_=title.lower(), text=text, metadata={"title": title})
+        for title, text in texts.items()
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path))
+
+
+def test_no_arguments_anywhere(tmp_path: Path) -> None:
+    retriever = KVLinkRetriever(k=2)
+    retriever.add(nodes())
+    engine = RetrieverQueryEngine(retriever, KVLinkSynthesizer())
+    response = engine.query(QUESTION)
+    assert response.response
+    assert response.source_nodes[0].node_id == "orvale"
+    told = response.metadata["kvlink"]
+    assert told["trace"]["snapshots_found"] == 2
+    assert (tmp_path / "collection" / "catalog.sqlite").exists()
+    assert retriever.rag is KVLink().rag is KVLinkRegister().rag
+
+
+def test_the_swap_with_the_default_store() -> None:
+    llm = KVLink(max_new_tokens=16)
+    index = VectorStoreIndex(
+        nodes(), transformations=[KVLinkRegister()], embed_model=ContrieverEmbedding()
+    )
+    KVLinkRegister()(nodes())
+    response = index.as_query_engine(llm=llm, similarity_top_k=2).query(QUESTION)
+    assert response.source_nodes[0].node_id == "orvale"
+    assert response.response
+    assert response.response != "Empty Response"
+
+
+def test_counts_as_the_model_counts() -> None:
+    llm = KVLink()
+    usage = llm.complete(QUESTION, max_new_tokens=1).raw["usage"]
+    outside = usage["prompt_tokens"] - len(llm.tokenizer(QUESTION))
+    assert 0 < outside < 64  # the template round one message
+    assert llm.rag.model.window - 512 < llm.metadata.context_window < llm.rag.model.window

@@ -1,0 +1,82 @@
+"""LlamaIndex's chat engines with only the LLM swapped."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from conftest import WordEmbedder, rendered_tokens
+from llama_index.core import VectorStoreIndex
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
+from llama_index.core.schema import TextNode
+from llama_index.embeddings.contriever import ContrieverEmbedding
+from llama_index.llms.kvlink import KVLink
+
+from kvlink_rag import KVLinkRAG
+
+pytestmark = pytest.mark.filterwarnings(
+    # The memory of LlamaIndex's chat engines leaves its in-memory SQLite to the collector.
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore::ResourceWarning",
+)
+
+
+@pytest.fixture
+def index(nodes: list[TextNode], embedder: WordEmbedder) -> VectorStoreIndex:
+    return VectorStoreIndex(nodes, embed_model=ContrieverEmbedding(embedder))
+
+
+def raw(handler: LlamaDebugHandler) -> list[dict[str, Any]]:
+    pairs = handler.get_event_pairs(CBEventType.LLM)
+    return [end.payload[EventPayload.RESPONSE].raw for _, end in pairs]
+
+
+@pytest.mark.parametrize("engine", [ContextChatEngine, CondensePlusContextChatEngine])
+def test_a_chat_over_documents(
+    index: VectorStoreIndex, rag: KVLinkRAG, llm: KVLink, engine: Any
+) -> None:
+    handler = LlamaDebugHandler(print_trace_on_end=False)
+    chat = engine.from_defaults(
+        index.as_retriever(similarity_top_k=2), llm=llm, system_prompt="Be brief."
+    )
+    chat.callback_manager = llm.callback_manager = CallbackManager([handler])
+    first = chat.chat("Which town is Marnik?")
+    second = chat.chat("And which town is Hux?")
+    assert first.response
+    assert second.response
+    told = raw(handler)
+    for answer, response in ((told[0], first), (told[-1], second)):
+        found = [source.node for source in response.source_nodes]
+        assert len(found) == 2
+        assert answer["trace"]["reused_tokens"] == rendered_tokens(rag.model, found)
+
+
+@pytest.mark.parametrize("engine", [ContextChatEngine, CondensePlusContextChatEngine])
+def test_a_streaming_chat(index: VectorStoreIndex, llm: KVLink, engine: Any) -> None:
+    def fresh() -> Any:
+        return engine.from_defaults(index.as_retriever(similarity_top_k=2), llm=llm)
+
+    async def ask() -> tuple[str, str]:
+        answer = await fresh().achat("Which town is Marnik?")
+        stream = await fresh().astream_chat("Which town is Marnik?")
+        return answer.response, "".join([p async for p in stream.async_response_gen()])
+
+    whole = fresh().chat("Which town is Marnik?").response
+    assert "".join(fresh().stream_chat("Which town is Marnik?").response_gen) == whole
+    assert asyncio.run(ask()) == (whole, whole)
+
+
+def test_a_chat_without_documents_keeps_earlier_turns(llm: KVLink) -> None:
+    handler = LlamaDebugHandler(print_trace_on_end=False)
+    llm.callback_manager = CallbackManager([handler])
+    chat = SimpleChatEngine.from_defaults(llm=llm)
+    chat.chat("Hello there!")
+    chat.chat("What did I say?")
+    first, second = raw(handler)
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]

@@ -1,0 +1,167 @@
+"""What each class is to LlamaIndex, before anything is loaded."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_index.core
+import pytest
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.llms.llm import LLM
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.schema import TransformComponent
+from llama_index.embeddings.contriever import ContrieverEmbedding
+from llama_index.llms.kvlink import KVLink, KVLinkRegister
+from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
+from llama_index.retrievers.kvlink import KVLinkRetriever
+
+from kvlink_rag import KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import ConfigError
+
+ROOT = Path(__file__).parents[2] / "llama_index"
+
+
+@pytest.mark.parametrize(
+    ("made", "base"),
+    [
+        (KVLink, CustomLLM),
+        (KVLink, LLM),
+        (KVLinkRetriever, BaseRetriever),
+        (KVLinkSynthesizer, BaseSynthesizer),
+        (ContrieverEmbedding, BaseEmbedding),
+        (KVLinkRegister, TransformComponent),
+    ],
+)
+def test_bases(made: type, base: type) -> None:
+    assert issubclass(made, base)
+
+
+def test_namespace_folders_have_no_init() -> None:
+    assert sorted(path.parent.name for path in ROOT.rglob("__init__.py")) == [
+        "contriever",
+        "kvlink",
+        "kvlink",
+        "kvlink",
+    ]
+    assert len(list(ROOT.rglob("py.typed"))) == 4
+
+
+def test_class_names() -> None:
+    assert [c.class_name() for c in (KVLink, KVLinkRegister, ContrieverEmbedding)] == [
+        "KVLink",
+        "KVLinkRegister",
+        "ContrieverEmbedding",
+    ]
+
+
+def test_construction_opens_and_loads_nothing(tmp_path: Path) -> None:
+    """All classes but the synthesizer, whose base class asks for the window."""
+    code = f"""
+import sys
+from llama_index.embeddings.contriever import ContrieverEmbedding
+from llama_index.llms.kvlink import KVLink, KVLinkRegister
+from llama_index.retrievers.kvlink import KVLinkRetriever
+where = {str(tmp_path / "new")!r}
+KVLink(), KVLinkRetriever(), KVLinkRegister(), ContrieverEmbedding()
+KVLink(directory=where), KVLinkRetriever(directory=where), KVLinkRegister(directory=where)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    assert not (tmp_path / "new").exists()
+
+
+def test_same_words_everywhere(tmp_path: Path) -> None:
+    words = {"model": "a/b", "embedder": "c/d", "directory": tmp_path, "device": "cpu"}
+    llm, register = KVLink(**words), KVLinkRegister(**words)
+    KVLinkRetriever(**words)
+    for made in (llm, register):
+        found = {word: getattr(made, word) for word in words}
+        assert found == {**words, "directory": str(tmp_path)}
+    embedding = ContrieverEmbedding(embedder="c/d", device="cpu")
+    assert (embedding.embedder, embedding.device, embedding.model_name) == ("c/d", "cpu", "c/d")
+
+
+def test_serialised_and_back(tmp_path: Path) -> None:
+    llm = KVLink(model="a/b", directory=tmp_path, stop="\n", seed=3, system_prompt="Be brief.")
+    for again in (KVLink.from_dict(llm.to_dict()), pickle.loads(pickle.dumps(llm))):  # noqa: S301
+        assert again.to_dict() == llm.to_dict()
+        assert (again.model, again.stop, again.seed) == ("a/b", ["\n"], 3)
+    embedding = ContrieverEmbedding("c/d", embed_batch_size=7)
+    again = ContrieverEmbedding.from_dict(embedding.to_dict())
+    assert (again.embedder, again.embed_batch_size) == ("c/d", 7)
+    register = KVLinkRegister(directory=tmp_path, embed=True)
+    assert KVLinkRegister.from_dict(register.to_dict()).to_dict() == register.to_dict()
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        KVLink(temprature=1.0)
+    with pytest.raises(TypeError, match="pooling"):
+        ContrieverEmbedding(pooling="cls")
+    with pytest.raises(TypeError, match="similarity"):
+        KVLinkRetriever(similarity_top_k=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}]
+)
+def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        KVLink(**bad)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_of_nothing_is_refused(k: int) -> None:
+    with pytest.raises(ConfigError, match=f"k is {k}"):
+        KVLinkRetriever(k)
+
+
+def test_rag_goes_with_none_of_the_others(rag: KVLinkRAG) -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        KVLink(rag=rag, model="a/b")
+    with pytest.raises(TypeError, match="give one"):
+        KVLinkSynthesizer(KVLink(rag=rag), rag=rag)
+    with pytest.raises(TypeError, match="expected KVLink"):
+        KVLinkSynthesizer("default")  # type: ignore[arg-type]
+
+
+def test_classes_of_one_directory_share_one_collection(
+    tmp_path: Path, model: KVLinkModel, embedder: object
+) -> None:
+    llm = KVLink(directory=tmp_path, model=model)
+    retriever = KVLinkRetriever(directory=str(tmp_path), embedder=embedder)
+    register = KVLinkRegister(directory=tmp_path)
+    assert llm.rag is register.rag
+    assert llm.rag.model is model
+    assert retriever.rag.directory == llm.rag.directory
+    assert KVLinkRetriever(directory=tmp_path, embedder=embedder).rag is retriever.rag
+    assert KVLink(directory=tmp_path / "other", model=model).rag is not llm.rag
+
+
+def test_context_window_and_tokenizer(rag: KVLinkRAG, model: KVLinkModel) -> None:
+    llm = KVLink(rag=rag, max_new_tokens=20)
+    seen = llm.metadata
+    # <bos><user> and <eos><assistant>, 12 slots of 2 link tokens, two markers
+    assert seen.context_window == model.window - 4 - 12 * 2 - 2
+    assert (seen.num_output, seen.is_chat_model, seen.model_name) == (20, True, model.name)
+    assert not seen.is_function_calling_model
+    assert llm.tokenizer("a<eos>é") == model.tokenizer.encode("a<eos>é")
+    assert len(llm.tokenizer("a<eos>é")) == 8
+
+
+def test_global_tokenizer_is_ours_unless_the_application_set_one(rag: KVLinkRAG) -> None:
+    from llama_index.core.utils import get_tokenizer
+
+    get_tokenizer()  # LlamaIndex sets its own default by itself
+    KVLink(rag=rag, use_tokenizer=False)
+    assert len(get_tokenizer()("lighthouse keeper")) < 10
+    KVLink(rag=rag)
+    assert len(get_tokenizer()("lighthouse keeper")) == 17
+    llama_index.core.global_tokenizer = str.split
+    KVLink(rag=rag)
+    assert get_tokenizer() == str.split

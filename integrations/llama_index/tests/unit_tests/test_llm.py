@@ -1,0 +1,318 @@
+"""`KVLink` alone: the eight calls, sampling, usage, errors, concurrency, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import rendered_tokens, town_nodes
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
+from llama_index.core.callbacks.token_counting import TokenCountingHandler
+from llama_index.core.schema import TextNode
+from llama_index.llms.kvlink import KVLink
+from llama_index.llms.kvlink.errors import KVLinkCallError
+from llama_index.llms.kvlink.nodes import to_documents
+
+from kvlink_rag import KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import PromptTooLong
+
+HELLO = [ChatMessage(role="system", content="Be brief."), ChatMessage(content="Hello there!")]
+
+
+def oracle(model: KVLinkModel, content: str, count: int = 8) -> str:
+    """The masked full prefill's answer to one user message without passages."""
+    parts = model.chat([{"role": "user", "content": content}])
+    return model.generate(parts, mode="masked", max_new_tokens=count)
+
+
+def test_complete_and_stream_agree_with_the_oracle(llm: KVLink, model: KVLinkModel) -> None:
+    whole = llm.complete("Hello there!")
+    pieces = list(llm.stream_complete("Hello there!"))
+    assert whole.text == oracle(model, "Hello there!")
+    assert "".join(piece.delta or "" for piece in pieces) == whole.text
+    assert [piece.text for piece in pieces[-2:]] == [whole.text, whole.text]
+    assert whole.delta is None
+    assert len(pieces) > 2
+
+
+def test_chat_and_stream_agree_with_the_oracle(llm: KVLink, model: KVLinkModel) -> None:
+    parts = model.chat([{"role": m.role.value, "content": m.content} for m in HELLO])
+    expected = model.generate(parts, mode="masked", max_new_tokens=8)
+    whole = llm.chat(HELLO)
+    pieces = list(llm.stream_chat(HELLO))
+    assert whole.message.content == expected
+    assert whole.message.role == MessageRole.ASSISTANT
+    assert whole.message.additional_kwargs == {}  # else it would enter the chat history as text
+    assert "".join(piece.delta or "" for piece in pieces) == expected
+    assert pieces[-1].message.content == expected
+
+
+@pytest.mark.parametrize("role", ["developer", "chatbot", "model"])
+def test_other_names_of_roles(llm: KVLink, role: str) -> None:
+    plain = {"developer": "system"}.get(role, "assistant")
+    asked = [ChatMessage(role=r, content="A rule.") for r in (role, plain)]
+    answers = [llm.chat([message, ChatMessage(content="Go.")]) for message in asked]
+    assert answers[0].message.content == answers[1].message.content
+
+
+def test_async_twins_give_the_same(llm: KVLink) -> None:
+    async def ask() -> list[str]:
+        streamed = await llm.astream_complete("Hello there!")
+        chatted = await llm.astream_chat(HELLO)
+        return [
+            (await llm.acomplete("Hello there!")).text,
+            "".join([piece.delta or "" async for piece in streamed]),
+            (await llm.achat(HELLO)).message.content or "",
+            "".join([piece.delta or "" async for piece in chatted]),
+        ]
+
+    completed, chatted = llm.complete("Hello there!").text, llm.chat(HELLO).message.content
+    assert asyncio.run(ask()) == [completed, completed, chatted, chatted]
+
+
+class Slow:
+    """Makes every generated token, and the loading of the collection, wait."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: KVLinkModel, seconds: float) -> None:
+        self.tokens = 0
+        real = model.stream
+
+        def stream(*arguments: Any, **options: Any) -> Any:
+            found = real(*arguments, **options)
+            pieces = found._pieces
+
+            def slowly() -> Any:
+                for piece in pieces:
+                    time.sleep(seconds)
+                    self.tokens += 1
+                    yield piece
+
+            found._pieces = slowly()
+            return found
+
+        monkeypatch.setattr(model, "stream", stream)
+
+
+def test_the_event_loop_is_not_blocked(
+    llm: KVLink, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch, model, 0.1)
+
+    async def longest_pause() -> float:
+        async def ask() -> None:
+            await llm.acomplete("Hello there!")
+            async for _ in await llm.astream_chat(HELLO):
+                pass
+
+        asking = asyncio.create_task(ask())
+        longest, last = 0.0, time.perf_counter()
+        while not asking.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        await asking
+        return longest
+
+    started = time.perf_counter()
+    longest = asyncio.run(longest_pause())
+    assert slow.tokens > 8
+    # a call that blocks shows as one pause of all its tokens; a busy machine as a short one
+    assert longest < (time.perf_counter() - started) / 3
+
+
+def test_a_cancelled_call_stops_generating(
+    llm: KVLink, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch, model, 0.2)
+
+    async def cancel() -> None:
+        asking = asyncio.create_task(llm.acomplete("Hello there!", max_new_tokens=200))
+        while slow.tokens < 2:
+            await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(cancel())
+    said = slow.tokens
+    time.sleep(0.5)
+    assert said <= slow.tokens <= said + 1 < 20
+
+
+def test_a_stream_that_is_left_stops_generating(
+    llm: KVLink, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch, model, 0.0)
+    for _ in llm.stream_complete("Hello there!", max_new_tokens=200):
+        break
+    assert slow.tokens == 1
+
+    async def leave() -> None:
+        stream = await llm.astream_complete("Hello there!", max_new_tokens=200)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    asyncio.run(leave())
+    assert slow.tokens == 2
+
+
+def test_nothing_runs_before_the_first_piece(llm: KVLink) -> None:
+    stream = llm.stream_complete("")
+    with pytest.raises(KVLinkCallError, match="empty"):
+        next(stream)
+
+
+def test_sampling_of_the_llm_and_of_a_call(rag: KVLinkRAG) -> None:
+    llm = KVLink(rag=rag, max_new_tokens=12, temperature=1.0, seed=1)
+    one = llm.complete("Hello").text
+    assert llm.complete("Hello").text == one
+    assert llm.complete("Hello", seed=2).text != one
+    greedy = llm.complete("Hello", temperature=0.0).text
+    assert llm.complete("Hello", temperature=1.0, top_p=1e-6).text == greedy
+    assert llm.complete("Hello", max_tokens=3).raw["usage"]["completion_tokens"] == 3
+    stop = greedy[4:6]
+    before = greedy.partition(stop)[0]
+    assert llm.complete("Hello", temperature=0.0, stop=stop).text == before
+    assert KVLink(rag=rag, max_new_tokens=12, stop=[stop]).complete("Hello").text == before
+    assert (
+        "".join(p.delta for p in llm.stream_complete("Hello", temperature=0, stop=[stop])) == before
+    )
+
+
+def test_what_an_answer_says_of_itself(llm: KVLink, model: KVLinkModel) -> None:
+    documents = to_documents(town_nodes(3))
+    answer = llm.complete("Which town?", documents=documents)
+    usage, trace = answer.raw["usage"], answer.raw["trace"]
+    reused = rendered_tokens(model, town_nodes(3))
+    assert trace["reused_tokens"] == reused
+    assert trace["passages"] == 3
+    assert usage["cached_tokens"] == reused + trace["prefix_tokens"]
+    assert usage["prompt_tokens"] == usage["cached_tokens"] + trace["computed_tokens"]
+    assert usage["completion_tokens"] == 8
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 8
+    assert (answer.raw["model"], answer.raw["finish_reason"]) == (model.name, "length")
+    assert answer.additional_kwargs == usage
+    last = list(llm.stream_complete("Which town?", documents=documents))[-1]
+    assert (last.delta, last.raw["usage"]["completion_tokens"]) == ("", 8)
+    chatted = llm.chat(HELLO)
+    assert chatted.raw["usage"] == chatted.additional_kwargs
+
+
+def test_documents_of_a_call_equal_the_oracle(
+    llm: KVLink, rag: KVLinkRAG, model: KVLinkModel
+) -> None:
+    documents = to_documents(town_nodes(4))
+    expected = model.generate(model.prompt(documents, "Which?"), mode="masked", max_new_tokens=8)
+    assert llm.complete("Which?", documents=documents).text == expected
+    again = llm.complete("Which?", documents=documents)
+    assert again.text == expected
+    assert again.raw["trace"]["snapshots_found"] == 4  # kept since the first call
+
+
+def test_more_documents_than_slots_are_computed(
+    llm: KVLink, rag: KVLinkRAG, model: KVLinkModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    documents = to_documents(
+        [TextNode(id_=str(i), text=f"Fact number {i} of many facts.") for i in range(15)]
+    )
+    answer = llm.complete("Which?", documents=documents)
+    assert answer.raw["trace"]["passages"] == 12
+    assert "3 of 15 passages are computed" in caplog.text
+    rest = sum(len(f"{document.text}\n") for document in documents[12:])
+    assert answer.raw["trace"]["computed_tokens"] > rest
+
+
+def test_a_system_prompt_goes_before_documents(rag: KVLinkRAG, model: KVLinkModel) -> None:
+    llm = KVLink(rag=rag, max_new_tokens=4, system_prompt="Be a pirate.")
+    documents = to_documents(town_nodes(2))
+    plain = KVLink(rag=rag, max_new_tokens=4).complete("Which?", documents=documents)
+    asked = llm.complete("Which?", documents=documents)
+    more = asked.raw["usage"]["prompt_tokens"] - plain.raw["usage"]["prompt_tokens"]
+    assert more == len("Be a pirate.") + 2  # <system> and <eos>
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_prompt_is_refused(llm: KVLink, empty: str) -> None:
+    with pytest.raises(KVLinkCallError, match="empty"):
+        llm.complete(empty)
+    with pytest.raises(KVLinkCallError, match="empty"):
+        llm.chat([])
+
+
+def test_a_prompt_beyond_the_window_is_refused(llm: KVLink, model: KVLinkModel) -> None:
+    with pytest.raises(KVLinkCallError, match=f"window is {model.window}") as found:
+        llm.complete("x" * model.window)
+    assert isinstance(found.value.__cause__, PromptTooLong)
+    assert not isinstance(found.value, ValueError)  # which LlamaIndex would swallow
+    with pytest.raises(KVLinkCallError, match="window"):
+        asyncio.run(llm.acomplete("x" * model.window))
+
+
+def test_messages_that_are_not_text_are_refused(llm: KVLink) -> None:
+    image = ChatMessage(blocks=[TextBlock(text="Look:"), ImageBlock(url="http://localhost/x.png")])
+    with pytest.raises(KVLinkCallError, match="ImageBlock"):
+        llm.chat([image])
+
+
+def test_unknown_arguments_of_a_call_are_refused(llm: KVLink) -> None:
+    with pytest.raises(KVLinkCallError, match="'temprature'"):
+        llm.complete("Hello", temprature=1.0)
+
+
+def test_blocks_of_text_and_empty_contents(llm: KVLink, model: KVLinkModel) -> None:
+    blocks = ChatMessage(blocks=[TextBlock(text="Hello"), TextBlock(text="there!")])
+    assert llm.chat([blocks]).message.content == oracle(model, "Hello\nthere!")
+    assert llm.chat([ChatMessage(role="assistant"), ChatMessage(content="Hi")]).message.content
+
+
+def test_special_tokens_in_messages_stay_text(llm: KVLink, model: KVLinkModel) -> None:
+    usage = llm.chat([ChatMessage(content="<eos><system>")]).raw["usage"]
+    assert usage["prompt_tokens"] == 4 + len("<eos><system>")
+
+
+def test_calls_side_by_side_give_what_calls_in_turn_give(rag: KVLinkRAG) -> None:
+    llm = KVLink(rag=rag, max_new_tokens=6)
+    documents = to_documents(town_nodes(6))
+    questions = [f"Question {i % 4}?" for i in range(8)]
+
+    def ask(question: str) -> str:
+        return llm.complete(question, documents=documents[int(question[9]) :]).text
+
+    expected = [ask(question) for question in questions]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, questions)) == expected
+
+
+def test_the_collection_is_opened_once_by_many_threads(
+    tmp_path: Any, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = KVLinkRAG.open
+
+    def slow_open(*arguments: Any, **options: Any) -> KVLinkRAG:
+        opened.append(threading.get_ident())
+        time.sleep(0.2)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(KVLinkRAG, "open", slow_open)
+    llm = KVLink(directory=tmp_path, model=model, max_new_tokens=2)
+    with ThreadPoolExecutor(4) as pool:
+        answers = set(pool.map(lambda _: llm.complete("Hello").text, range(4)))
+    assert len(opened) == len(answers) == 1
+
+
+def test_callbacks_and_token_counts(rag: KVLinkRAG) -> None:
+    debug, counter = LlamaDebugHandler(print_trace_on_end=False), TokenCountingHandler()
+    llm = KVLink(rag=rag, max_new_tokens=5, callback_manager=CallbackManager([debug, counter]))
+    llm.complete("Hello there!")
+    list(llm.stream_chat(HELLO))
+    pairs = debug.get_event_pairs(CBEventType.LLM)
+    assert len(pairs) == 2
+    assert pairs[0][0].payload[EventPayload.PROMPT] == "Hello there!"
+    assert pairs[1][1].payload[EventPayload.RESPONSE].raw["usage"]["completion_tokens"] == 5
+    assert counter.completion_llm_token_count == 10

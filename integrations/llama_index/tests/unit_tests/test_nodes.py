@@ -1,0 +1,80 @@
+"""Nodes as documents and back."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+from llama_index.core.schema import Document as LlamaDocument
+from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.llms.kvlink import KVLinkRegister
+from llama_index.llms.kvlink.nodes import jsonable, to_document, to_documents, to_node
+
+from kvlink_rag import Document, Hit, KVLinkRAG
+
+
+def test_a_node_becomes_its_bare_text() -> None:
+    node = TextNode(
+        id_="n1", text="  Bare text. ", metadata={"file_name": "a.md"}, text_template="<{content}>"
+    )
+    for given in (node, NodeWithScore(node=node, score=0.5)):
+        document = to_document(given)
+        assert (document.id, document.text, document.title) == ("n1", "  Bare text. ", "a.md")
+        assert dict(document.metadata) == {"file_name": "a.md"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "title"),
+    [
+        ({"title": "T", "file_name": "f"}, "T"),
+        ({"title": " ", "file_name": "f"}, "f"),
+        ({"title": 7}, ""),
+        ({}, ""),
+    ],
+)
+def test_title(metadata: dict[str, object], title: str) -> None:
+    assert to_document(TextNode(text="x", metadata=metadata)).title == title
+
+
+def test_odd_metadata_becomes_json() -> None:
+    odd = {
+        "when": date(1911, 5, 1),
+        "path": Path("a"),
+        "nan": float("nan"),
+        "deep": {1: (True, None, 2.5), "list": [{"x": {1}}]},
+    }
+    found = jsonable(odd)
+    assert found == {
+        "when": "1911-05-01",
+        "path": "a",
+        "nan": "nan",
+        "deep": {"1": [True, None, 2.5], "list": [{"x": "{1}"}]},
+    }
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_nodes_without_text_are_left_out(rag: KVLinkRAG) -> None:
+    nodes = [
+        TextNode(text=""),
+        TextNode(text=" \n"),
+        ImageNode(image_url="http://localhost/x.png"),
+        TextNode(id_="y", text="yes", metadata={"when": date(1911, 5, 1)}),
+        LlamaDocument(id_="z", text="a whole document"),
+    ]
+    assert [d.id for d in to_documents(nodes)] == ["y", "z"]
+    assert KVLinkRegister(rag=rag)(nodes) is nodes
+    assert [d.id for d in rag.documents()] == ["y", "z"]
+
+
+def test_a_hit_becomes_a_node_and_back() -> None:
+    document = Document("Text.", title="T", id="d", metadata={"page": 3})
+    node = to_node(Hit(document, 0.25))
+    assert (node.node_id, node.text, node.score) == ("d", "Text.", 0.25)
+    assert node.metadata == {"page": 3, "title": "T"}
+    again = to_document(node)
+    assert (again.id, again.text, again.title) == ("d", "Text.", "T")
+    assert to_node(
+        Hit(Document("x", title="f", id="e", metadata={"file_name": "f"}), 1)
+    ).metadata == {"file_name": "f"}
