@@ -9,10 +9,11 @@ come from a `SnapshotSource`, which alone knows whether there is a store.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from .backbone import Backbone, LiveCache
 from .documents import Part
 from .encoding import encode_many
 from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
-from .layout import Layout
-from .prefix import PrefixCache, Run, chain_keys
+from .layout import Layout, Span
+from .prefix import PrefixCache, Run, chain_keys, run_key
 from .snapshot import Snapshot
 from .trace import Trace
 
@@ -70,7 +71,7 @@ class TextStream(Iterator[str]):
     def __init__(
         self,
         model: KVLinkModel,
-        parts: list[Part],
+        parts: Iterable[Part],
         sampling: Sampling,
         mode: Mode,
         reuse: Reuse,
@@ -80,7 +81,8 @@ class TextStream(Iterator[str]):
         self.trace.mode = mode
         self.text = ""
         self._fresh = trace is None
-        self._model, self._parts, self._sampling, self._reuse = model, parts, sampling, reuse
+        self._parts = list(parts) if isinstance(parts, Sequence) else parts
+        self._model, self._sampling, self._reuse = model, sampling, reuse
         self._pieces = self._run()
 
     def __next__(self) -> str:
@@ -96,8 +98,9 @@ class TextStream(Iterator[str]):
         trace, sampling, model = self.trace, self._sampling, self._model
         if self._fresh:
             trace.restart()
+        parts = list(self._parts)
         with trace.stage("layout"):
-            prompt = model.layout(self._parts)
+            prompt = model.layout(parts)
         room = min(sampling.max_new_tokens, model.window - len(prompt))
         run = PromptRun(model.backbone, prompt, trace, self._reuse)
         pieces = TextPieces(model.tokenizer.decode, sampling.stop)
@@ -141,17 +144,16 @@ class PromptRun:
 
     def __init__(self, backbone: Backbone, prompt: Layout, trace: Trace, reuse: Reuse) -> None:
         self.backbone, self.prompt, self.trace, self.reuse = backbone, prompt, trace, reuse
-        self.position = len(prompt)
         self.cache: LiveCache | None = None
-        self._keys: list[str] = []
-        self._computed: Tensor | None = None
+        self._said: list[int] = []
+        self._chain: list[str] = []
 
     def start(self, room: int) -> Tensor:
         """Prefill: logits [vocab] of the first token."""
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
         assembled = self.assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
-        self.cache, self._computed = assembled.cache, assembled.computed
+        self.cache = assembled.cache
         trace.computed_tokens = len(assembled.computed)
         with trace.stage("prefill", backbone.synchronize):
             return prefill(backbone, self.prompt, assembled)
@@ -160,8 +162,9 @@ class PromptRun:
         """Append a generated token: logits [vocab] of the next."""
         if self.cache is None:
             raise RuntimeError("step before start")
-        logits = decode_one_token(self.backbone, token_id, self.position, self.cache)
-        self.position += 1
+        position = len(self.prompt) + len(self._said)
+        logits = decode_one_token(self.backbone, token_id, position, self.cache)
+        self._said.append(token_id)
         return logits
 
     def assemble(self, room: int) -> Assembled:
@@ -172,33 +175,39 @@ class PromptRun:
             runs = self._kept_runs()
             assembled = assemble(backbone, self.prompt, snapshots, runs, room=room)
         trace.reused_tokens = self.prompt.reused_tokens
-        trace.prefix_tokens = sum(run.keys.shape[2] for run in runs.values())
+        trace.prefix_tokens = sum(map(len, runs.values()))
         return assembled
 
     def _kept_runs(self) -> dict[int, Run]:
-        """Runs of earlier prompts that this one shares, by span number; never the last span."""
+        """Runs that earlier prompts began alike, by span number; the last token is computed."""
         if self.reuse.prefix is None:
             return {}
-        self._keys = chain_keys(self.prompt, _chain_root(self.backbone, self.reuse.scope))
+        self._chain = chain_keys(self.prompt, _chain_root(self.backbone, self.reuse.scope))
+        ids = self.prompt.token_ids[:-1].numpy()
         found = {}
-        for i, span in enumerate(self.prompt.spans[:-1]):
-            if span.document is None and (run := self.reuse.prefix.get(self._keys[i])):
+        for i, span in enumerate(self.prompt.spans):
+            wanted = ids[span.start : span.stop]
+            computed = span.document is None and len(wanted) > 0
+            if computed and (run := self.reuse.prefix.get(self._chain[i], wanted)):
                 found[i] = run
         return found
 
     def keep(self) -> None:
-        """Keep the runs computed for this prompt, for the next one that shares them."""
-        if self.reuse.prefix is None or not self._keys or self.cache is None:
-            return
-        first = self.trace.reused_tokens + self.trace.prefix_tokens
-        place = {int(i): first + n for n, i in enumerate(self._computed_indices())}
-        for key, span in zip(self._keys, self.prompt.spans, strict=True):
-            if span.start in place and key not in self.reuse.prefix:
-                at = place[span.start]
-                self.reuse.prefix.put(key, Run(*self.cache.entries(at, at + len(span))))
+        """Keep the runs computed for this prompt, and the answer's, for prompts that share them.
 
-    def _computed_indices(self) -> list[int]:
-        return [] if self._computed is None else self._computed.tolist()
+        The answer's is reused as far as a later turn holds the tokens that were generated; the last
+        of them is never in the cache.
+        """
+        prefix, cache = self.reuse.prefix, self.cache
+        if prefix is None or cache is None or not self._chain:
+            return
+        ids = np.concatenate([self.prompt.token_ids.numpy(), np.array(self._said, np.int64)])
+        places = cache.positions.argsort()
+        answer = Span(len(self.prompt), len(ids))
+        for chain, span in zip(self._chain, (*self.prompt.spans, answer), strict=True):
+            run = ids[span.start : span.stop]
+            if span.document is None and len(run) and run_key(chain, run) not in prefix:
+                prefix.put(chain, run, Run(*cache.entries(places[span.start : span.stop])))
 
     def _nothing_reused(self, room: int) -> Assembled:
         """An empty cache, and all tokens to compute; "full" drops the segments."""

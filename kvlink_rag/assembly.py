@@ -41,9 +41,11 @@ def assemble(
 ) -> Assembled:
     """Put one snapshot a passage and the kept `runs` (by span number) into a new live cache.
 
-    snapshots: in the order of `prompt.passages`. room: entries to leave free for generated tokens.
+    snapshots: in the order of `prompt.passages`. A run may hold the beginning of its span only.
+    room: entries to leave free for generated tokens.
     """
-    kept = [prompt.spans[i] for i in runs]
+    begun = [(prompt.spans[i].start, len(run)) for i, run in runs.items()]
+    kept = [Span(start, start + tokens) for start, tokens in begun]
     reused = prompt.passages + kept
     taken = _indices(reused)
     cache = backbone.new_cache(
@@ -59,7 +61,7 @@ def assemble(
         values[:, :, at:stop].copy_(snapshot.values, non_blocking=True)
         at = stop
     for run in runs.values():
-        stop = at + run.keys.shape[2]
+        stop = at + len(run)
         keys[:, :, at:stop].copy_(run.keys)
         values[:, :, at:stop].copy_(run.values)
         at = stop

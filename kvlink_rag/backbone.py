@@ -91,10 +91,13 @@ class LiveCache(Cache):  # type: ignore[misc]
         self.buffers = (keys, values)  # valid until the cache grows past its capacity
         self.positions, self.segments = positions, segments
 
-    def entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Copies of entries [start, stop): keys (after RoPE), values [layers, kv_heads, n, dim]."""
-        keys = torch.stack([layer.keys[0, :, start:stop] for layer in self.layers])
-        values = torch.stack([layer.values[0, :, start:stop] for layer in self.layers])
+    def entries(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the entries at `places` (int64 [n], on the device).
+
+        Keys (after RoPE) and values, each [layers, kv_heads, n, head_dim].
+        """
+        keys = torch.stack([layer.keys[0].index_select(1, places) for layer in self.layers])
+        values = torch.stack([layer.values[0].index_select(1, places) for layer in self.layers])
         return keys, values
 
 

@@ -202,12 +202,13 @@ class KVLinkModel:
     ) -> TextStream:
         """Stream the answer: pieces of valid Unicode that never hold part of a stop string.
 
-        Nothing is computed before the first `next()`. Arguments as in `Sampling` and `prefill`.
+        Nothing is computed, nor an iterator of parts read, before the first `next()`. Arguments as
+        in `Sampling` and `prefill`.
         """
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(max_new_tokens, temperature, top_p, strings, seed)
         _mode(mode)
-        return TextStream(self, list(parts), sampling, mode, reuse or self.reuse, trace)
+        return TextStream(self, parts, sampling, mode, reuse or self.reuse, trace)
 
     def generate(self, parts: Iterable[Part], **arguments: Any) -> str:
         """The whole answer. Arguments as in `stream`."""
