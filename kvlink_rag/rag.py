@@ -31,6 +31,7 @@ from .catalog import Catalog, Entry
 from .documents import Document, Hit, Part, Passage
 from .embedder import Embedder, Vectors
 from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
+from .foreign import AnyEmbedder
 from .index import VectorIndex
 from .indexing import AddReport, index_documents, remove_unused
 from .mending import check_collection, reembed, reencode
@@ -111,8 +112,8 @@ class KVLinkRAG:
         self._writing = filelock.FileLock(directory / LOCK, thread_local=False)
         self._index: VectorIndex | None = None
         self._index_version = self._saved_version = 0
-        self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse] | None = None
-        self._recogniser = Recogniser(catalog, self._count_tokens, min_tokens=min_tokens)
+        self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser] | None = None
+        self._min_tokens = min_tokens
         self._system_prompts: tuple[str, ...] = ()
 
     @classmethod
@@ -121,7 +122,7 @@ class KVLinkRAG:
         directory: str | Path,
         *,
         model: KVLinkModel | str | Path | None = None,
-        embedder: Embedder | str | Path | None = None,
+        embedder: AnyEmbedder | str | Path | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
@@ -133,11 +134,12 @@ class KVLinkRAG:
     ) -> KVLinkRAG:
         """Open the collection in `directory`, or make one there.
 
-        model, embedder: names, directories or loaded objects; None: what the directory remembers,
-        else the bundled small pair. size_limit: bytes of snapshots to keep at most.
-        prefix_budget: bytes of computed runs to keep in memory; 0 keeps none. min_tokens: the
-        shortest stretch that `recognise` takes for a passage. reencode: where the directory
-        remembers another model or embedder, take the new one and encode again.
+        model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
+        LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
+        pair. size_limit: bytes of snapshots to keep at most. prefix_budget: bytes of computed runs
+        to keep in memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes
+        for a passage. reencode: where the directory remembers another model or embedder, take the
+        new one and encode again.
         Raises `SettingsMismatch` (another model or embedder, without `reencode`), `StorageError`.
         """
         try:
@@ -274,8 +276,8 @@ class KVLinkRAG:
         (`recognition.find_question`). system: more prompts of the application, besides those
         registered. Passages beyond the model's slots stay text.
         """
-        known, most = (*self._system_prompts, *system), self.model.spec.max_passages
-        return self._recogniser.recognise(prompt, question=question, system=known, most=most)
+        known = (*self._system_prompts, *system)
+        return self._loaded()[3].recognise(prompt, question=question, system=known)
 
     def recognise_chat(
         self, messages: Sequence[Mapping[str, Any]], *, system: Sequence[str] = ()
@@ -284,9 +286,8 @@ class KVLinkRAG:
 
         The question of every user message and all that the assistant said stay text.
         """
-        known, most = (*self._system_prompts, *system), self.model.spec.max_passages
-        contents = self._recogniser.recognise_contents(messages, system=known, most=most)
-        return self.model.chat(contents)
+        known = (*self._system_prompts, *system)
+        return self.model.chat(self._loaded()[3].recognise_contents(messages, system=known))
 
     def register_system_prompt(self, text: str) -> None:
         """Never take `text`, the application's own prompt, for a passage."""
@@ -300,19 +301,11 @@ class KVLinkRAG:
         Logs a warning where the collection has documents and none was recognised. Arguments as in
         `KVLinkModel.stream`. Raises `PromptError` for an empty prompt.
         """
-        trace = Trace()
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not messages or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty, expected text or messages")
-        with trace.stage("retrieval"):
-            parts = self.recognise_chat(messages)
-        if not any(isinstance(part, Passage) for part in parts) and len(self):
-            logger.warning(
-                "recognised none of the %d documents of %s in the prompt, so all of it is "
-                "computed; texts must stand in it unchanged",
-                len(self),
-                self.directory,
-            )
+        trace = Trace()
+        parts = self._recognised(messages, trace)
         return self.model.stream(parts, reuse=self.reuse, trace=trace, **arguments)
 
     # Care
@@ -377,7 +370,7 @@ class KVLinkRAG:
     def uses(
         self,
         model: KVLinkModel | str | Path | None = None,
-        embedder: Embedder | str | Path | None = None,
+        embedder: AnyEmbedder | str | Path | None = None,
         device: str = "auto",
     ) -> bool:
         """Whether these arguments of `open` ask for what is open here."""
@@ -407,8 +400,9 @@ class KVLinkRAG:
     def refresh_index(self) -> VectorIndex:
         """Bring the index up to the catalog's version, whoever changed it."""
         with self._lock:
-            if self._index is None:
-                self._index, self._index_version = self._load_index()
+            dimension = self._dimension()
+            if self._index is None or self._index.dimension != dimension:
+                self._index, self._index_version = self._load_index(dimension)
                 self._saved_version = self._index_version
             if self._index_version != self.catalog.version():
                 changes = self.catalog.changes_since(self._index_version)
@@ -422,6 +416,8 @@ class KVLinkRAG:
         """Write the index file. A failure is logged: the file is made again from the catalog."""
         try:
             index = self.refresh_index()
+            if self._settings.dimension() is None:
+                return  # nothing was ever embedded
             index.save(self.directory / INDEX, self._index_version, source=self.catalog.identity)
             self._saved_version = self._index_version
         except OSError as error:
@@ -440,7 +436,7 @@ class KVLinkRAG:
     def reset_index(self) -> None:
         """Make the index anew from the catalog, and its file."""
         with self._lock:
-            self._index, self._index_version = VectorIndex(self._settings.dimension()), 0
+            self._index, self._index_version = VectorIndex(self._dimension()), 0
             self._saved_version = -1
             self.save_index()
 
@@ -472,8 +468,19 @@ class KVLinkRAG:
         ):
             return index_documents(self, documents, embed=embed, advance=bar.update)
 
-    def _count_tokens(self, text: str) -> int:
-        return len(self.model.tokenizer.encode(text))
+    def _recognised(self, messages: Sequence[Mapping[str, Any]], trace: Trace) -> Iterator[Part]:
+        """`recognise_chat` when the first part is asked for."""
+        trace.restart()
+        with trace.stage("retrieval"):
+            parts = self.recognise_chat(messages)
+        if not any(isinstance(part, Passage) for part in parts) and len(self):
+            logger.warning(
+                "recognised none of the %d documents of %s in the prompt, so all of it is "
+                "computed; a text is recognised where it stands unchanged between white space",
+                len(self),
+                self.directory,
+            )
+        yield from parts
 
     def _search_many(
         self, queries: Sequence[str], k: int, *, where: Where | None = None
@@ -499,26 +506,34 @@ class KVLinkRAG:
             seen.update(row for row, _ in fresh)
             ask *= 4
 
-    def _load_index(self) -> tuple[VectorIndex, int]:
+    def _dimension(self) -> int:
+        """Numbers in a vector; any number will do for an index as long as there are none."""
+        return self._settings.dimension() or 1
+
+    def _load_index(self, dimension: int) -> tuple[VectorIndex, int]:
         """The saved index, or an empty one at version 0, which the catalog then fills."""
         path = self.directory / INDEX
         try:
-            return VectorIndex.load(
-                path, dimension=self._settings.dimension(), source=self.catalog.identity
-            )
+            return VectorIndex.load(path, dimension=dimension, source=self.catalog.identity)
         except FileNotFoundError:
             pass
         except (IndexCorrupt, OSError) as error:
             logger.warning("the index is rebuilt from the catalog: %s", error)
-        return VectorIndex(self._settings.dimension()), 0
+        return VectorIndex(dimension), 0
 
-    def _loaded(self) -> tuple[KVLinkModel, StoredSnapshots, Reuse]:
+    def _loaded(self) -> tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser]:
         with self._lock:
             if self._parts is None:
                 model = self._settings.model()
                 snapshots = StoredSnapshots(self.store, model.backbone)
                 reuse = Reuse(snapshots, self._prefix, scope=self.catalog.identity)
-                self._parts = model, snapshots, reuse
+                recogniser = Recogniser(
+                    self.catalog,
+                    model.tokenizer,
+                    min_tokens=self._min_tokens,
+                    most=model.spec.max_passages,
+                )
+                self._parts = model, snapshots, reuse, recogniser
             return self._parts
 
     def _settle(self, allow: bool) -> None:

@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ import xxhash
 from .catalog import Entry
 from .documents import Document, Part, Passage, Text
 from .errors import CatalogError, PromptError
+from .layout import PartEncoder
 
 MIN_TOKENS = 16
 HEAD = 32  # characters of a text that are looked up first
@@ -84,7 +85,8 @@ class Closed:
 class Recogniser:
     """Finds the passages of one collection in prompts. Safe to share between threads.
 
-    count_tokens: tokens of a text. min_tokens: shorter stretches stay text.
+    min_tokens: shorter stretches stay text. most: passages at most, as a model has slots; those
+    after them stay text.
     The table of known texts is made at the first call and follows the catalog's changes, whichever
     process made them: 24 bytes a passage.
     """
@@ -92,11 +94,13 @@ class Recogniser:
     def __init__(
         self,
         catalog: KnownTexts,
-        count_tokens: Callable[[str], int],
+        tokenizer: PartEncoder,
         *,
         min_tokens: int = MIN_TOKENS,
+        most: int | None = None,
     ) -> None:
-        self._catalog, self._count, self.min_tokens = catalog, count_tokens, min_tokens
+        self._catalog, self._tokenizer = catalog, tokenizer
+        self.min_tokens, self.most = min_tokens, most
         self._table = Table()
         self._lock = threading.Lock()
 
@@ -107,14 +111,22 @@ class Recogniser:
         asks: bool = True,
         question: str | None = None,
         system: Sequence[str] = (),
-        most: int | None = None,
     ) -> list[Part]:
         """`prompt` as parts: with the stripped text in place of each passage, it is `prompt` again.
 
         asks: whether the prompt holds the question; `question` is its text, None finds it
-        (`find_question`). system: the application's own prompts. most: passages at most; those
-        after them stay text.
+        (`find_question`). system: the application's own prompts.
         """
+        return self._parts(prompt, asks, question, system, self.most)
+
+    def _parts(
+        self,
+        prompt: str,
+        asks: bool,
+        question: str | None,
+        system: Sequence[str],
+        most: int | None,
+    ) -> list[Part]:
         table = self.refresh()
         closed = [c for text in system for c in occurrences(prompt, text)]
         if question is not None:
@@ -131,15 +143,15 @@ class Recogniser:
         messages: Sequence[Mapping[str, Any]],
         *,
         system: Sequence[str] = (),
-        most: int | None = None,
     ) -> list[dict[str, Any]]:
         """`messages` with parts as contents. What the assistant said stays text.
 
         The question rule holds for every user message, so that a later turn changes no earlier one.
-        `most` counts through all messages, with the passages that contents already hold.
+        Passages are counted through all messages, with those that contents hold already.
         """
         contents = [_contents(message) for message in messages]
-        left = None if most is None else max(0, most - sum(map(_passages, contents)))
+        given = sum(map(_passages, contents))
+        left = None if self.most is None else max(0, self.most - given)
         done = []
         for message, content in zip(messages, contents, strict=True):
             parts: list[Part] = []
@@ -149,7 +161,7 @@ class Recogniser:
                     parts.append(part)
                     continue
                 asks = message["role"] == "user" and i == last
-                new = self.recognise(part.text, asks=asks, system=system, most=left)
+                new = self._parts(part.text, asks, None, system, left)
                 left = None if left is None else left - _passages(new)
                 parts += new
             done.append({**message, "content": parts})
@@ -216,7 +228,7 @@ class Recogniser:
         header = len(entry.document.title.encode()) + 64
         if (entry.tokens or 0) - header >= self.min_tokens:
             return True
-        return self._count(text) >= self.min_tokens
+        return len(self._tokenizer.encode(text)) >= self.min_tokens
 
 
 # The table of known texts
@@ -369,7 +381,8 @@ def _digest(text: str) -> int:
 
 def _codes(text: str) -> Array:
     """Code points, uint32 [characters]."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    codes: Array = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return codes
 
 
 _SPACE = np.array([chr(code).isspace() for code in range(0x3002)])

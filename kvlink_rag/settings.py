@@ -16,8 +16,10 @@ import torch
 from .catalog import Catalog
 from .embedder import ContrieverEmbedder, Embedder
 from .errors import SettingsMismatch
+from .foreign import AnyEmbedder, ForeignEmbedder, as_embedder
 from .loading import BUNDLED
 from .model import KVLinkModel
+from .outline import ModelOutline, outline
 from .spec import Spec
 
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
@@ -33,7 +35,7 @@ class Settings:
         self,
         catalog: Catalog,
         model: KVLinkModel | str | Path | None,
-        embedder: Embedder | str | Path | None,
+        embedder: AnyEmbedder | str | Path | None,
         *,
         device: str,
         dtype: str | torch.dtype,
@@ -44,9 +46,9 @@ class Settings:
         self._unfinished: set[str] = set()
         self._asked = {"model": model is not None, "embedder": embedder is not None}
         self._model = model if isinstance(model, KVLinkModel) else None
-        self._embedder = None if isinstance(embedder, str | Path) else embedder
+        self._embedder = None if isinstance(embedder, str | Path | None) else as_embedder(embedder)
         self.model_name = self._name("model", model)
-        self.embedder_name = self._name("embedder", embedder)
+        self.embedder_name = self._name("embedder", self._embedder or embedder)
 
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""
@@ -60,10 +62,27 @@ class Settings:
         self._check("embedder", embedder.fingerprint)
         return embedder
 
-    def dimension(self) -> int:
-        """Numbers in a vector."""
-        known = self._remembered.get("dimension")
-        return int(known) if known else self.embedder().dimension
+    def uses(
+        self,
+        model: KVLinkModel | str | Path | None,
+        embedder: AnyEmbedder | str | Path | None,
+        device: str,
+    ) -> bool:
+        """Whether these arguments ask for what is in use here; None and "auto" agree with all."""
+        return (
+            self._is("model", model, self._model)
+            and self._is("embedder", embedder, self._embedder)
+            and device in ("auto", self._device)
+        )
+
+    def outline(self) -> ModelOutline:
+        """What is known of the model without its weights."""
+        return outline(self._model or self.model_name, spec=self._spec)
+
+    def dimension(self) -> int | None:
+        """Numbers in a vector; None as long as no process has embedded anything here."""
+        known = self._remembered.get("dimension") or self._catalog.settings().get("dimension")
+        return int(known) if known else None
 
     def settle_model(self, allow: bool) -> bool:
         """Check a model that was asked for; True where it is new and `allow` takes it."""
@@ -98,6 +117,15 @@ class Settings:
             path = Path(asked).expanduser()
             return str(path.resolve()) if path.is_dir() else str(asked)
         return str(getattr(asked, "name", type(asked).__name__))
+
+    def _is(self, what: str, asked: Any, held: Any) -> bool:
+        if isinstance(held, ForeignEmbedder):
+            held = held.source
+        if asked is None or asked == held:
+            return True
+        return isinstance(asked, str | Path) and self._name(what, asked) == getattr(
+            self, f"{what}_name"
+        )
 
     def _load_model(self) -> KVLinkModel:
         if self._model is None:
