@@ -6,9 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import WordEmbedder, rendered_tokens
 from llama_index.core import VectorStoreIndex
-from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.chat_engine import (
     CondensePlusContextChatEngine,
     ContextChatEngine,
@@ -17,6 +15,7 @@ from llama_index.core.chat_engine import (
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.contriever import ContrieverEmbedding
 from llama_index.llms.kvlink import KVLink
+from tiny import Calls, WordEmbedder, rendered_tokens
 
 from kvlink_rag import KVLinkRAG
 
@@ -32,29 +31,23 @@ def index(nodes: list[TextNode], embedder: WordEmbedder) -> VectorStoreIndex:
     return VectorStoreIndex(nodes, embed_model=ContrieverEmbedding(embedder))
 
 
-def raw(handler: LlamaDebugHandler) -> list[dict[str, Any]]:
-    pairs = handler.get_event_pairs(CBEventType.LLM)
-    return [end.payload[EventPayload.RESPONSE].raw for _, end in pairs]
-
-
 @pytest.mark.parametrize("engine", [ContextChatEngine, CondensePlusContextChatEngine])
 def test_a_chat_over_documents(
-    index: VectorStoreIndex, rag: KVLinkRAG, llm: KVLink, engine: Any
+    index: VectorStoreIndex, rag: KVLinkRAG, llm: KVLink, calls: Calls, engine: Any
 ) -> None:
-    handler = LlamaDebugHandler(print_trace_on_end=False)
     chat = engine.from_defaults(
         index.as_retriever(similarity_top_k=2), llm=llm, system_prompt="Be brief."
     )
-    chat.callback_manager = llm.callback_manager = CallbackManager([handler])
     first = chat.chat("Which town is Marnik?")
     second = chat.chat("And which town is Hux?")
     assert first.response
     assert second.response
-    told = raw(handler)
-    for answer, response in ((told[0], first), (told[-1], second)):
+    traces = calls.traces()
+    for trace, response in ((traces[0], first), (traces[-1], second)):
         found = [source.node for source in response.source_nodes]
         assert len(found) == 2
-        assert answer["trace"]["reused_tokens"] == rendered_tokens(rag.model, found)
+        assert trace["reused_tokens"] == rendered_tokens(rag.model, found)
+    assert calls.equal_oracle(rag, 8)
 
 
 @pytest.mark.parametrize("engine", [ContextChatEngine, CondensePlusContextChatEngine])
@@ -72,11 +65,10 @@ def test_a_streaming_chat(index: VectorStoreIndex, llm: KVLink, engine: Any) -> 
     assert asyncio.run(ask()) == (whole, whole)
 
 
-def test_a_chat_without_documents_keeps_earlier_turns(llm: KVLink) -> None:
-    handler = LlamaDebugHandler(print_trace_on_end=False)
-    llm.callback_manager = CallbackManager([handler])
+def test_a_chat_without_documents_keeps_earlier_turns(llm: KVLink, calls: Calls) -> None:
     chat = SimpleChatEngine.from_defaults(llm=llm)
     chat.chat("Hello there!")
     chat.chat("What did I say?")
-    first, second = raw(handler)
-    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    second = calls.traces()[1]
+    assert second["prefix_tokens"] > 0
+    assert "Hello there!" in calls.prompts()[1]

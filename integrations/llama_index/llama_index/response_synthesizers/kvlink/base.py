@@ -41,7 +41,6 @@ class KVLinkSynthesizer(BaseSynthesizer):
         llm: a `KVLink`; None makes one of the next five.
         model, embedder, directory, device, rag: as everywhere in this integration, see `KVLink`.
         streaming: whether responses stream.
-        empty_response: the answer where there are no nodes.
 
     Examples:
         ```python
@@ -61,7 +60,6 @@ class KVLinkSynthesizer(BaseSynthesizer):
         rag: KVLinkRAG | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
-        empty_response: str | None = None,
     ) -> None:
         if llm is None:
             llm = KVLink(
@@ -77,8 +75,6 @@ class KVLinkSynthesizer(BaseSynthesizer):
             )
         super().__init__(llm=llm, callback_manager=callback_manager, streaming=streaming)
         self._kvlink = llm
-        if empty_response is not None:
-            self._empty_response = empty_response
 
     def synthesize(
         self,
