@@ -377,6 +377,11 @@ class KVLinkRAG:
         return self._settings.uses(model, embedder, device)
 
     @property
+    def model_name(self) -> str:
+        """The language model's name, without loading it."""
+        return self._settings.model_name
+
+    @property
     def snapshots(self) -> StoredSnapshots:
         """Where this collection's snapshots come from."""
         return self._loaded()[1]
