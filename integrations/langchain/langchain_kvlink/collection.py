@@ -1,0 +1,111 @@
+"""What all classes share: `model`, `embedder`, `directory`, `device`, or an open `rag`.
+
+A collection is opened on first use and once a process, so that the store, the retriever and the
+LLM of one application share one model and one index. Knows no prompts and no searches.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from kvlink_rag.errors import ConfigError
+from langchain_kvlink.embeddings import ContrieverEmbeddings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from kvlink_rag import KVLinkModel, KVLinkRAG
+    from kvlink_rag.foreign import AnyEmbedder
+
+    ModelLike: TypeAlias = KVLinkModel | str | Path | None
+    EmbedderLike: TypeAlias = AnyEmbedder | ContrieverEmbeddings | str | Path | None
+    RagLike: TypeAlias = KVLinkRAG | None
+else:  # these classes import torch, which pydantic must not need to see this module's fields
+    ModelLike = EmbedderLike = RagLike = Any
+
+# The collection opened last stays open: an object that LangChain makes anew for every call
+# (`configurable_fields`) must not load the weights every time.
+_last: RagLike = None
+
+
+def open_collection(
+    model: ModelLike, embedder: EmbedderLike, directory: str | Path | None, device: str
+) -> KVLinkRAG:
+    """The collection in `directory`, the same object for all who ask for it while it is in use.
+
+    Errors as in `KVLinkRAG.open`.
+    """
+    from kvlink_rag.shared import shared_collection
+
+    global _last
+    if isinstance(embedder, ContrieverEmbeddings):
+        embedder = embedder.encoder()
+    _last = shared_collection(directory, model=model, embedder=embedder, device=device)
+    return _last
+
+
+class CollectionFields(BaseModel):
+    """The fields by which a class finds its collection; `collection` opens it."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    model: ModelLike = None
+    """Name, directory or `kvlink_rag.KVLinkModel`; None: what the directory remembers, else the
+    bundled small model."""
+    embedder: EmbedderLike = None
+    """Name, directory, or embedding object of LangChain or kvlink_rag; None: what the directory
+    remembers, else the bundled small encoder."""
+    directory: str | Path | None = None
+    """Where the collection is kept; None: the one of the `kvlink-rag` command line, in
+    `KVLINK_CACHE_DIR` or the user's cache folder."""
+    device: str = "auto"
+    """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
+    rag: RagLike = Field(default=None, exclude=True, repr=False)
+    """An open `kvlink_rag.KVLinkRAG` instead of the four above."""
+
+    _opened: RagLike = PrivateAttr(default=None)
+    _opening: Any = PrivateAttr(default_factory=threading.Lock)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        check_words(self.model, self.embedder, self.directory, self.device, self.rag)
+        return self
+
+    @property
+    def collection(self) -> KVLinkRAG:
+        """The collection, opened at the first call. Errors as in `KVLinkRAG.open`."""
+        if self.rag is not None:
+            return self.rag
+        with self._opening:
+            if self._opened is None:
+                self._opened = open_collection(
+                    self.model, self.embedder, self.directory, self.device
+                )
+            return self._opened
+
+
+def check_words(
+    model: ModelLike,
+    embedder: EmbedderLike,
+    directory: str | Path | None,
+    device: str,
+    rag: RagLike,
+) -> None:
+    """Raise `ConfigError` where an open collection and words for another are given."""
+    words = any(value is not None for value in (model, embedder, directory)) or device != "auto"
+    if rag is not None and words:
+        raise ConfigError(
+            "found rag= and one of model=, embedder=, directory=, device=; an open collection has "
+            "them already, so give rag= alone"
+        )
+
+
+def named(value: Any) -> str | None:
+    """The name of a model or embedder, for people and traces."""
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    return str(getattr(value, "name", type(value).__name__))

@@ -1,0 +1,83 @@
+"""`ContrieverEmbeddings`: Contriever for any LangChain vector store.
+
+Knows texts and vectors; knows no collection.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from langchain_core.embeddings import Embeddings
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+if TYPE_CHECKING:
+    from kvlink_rag import Embedder, KVLinkRAG
+
+    EncoderLike: TypeAlias = Embedder | str | Path | None
+else:
+    EncoderLike = Any
+
+
+class ContrieverEmbeddings(BaseModel, Embeddings):
+    """Vectors of texts by mean pooling, compared by inner product; not of length 1.
+
+    embedder: a name, a directory or a `kvlink_rag` embedder; None: the bundled small encoder.
+    device: as everywhere in this package. The encoder is loaded at the first call. Calls from any
+    number of threads are safe; the async methods work in a thread of the executor.
+
+        ContrieverEmbeddings(embedder="facebook/contriever").embed_query("When was it built?")
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    embedder: EncoderLike = None
+    device: str = "auto"
+
+    _encoder: Any = PrivateAttr(default=None)
+    _loading: Any = PrivateAttr(default_factory=threading.Lock)
+
+    def encoder(self) -> Embedder:
+        """The encoder, loaded at the first call. Raises `kvlink_rag.errors.ConfigError`."""
+        from kvlink_rag import ContrieverEmbedder
+
+        with self._loading:
+            if self._encoder is None:
+                asked = "bundled" if self.embedder is None else self.embedder
+                self._encoder = (
+                    ContrieverEmbedder.from_pretrained(asked, device=self.device)
+                    if isinstance(asked, str | Path)
+                    else asked
+                )
+            encoder: Embedder = self._encoder
+            return encoder
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of passages, in order."""
+        return as_lists(self.encoder().embed(texts))
+
+    def embed_query(self, text: str) -> list[float]:
+        """The vector of a question."""
+        return as_lists(self.encoder().embed_queries([text]))[0]
+
+
+class CollectionEmbeddings(Embeddings):
+    """The embedder of an open collection, as LangChain has it; loaded when first used."""
+
+    def __init__(self, rag: KVLinkRAG) -> None:
+        self._rag = rag
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of passages, in order."""
+        return as_lists(self._rag.embedder.embed(texts))
+
+    def embed_query(self, text: str) -> list[float]:
+        """The vector of a question."""
+        return as_lists(self._rag.embedder.embed_queries([text]))[0]
+
+
+def as_lists(vectors: Any) -> list[list[float]]:
+    """float32 [n, dimension] as lists."""
+    rows: list[list[float]] = vectors.tolist()
+    return rows

@@ -1,0 +1,136 @@
+"""What the chat model and the LLM share: sampling fields, the engine's stream, what it cost.
+
+Knows prompts and answers; knows neither messages nor chunks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncGenerator, Generator
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.runnables.config import run_in_executor
+from pydantic import ConfigDict, Field, model_validator
+
+from kvlink_rag.errors import ConfigError
+from langchain_kvlink.collection import CollectionFields, named
+
+if TYPE_CHECKING:
+    from kvlink_rag import KVLinkRAG, TextStream, Trace
+
+SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
+# LangChain's standard arguments that mean nothing to a model in this process, and those that
+# LangChain itself passes along with a call.
+_REMOTE = ("timeout", "max_retries", "api_key", "base_url")
+_CALL = ("stream", "model")
+
+Item = TypeVar("Item")
+_DONE: Final = object()
+
+
+class GenerationFields(CollectionFields):
+    """The fields of a model that answers. Each of the first five may be given to a call, too."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability."""
+    max_tokens: int = Field(default=256, ge=1)
+    """The most tokens of an answer."""
+    seed: int | None = None
+    """For sampling; None draws another each time."""
+    stop: list[str] | None = None
+    """Strings that end an answer and are left out of it."""
+    streaming: bool = False
+    """Whether `invoke` streams inside, so that callbacks see every token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_remote(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in _REMOTE}
+
+    @property
+    def model_label(self) -> str:
+        """The model's name as far as it is known without opening or loading anything."""
+        rag = self.rag or self._opened
+        return rag.model_name if rag is not None else named(self.model) or "bundled"
+
+    def facts(self) -> dict[str, Any]:
+        """What an answer depends on, for LangChain's caches and traces."""
+        return {
+            "model": self.model_label,
+            "directory": str(self.rag.directory if self.rag else self.directory or ""),
+            **{name: getattr(self, name) for name in (*SAMPLING, "stop")},
+        }
+
+    def sampling(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `KVLinkModel.stream`; those of the call go before the fields.
+
+        Raises `ConfigError` for a call's arguments that would otherwise do nothing.
+        """
+        known = (*SAMPLING, *_CALL)
+        if unknown := [name for name in call if name not in known]:
+            raise ConfigError(
+                f"found the argument {unknown[0]!r}, expected one of {', '.join(SAMPLING)}, stop"
+            )
+        asked = call.get("model")
+        if asked is not None and named(asked) != self.model_label:
+            raise ConfigError(
+                f"found model={named(asked)!r} in a call to {self.model_label!r}; construct "
+                "another object for another model"
+            )
+        values = {name: call.get(name, getattr(self, name)) for name in SAMPLING}
+        max_new_tokens = values.pop("max_tokens")
+        ends = self.stop if stop is None else stop
+        return {**values, "max_new_tokens": max_new_tokens, "stop": tuple(ends or ())}
+
+
+def usage(trace: Trace) -> UsageMetadata:
+    """Token counts of an answer; what was reused is `cache_read`."""
+    reused = trace.reused_tokens + trace.prefix_tokens
+    read = reused + trace.computed_tokens
+    return UsageMetadata(
+        input_tokens=read,
+        output_tokens=trace.generated_tokens,
+        total_tokens=read + trace.generated_tokens,
+        input_token_details=InputTokenDetails(cache_read=reused),
+    )
+
+
+def response_metadata(rag: KVLinkRAG, stream: TextStream) -> dict[str, Any]:
+    """The model's name, why the answer ended, and the trace."""
+    trace = stream.trace
+    return {
+        "model_name": rag.model.name,
+        "finish_reason": trace.finish_reason,
+        "trace": trace.to_dict(),
+    }
+
+
+async def in_executor(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:
+    """The items of a generator, each made in a thread of the executor.
+
+    Whoever stops early (a cancelled task, `aclose`) stops the generator after the item it is at.
+    """
+    lock = threading.Lock()
+
+    def step() -> Item | object:
+        with lock:
+            return next(items, _DONE)
+
+    def close() -> None:
+        with lock:  # a cancelled step may still be running
+            items.close()
+
+    item: Item | object = None
+    try:
+        while (item := await run_in_executor(None, step)) is not _DONE:
+            yield item  # type: ignore[misc]
+    finally:
+        if item is not _DONE:
+            threading.Thread(target=close, daemon=True).start()

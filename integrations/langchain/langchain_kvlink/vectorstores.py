@@ -1,0 +1,296 @@
+"""`KVLinkVectorStore`: documents embedded, indexed and encoded in one go.
+
+texts → ids, vectors, snapshots; question → vector → documents. The async methods are LangChain's
+own, which work in a thread of the executor. Knows searches; knows no prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.runnables.config import run_in_executor
+from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores.utils import maximal_marginal_relevance
+
+from kvlink_rag.documents import Hit
+from langchain_kvlink.collection import check_words, open_collection
+from langchain_kvlink.documents import from_passage, to_passages
+from langchain_kvlink.embeddings import CollectionEmbeddings
+from langchain_kvlink.retrievers import Filter, as_where
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from kvlink_rag import KVLinkRAG
+    from langchain_kvlink.collection import EmbedderLike, ModelLike, RagLike
+
+Vector = npt.NDArray[np.float32]
+
+
+class KVLinkVectorStore(VectorStore):
+    """A collection as a vector store. Whatever is added is encoded for the model as well.
+
+        store = KVLinkVectorStore.from_texts(texts, directory="my-collection")
+        retriever = store.as_retriever(search_kwargs={"k": 5})
+        llm = ChatKVLink(directory="my-collection")
+
+    model, embedder, directory, device: as everywhere in this package; None is the bundled pair and
+    the directory of the `kvlink-rag` command line. `embedder` may be any LangChain `Embeddings`.
+    rag: an open `kvlink_rag.KVLinkRAG` instead of these four.
+
+    A document's title is `metadata["title"]`; metadata must be JSON. Without an id a document gets
+    one from its text and metadata, so that adding it again changes nothing. The same id with other
+    content replaces. filter: a mapping asks that metadata have these values, a function takes a
+    `Document`; both are applied to the whole ranking, so that k are found where there are k.
+    Scores are inner products, larger is nearer; relevance is `(1 + cosine) / 2`.
+
+    Raises `kvlink_rag.errors.ConfigError` for k < 1, `DocumentError` for documents without text
+    or with other metadata; both are `ValueError`.
+    """
+
+    def __init__(
+        self,
+        embedder: EmbedderLike = None,
+        *,
+        model: ModelLike = None,
+        directory: str | Path | None = None,
+        device: str = "auto",
+        rag: RagLike = None,
+    ) -> None:
+        check_words(model, embedder, directory, device, rag)
+        self._given = embedder
+        self._rag = rag or open_collection(model, embedder, directory, device)
+
+    @property
+    def collection(self) -> KVLinkRAG:
+        """The open collection."""
+        return self._rag
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The embedder."""
+        given = self._given
+        return given if isinstance(given, Embeddings) else CollectionEmbeddings(self._rag)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: list[str],
+        embedding: EmbedderLike = None,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A store with `texts` added. embedding: another word for `embedder`; may be left out.
+
+        What the directory holds already stays in the store.
+        """
+        if embedding is not None:
+            kwargs["embedder"] = embedding
+        store = cls(**kwargs)
+        store.add_texts(texts, metadatas, ids=ids)
+        return store
+
+    @classmethod
+    def from_documents(
+        cls, documents: list[Document], embedding: EmbedderLike = None, **kwargs: Any
+    ) -> Self:
+        """A store with `documents` added. See `from_texts`."""
+        ids = kwargs.pop("ids", None)
+        store = cls.from_texts([], embedding, **kwargs)
+        store.add_documents(documents, ids=ids)
+        return store
+
+    @classmethod
+    async def afrom_texts(
+        cls,
+        texts: list[str],
+        embedding: EmbedderLike = None,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """`from_texts` in a thread of the executor."""
+        return await run_in_executor(
+            None, cls.from_texts, texts, embedding, metadatas, ids=ids, **kwargs
+        )
+
+    @classmethod
+    async def afrom_documents(
+        cls, documents: list[Document], embedding: EmbedderLike = None, **kwargs: Any
+    ) -> Self:
+        """`from_documents` in a thread of the executor."""
+        return await run_in_executor(None, cls.from_documents, documents, embedding, **kwargs)
+
+    # Documents
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Add texts; their ids, in order. batch_size: accepted, the engine has batches of its own.
+
+        Raises `ValueError` where there are not as many metadatas or ids as texts.
+        """
+        _refuse(kwargs)
+        found = [texts] if isinstance(texts, str) else list(texts)
+        given = metadatas or [{} for _ in found]
+        if len(given) != len(found):
+            raise ValueError(
+                f"found {len(given)} metadatas for {len(found)} texts, expected as many"
+            )
+        documents = [
+            Document(page_content=t, metadata=m) for t, m in zip(found, given, strict=True)
+        ]
+        return self.add_documents(documents, ids=ids)
+
+    def add_documents(
+        self,
+        documents: list[Document],
+        *,
+        ids: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Add documents; their ids, in order. `ids` go before those of the documents."""
+        _refuse(kwargs)
+        passages = to_passages(documents, ids)
+        self._rag.add(passages)
+        return [str(passage.id) for passage in passages]
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
+        """Delete by id; None deletes all. Ids that are not there are ignored."""
+        _refuse(kwargs)
+        wanted = [str(d.id) for d in self._rag.documents()] if ids is None else ids
+        self._rag.delete(wanted, missing_ok=True)
+        return True
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        """Documents by id; those that are not there are left out."""
+        return [from_passage(found) for found in self._rag.get(ids, missing_ok=True)]
+
+    # Searches
+
+    def similarity_search(
+        self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
+    ) -> list[Document]:
+        """The best `k` documents for `query`, best first."""
+        return [d for d, _ in self.similarity_search_with_score(query, k, filter=filter, **kwargs)]
+
+    def similarity_search_with_score(
+        self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        """The best `k` documents and their scores (inner products), best first."""
+        _refuse(kwargs)
+        return _scored(self._rag.search(query, k, where=as_where(filter)))
+
+    def similarity_search_by_vector(
+        self, embedding: list[float], k: int = 4, *, filter: Filter | None = None, **kwargs: Any
+    ) -> list[Document]:
+        """The best `k` documents for a vector of this store's `embeddings`."""
+        _refuse(kwargs)
+        return [document for document, _ in _scored(self._nearest(embedding, k, filter))]
+
+    def max_marginal_relevance_search(
+        self,
+        query: str,
+        k: int = 4,
+        fetch_k: int = 20,
+        lambda_mult: float = 0.5,
+        *,
+        filter: Filter | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """`k` of the best `fetch_k` documents that are near `query` and unlike one another."""
+        return self.max_marginal_relevance_search_by_vector(
+            self._embed(query), k, fetch_k, lambda_mult, filter=filter, **kwargs
+        )
+
+    def max_marginal_relevance_search_by_vector(
+        self,
+        embedding: list[float],
+        k: int = 4,
+        fetch_k: int = 20,
+        lambda_mult: float = 0.5,
+        *,
+        filter: Filter | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """As `max_marginal_relevance_search`, for a vector of this store's `embeddings`.
+
+        Carbonell and Goldstein 1998, as LangChain computes it, on cosines. lambda_mult: from 0,
+        only unlike one another, to 1, only near.
+        """
+        _refuse(kwargs)
+        hits = self._nearest(embedding, max(k, fetch_k) if k > 0 else k, filter)
+        if not hits:
+            return []
+        chosen = maximal_marginal_relevance(
+            _as_vector(embedding), list(self._vectors(hits)), lambda_mult=lambda_mult, k=k
+        )
+        return [from_passage(hits[i].document) for i in chosen]
+
+    def _similarity_search_with_relevance_scores(
+        self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        """The best `k` documents and `(1 + cosine) / 2`, in [0, 1], best first."""
+        _refuse(kwargs)
+        embedding = self._embed(query)
+        hits = self._nearest(embedding, k, filter)
+        if not hits:
+            return []
+        relevance = (1 + _cosines(_as_vector(embedding), self._vectors(hits))) / 2
+        order = np.argsort(-relevance, kind="stable")
+        return [(from_passage(hits[i].document), float(relevance[i])) for i in order]
+
+    async def _asimilarity_search_with_relevance_scores(
+        self, query: str, k: int = 4, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        return await run_in_executor(
+            None, self._similarity_search_with_relevance_scores, query, k, **kwargs
+        )
+
+    def _embed(self, query: str) -> list[float]:
+        vector: list[float] = self._rag.embedder.embed_queries([query])[0].tolist()
+        return vector
+
+    def _nearest(self, embedding: Sequence[float], k: int, filter: Filter | None) -> list[Hit]:
+        return self._rag.search_vector(_as_vector(embedding), k, where=as_where(filter))
+
+    def _vectors(self, hits: Sequence[Hit]) -> Vector:
+        """The hits' vectors, float32 [hits, dimension]."""
+        return self._rag.vectors([str(hit.document.id) for hit in hits])
+
+
+def _scored(hits: Sequence[Hit]) -> list[tuple[Document, float]]:
+    return [(from_passage(hit.document), hit.score) for hit in hits]
+
+
+def _as_vector(embedding: Sequence[float]) -> Vector:
+    return np.asarray(embedding, dtype=np.float32)
+
+
+def _cosines(vector: Vector, rows: Vector) -> Vector:
+    """Cosines in [-1, 1] of float32 [dimension] and each of float32 [n, dimension]."""
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(vector)
+    cosines: Vector = np.clip(rows @ vector / np.maximum(lengths, 1e-12), -1, 1)
+    return cosines
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    """Raise `TypeError` for arguments that would otherwise do nothing."""
+    if unknown:
+        raise TypeError(f"KVLinkVectorStore takes no argument {sorted(unknown)[0]!r} here")

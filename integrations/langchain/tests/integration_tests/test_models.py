@@ -1,0 +1,288 @@
+"""`ChatKVLink` and `KVLinkLLM`: every way to call them, and what they say about an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.runnables import ConfigurableField
+from langchain_kvlink import ChatKVLink, KVLinkLLM, document_block, register_documents
+from langchain_kvlink.messages import to_conversation
+
+from kvlink_rag import KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import ConfigError, PromptError, PromptTooLong, TooManyPassages
+
+
+class Tokens(BaseCallbackHandler):
+    """Notes what a callback sees."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.ends: list[Any] = []
+        self.errors: list[BaseException] = []
+
+    def on_llm_new_token(self, token: Any, **kwargs: Any) -> None:
+        self.tokens.append(token)
+
+    def on_llm_end(self, response: Any, **kwargs: Any) -> None:
+        self.ends.append(response)
+
+    def on_llm_error(self, error: BaseException, **kwargs: Any) -> None:
+        self.errors.append(error)
+
+
+def masked(rag: KVLinkRAG, messages: list[Any], **arguments: Any) -> str:
+    """The answer of a masked full prefill of the same prompt: the engine's oracle."""
+    parts = rag.recognise_chat(to_conversation(messages))
+    return rag.model.generate(parts, mode="masked", **arguments)
+
+
+def tokens_of(model: KVLinkModel, documents: list[Document]) -> int:
+    """Tokens of the documents as passages: what a prompt that holds them all reuses."""
+    texts = [f"{d.metadata['title']}: {d.page_content}\n" for d in documents]
+    return sum(len(model.tokenizer.encode(text)) for text in texts)
+
+
+def test_the_answer_is_the_models_own(
+    llm: ChatKVLink, rag: KVLinkRAG, towns: list[Document]
+) -> None:
+    """Passages in blocks, recognised passages and a plain question: the oracle's answers."""
+    register_documents(llm, towns)
+    asked = [
+        [HumanMessage("Where is the harbour?")],
+        [SystemMessage("Be brief."), HumanMessage("Hello"), AIMessage("Hi"), HumanMessage("Why?")],
+        [HumanMessage([document_block(towns[0]), {"type": "text", "text": "How many?"}])],
+        [HumanMessage(f"From {towns[1].page_content}\n\n{towns[2].page_content}\n\nHow many?")],
+    ]
+    for messages in asked:
+        assert llm.invoke(messages).text == masked(rag, messages, max_new_tokens=8)
+
+
+def test_usage_and_metadata(llm: ChatKVLink, rag: KVLinkRAG, towns: list[Document]) -> None:
+    register_documents(llm, towns)
+    blocks = [document_block(town) for town in towns[:3]]
+    messages = [HumanMessage([*blocks, {"type": "text", "text": "Which one?"}])]
+    answer = llm.invoke(messages)
+    reused = tokens_of(rag.model, towns[:3])
+    prompt = len(rag.model.layout(rag.recognise_chat(to_conversation(messages))))
+    assert answer.usage_metadata == {
+        "input_tokens": prompt,
+        "output_tokens": 8,
+        "total_tokens": prompt + 8,
+        "input_token_details": {"cache_read": reused},
+    }
+    assert llm.get_num_tokens_from_messages(messages) == prompt
+    about = answer.response_metadata
+    assert about["model_name"] == "tiny"
+    assert about["finish_reason"] == "length"
+    trace = about["trace"]
+    assert (trace["passages"], trace["snapshots_found"], trace["snapshots_encoded"]) == (3, 3, 0)
+    assert trace["first_token_ms"] > 0
+    again = llm.invoke(messages)
+    assert again.text == answer.text
+    kept = again.response_metadata["trace"]["prefix_tokens"]
+    assert kept > 0
+    assert again.usage_metadata["input_token_details"]["cache_read"] == reused + kept
+    assert again.usage_metadata["input_tokens"] == prompt
+
+
+def test_streaming_comes_in_pieces(llm: ChatKVLink) -> None:
+    chunks = list(llm.stream("Hello"))
+    assert len([chunk for chunk in chunks if chunk.text]) > 1
+    whole: AIMessageChunk | None = None
+    for chunk in chunks:
+        whole = chunk if whole is None else whole + chunk
+    assert whole is not None
+    answer = llm.invoke("Hello")
+    assert whole.text == answer.text
+    assert whole.usage_metadata["output_tokens"] == answer.usage_metadata["output_tokens"] == 8
+    assert whole.response_metadata["model_name"] == "tiny"
+    assert whole.response_metadata["trace"]["generated_tokens"] == 8
+
+
+def test_the_first_piece_comes_before_the_last_is_made(llm: ChatKVLink) -> None:
+    """A stream that is left after its first piece has not run to its end."""
+    long = ChatKVLink(rag=llm.rag, max_tokens=400)
+    began = time.perf_counter()
+    stream = long.stream("Hello")
+    next(stream)
+    stream.close()
+    left = time.perf_counter() - began
+    began = time.perf_counter()
+    long.invoke("Hello")
+    assert left < (time.perf_counter() - began) / 2
+
+
+async def test_async_is_the_same(llm: ChatKVLink, towns: list[Document]) -> None:
+    register_documents(llm, towns)
+    messages = [HumanMessage([document_block(towns[0]), {"type": "text", "text": "Which?"}])]
+    text = llm.invoke(messages).text
+    assert (await llm.ainvoke(messages)).text == text
+    pieces = [chunk.text async for chunk in llm.astream(messages)]
+    assert "".join(pieces) == text
+    assert len(pieces) > 2
+    assert [m.text for m in await llm.abatch([messages, messages])] == [text, text]
+    assert [m.text for m in llm.batch([messages, messages])] == [text, text]
+
+
+async def test_the_event_loop_turns_meanwhile(
+    llm: ChatKVLink, rag: KVLinkRAG, responsive: Any
+) -> None:
+    """Opening, prefill and every token are made in other threads."""
+    responsive.slow(type(rag.model.backbone), "forward", 0.1)
+    text = KVLinkLLM(rag=rag, max_tokens=4)
+    few = ChatKVLink(rag=rag, max_tokens=4)
+
+    async def stream(model: Any) -> None:
+        async for _ in model.astream("Hello"):
+            pass
+
+    for work in (few.ainvoke("Hello"), text.ainvoke("Hello"), stream(few), stream(text)):
+        assert await responsive.turns(work) >= 15  # of 40, were the machine idle
+
+
+async def test_a_cancelled_call_stops_generating(
+    rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    real = type(rag.model.backbone).forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        time.sleep(0.02)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(type(rag.model.backbone), "forward", forward)
+    task = asyncio.create_task(ChatKVLink(rag=rag, max_tokens=1000).ainvoke("Hello"))
+    while steps < 3:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.3)
+    seen = steps
+    await asyncio.sleep(0.3)
+    assert steps == seen < 900
+
+
+def test_concurrent_calls_are_as_single_ones(llm: ChatKVLink, towns: list[Document]) -> None:
+    register_documents(llm, towns)
+    asked = [
+        [HumanMessage([document_block(town), {"type": "text", "text": f"Question {n}?"}])]
+        for n, town in enumerate(towns)
+    ]
+    single = [llm.invoke(messages).text for messages in asked]
+    assert len(set(single)) > 1
+    with ThreadPoolExecutor(4) as pool:
+        assert [m.text for m in pool.map(llm.invoke, asked * 2)] == single * 2
+
+
+@pytest.mark.parametrize("kind", [ChatKVLink, KVLinkLLM])
+def test_stop(kind: Any, rag: KVLinkRAG) -> None:
+    def text(answer: Any) -> str:
+        return str(getattr(answer, "text", answer))
+
+    whole = text(kind(rag=rag, max_tokens=12).invoke("Hello"))
+    end = whole[4:6]
+    before = whole[: whole.index(end)]
+    assert text(kind(rag=rag, max_tokens=12, stop=[end]).invoke("Hello")) == before
+    assert text(kind(rag=rag, max_tokens=12).invoke("Hello", stop=[end])) == before
+    assert text(kind(rag=rag, max_tokens=12).bind(stop=[end]).invoke("Hello")) == before
+    assert text(kind(rag=rag, max_tokens=12, stop=[end]).invoke("Hello", stop=["\0\0"])) == whole
+    streamed = [text(c) for c in kind(rag=rag, max_tokens=12, stop=[end]).stream("Hello")]
+    assert "".join(streamed) == before
+
+
+def test_sampling(rag: KVLinkRAG) -> None:
+    warm = ChatKVLink(rag=rag, max_tokens=20, temperature=2.0, seed=1)
+    text = warm.invoke("Hello").text
+    assert warm.invoke("Hello").text == text
+    assert warm.bind(seed=2).invoke("Hello").text != text
+    assert warm.invoke("Hello", top_p=1e-6).text == warm.invoke("Hello", temperature=0).text
+    assert warm.invoke("Hello", max_tokens=3).usage_metadata["output_tokens"] == 3
+    with pytest.raises(ConfigError, match="'temprature'"):
+        warm.invoke("Hello", temprature=1)
+    with pytest.raises(ConfigError, match="another object for another model"):
+        warm.invoke("Hello", model="gpt")
+    assert warm.invoke("Hello", model="tiny").text == text
+
+
+def test_an_object_made_for_every_call(rag: KVLinkRAG) -> None:
+    """`configurable_fields` constructs a model a call; it is the same collection."""
+    llm = ChatKVLink(rag=rag).configurable_fields(max_tokens=ConfigurableField(id="most"))
+    answer = llm.with_config(configurable={"most": 3}).invoke("Hello")
+    assert answer.usage_metadata["output_tokens"] == 3
+
+
+@pytest.mark.parametrize("kind", [ChatKVLink, KVLinkLLM])
+@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream"])
+async def test_callbacks(kind: Any, way: str, rag: KVLinkRAG) -> None:
+    """Every piece once, in order, and the whole at the end."""
+    seen = Tokens()
+    llm = kind(rag=rag, max_tokens=6)
+    config = {"callbacks": [seen]}
+    if way == "invoke":
+        llm.invoke("Hello", config)
+    elif way == "stream":
+        list(llm.stream("Hello", config))
+    elif way == "ainvoke":
+        await llm.ainvoke("Hello", config)
+    else:
+        [_ async for _ in llm.astream("Hello", config)]
+    (end,) = seen.ends
+    assert "".join(seen.tokens) == end.generations[0][0].text
+    assert len([token for token in seen.tokens if token]) > 1
+    assert not seen.errors
+
+
+def test_an_error_reaches_the_callbacks(llm: ChatKVLink) -> None:
+    seen = Tokens()
+    with pytest.raises(PromptError):
+        llm.invoke("", {"callbacks": [seen]})
+    assert [type(error) for error in seen.errors] == [PromptError]
+
+
+def test_what_an_llm_says_about_its_answer(rag: KVLinkRAG, towns: list[Document]) -> None:
+    llm = KVLinkLLM(rag=rag, max_tokens=5)
+    register_documents(llm, towns)
+    prompt = f"{towns[0].page_content}\n\nHow many lighthouses?"
+    (answers,) = llm.generate([prompt]).generations
+    info = answers[0].generation_info
+    assert answers[0].text == llm.invoke(prompt)
+    assert answers[0].text == ChatKVLink(rag=rag, max_tokens=5).invoke(prompt).text
+    assert info["model_name"] == "tiny"
+    assert info["usage_metadata"]["output_tokens"] == 5
+    reused = tokens_of(rag.model, towns[:1])
+    assert info["usage_metadata"]["input_token_details"]["cache_read"] == reused
+    assert llm.batch([prompt, "Hello"]) == [answers[0].text, llm.invoke("Hello")]
+    assert llm.get_num_tokens("abc") == 3
+
+
+def test_bad_input(llm: ChatKVLink, rag: KVLinkRAG, towns: list[Document]) -> None:
+    for empty in ("", "  \n", [], [HumanMessage([])]):
+        with pytest.raises(PromptError, match="empty"):
+            llm.invoke(empty)
+        with pytest.raises(PromptError, match="empty"):
+            list(llm.stream(empty))
+    with pytest.raises(PromptError, match="empty"):
+        KVLinkLLM(rag=rag).invoke(" ")
+    with pytest.raises(PromptTooLong, match="window is 4096"):
+        llm.invoke("long " * 1000)
+    many = [document_block(Document(f"Number {n} of many passages.")) for n in range(13)]
+    with pytest.raises(TooManyPassages):
+        llm.invoke([HumanMessage([*many, {"type": "text", "text": "Which?"}])])
+
+
+def test_more_recognised_passages_than_slots_stay_text(llm: ChatKVLink) -> None:
+    many = [Document(f"House number {n} has a red door.", id=str(n)) for n in range(15)]
+    register_documents(llm, many)
+    prompt = "\n\n".join(d.page_content for d in many) + "\n\nWhich house?"
+    answer = llm.invoke(prompt)
+    assert answer.response_metadata["trace"]["passages"] == 12

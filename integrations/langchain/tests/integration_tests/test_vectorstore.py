@@ -1,0 +1,260 @@
+"""`KVLinkVectorStore`, `KVLinkRetriever` and `ContrieverEmbeddings` beyond the standard suites."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_kvlink import ContrieverEmbeddings, KVLinkRetriever, KVLinkVectorStore
+
+from kvlink_rag import KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import ConfigError, DocumentError
+
+
+@pytest.fixture
+def store(rag: KVLinkRAG, towns: list[Document]) -> KVLinkVectorStore:
+    store = KVLinkVectorStore(rag=rag)
+    assert store.add_documents(towns) == [town.id for town in towns]
+    return store
+
+
+@pytest.fixture
+def reference(towns: list[Document], embeddings: Embeddings) -> InMemoryVectorStore:
+    """LangChain's own store over the same documents and embeddings."""
+    store = InMemoryVectorStore(embeddings)
+    store.add_documents(towns)
+    return store
+
+
+QUESTIONS = ["the town of Teldon", "a market and 3 lighthouses", "Hux Velt"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_it_finds_what_langchains_own_store_finds(
+    store: KVLinkVectorStore, reference: InMemoryVectorStore, question: str
+) -> None:
+    expected = reference.similarity_search_with_score(question, k=8)
+    found = store.similarity_search_with_score(question, k=8)
+    assert np.allclose([s for _, s in found], [s for _, s in expected], atol=1e-5)
+    assert {d.id: round(s, 4) for d, s in found} == {d.id: round(s, 4) for d, s in expected}
+    assert store.similarity_search(question, k=8) == [d for d, _ in found]
+    vector = store.embeddings.embed_query(question)
+    assert store.similarity_search_by_vector(vector, k=8) == [d for d, _ in found]
+
+
+@pytest.mark.parametrize("lambda_mult", [0.0, 0.3, 0.9])
+def test_mmr_is_langchains(
+    store: KVLinkVectorStore,
+    reference: InMemoryVectorStore,
+    embeddings: Embeddings,
+    lambda_mult: float,
+) -> None:
+    question = "the 3 lighthouses of Teldon"
+    expected = reference.max_marginal_relevance_search(
+        question, k=3, fetch_k=8, lambda_mult=lambda_mult
+    )
+    found = store.max_marginal_relevance_search(question, k=3, fetch_k=8, lambda_mult=lambda_mult)
+    assert found == expected
+    by_vector = store.max_marginal_relevance_search_by_vector(
+        embeddings.embed_query(question), k=3, fetch_k=8, lambda_mult=lambda_mult
+    )
+    assert by_vector == expected
+    few = store.max_marginal_relevance_search(question, k=3, filter={"kind": "odd"})
+    assert [document.metadata["kind"] for document in few] == ["odd"] * 3
+
+
+def test_filters_find_k_where_there_are_k(store: KVLinkVectorStore, towns: list[Document]) -> None:
+    everything = store.similarity_search("Orvale", k=8)
+    odd = [document for document in everything if document.metadata["kind"] == "odd"]
+    assert store.similarity_search("Orvale", k=3, filter={"kind": "odd"}) == odd[:3]
+    assert store.similarity_search("Orvale", k=9, filter={"kind": "odd"}) == odd
+    last = everything[-1]
+    assert store.similarity_search("Orvale", k=1, filter=lambda d: d.id == last.id) == [last]
+    assert store.similarity_search("Orvale", filter={"kind": "none"}) == []
+
+
+def test_relevance_is_between_0_and_1(store: KVLinkVectorStore, towns: list[Document]) -> None:
+    text = towns[2].page_content
+    titled = f"{towns[2].metadata['title']} {text}"  # what the embedder reads
+    found = store.similarity_search_with_relevance_scores(titled, k=8)
+    scores = [score for _, score in found]
+    assert found[0][0].id == "teldon"
+    assert scores[0] == pytest.approx(1, abs=1e-5)
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+    cosines = {d.id: s for d, s in store.similarity_search_with_score(titled, k=8)}
+    assert {d.id: s for d, s in found} == pytest.approx(
+        {id: (1 + cosine) / 2 for id, cosine in cosines.items()}, abs=1e-5
+    )
+    threshold = store.as_retriever(
+        search_type="similarity_score_threshold",
+        search_kwargs={"score_threshold": scores[3] - 1e-6, "k": 8},
+    )
+    assert len(threshold.invoke(titled)) >= 4
+
+
+def test_relevance_of_vectors_that_are_not_of_length_1(rag: KVLinkRAG, model: Any) -> None:
+    """Contriever's are not; the cosine is taken all the same."""
+
+    class Long:
+        dimension, fingerprint, name = 2, "long", "long"
+
+        def embed(self, texts: list[str]) -> np.ndarray:
+            return np.array([[9.0, 0.0] if "east" in t else [3.0, 3.0] for t in texts], "float32")
+
+        embed_queries = embed
+
+    store = KVLinkVectorStore(Long(), model=model, directory=rag.directory / "long")  # type: ignore[arg-type]
+    store.add_texts(["to the east", "to the west"])
+    found = store.similarity_search_with_relevance_scores("north", k=2)
+    assert [(d.page_content, s) for d, s in found] == [
+        ("to the west", pytest.approx(1.0)),
+        ("to the east", pytest.approx((1 + 0.5**0.5) / 2)),
+    ]
+
+
+def test_everything_added_is_encoded(store: KVLinkVectorStore, rag: KVLinkRAG) -> None:
+    assert rag.stats().snapshots == 8
+    store.delete(["hux", "nowhere"])
+    assert rag.stats().snapshots == 7
+    assert store.delete() is True
+    assert (len(rag), rag.stats().snapshots) == (0, 0)
+    assert store.similarity_search("Orvale") == []
+    assert store.max_marginal_relevance_search("Orvale") == []
+    assert store.similarity_search_with_relevance_scores("Orvale") == []
+
+
+def test_adding_texts(rag: KVLinkRAG) -> None:
+    store = KVLinkVectorStore(rag=rag)
+    texts = ["The mill.", "The bridge."]
+    ids = store.add_texts(texts, [{"n": 1}, {"n": 2}])
+    assert store.add_texts(texts, [{"n": 1}, {"n": 2}]) == ids
+    assert len(rag) == 2
+    assert store.add_texts((t for t in ["The gate."]), ids=["g"]) == ["g"]
+    assert store.get_by_ids(["g", "none", ids[1]]) == [
+        Document("The gate.", id="g"),
+        Document("The bridge.", metadata={"n": 2}, id=ids[1]),
+    ]
+    assert store.add_texts([]) == []
+
+
+@pytest.mark.parametrize("by", ["texts", "documents"])
+async def test_made_from(
+    by: str, tmp_path: Any, model: KVLinkModel, embeddings: Embeddings, towns: list[Document]
+) -> None:
+    texts, ids = [d.page_content for d in towns], [str(d.id) for d in towns]
+    metadatas = [d.metadata for d in towns]
+    for n, words in enumerate([(embeddings,), ()]):
+        where: dict[str, Any] = {"model": model, "directory": tmp_path / f"{n}"}
+        if not words:
+            where["embedder"] = embeddings
+        if by == "texts":
+            store = (
+                KVLinkVectorStore.from_texts(texts, *words, metadatas, ids=ids, **where)
+                if (words)
+                else KVLinkVectorStore.from_texts(texts, metadatas=metadatas, ids=ids, **where)
+            )
+            again = await KVLinkVectorStore.afrom_texts(texts, *words, **where)
+        else:
+            store = KVLinkVectorStore.from_documents(towns, *words, **where)
+            again = await KVLinkVectorStore.afrom_documents(towns, *words, **where)
+        assert store.get_by_ids(ids) == towns
+        assert store.embeddings is embeddings
+        assert again.collection is store.collection
+
+
+def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
+    for blank in ("", " \n"):
+        with pytest.raises(DocumentError, match="no text"):
+            store.add_texts(["fine", blank])
+    with pytest.raises(DocumentError, match="metadata"):
+        store.add_texts(["x"], [{"when": datetime.date(1911, 5, 1)}])
+    with pytest.raises(ValueError, match="found 1 metadatas for 2"):
+        store.add_texts(["a", "b"], [{}])
+    with pytest.raises(ValueError, match="found 1 ids for 2"):
+        store.add_texts(["a", "b"], ids=["x"])
+    for search in (
+        store.similarity_search,
+        store.similarity_search_with_score,
+        store.similarity_search_with_relevance_scores,
+        store.max_marginal_relevance_search,
+    ):
+        with pytest.raises(ConfigError, match="k is 0"):
+            search("x", k=0)
+        assert len(search("x", k=100)) == 8
+        with pytest.raises(TypeError, match="filtr"):
+            search("x", filtr={})
+    with pytest.raises(ConfigError, match="expected float32"):
+        store.similarity_search_by_vector([1.0, 2.0])
+    assert len(store.collection) == 8
+
+
+async def test_async_twins(store: KVLinkVectorStore) -> None:
+    question = QUESTIONS[0]
+    vector = store.embeddings.embed_query(question)
+    assert await store.asimilarity_search(question) == store.similarity_search(question)
+    assert await store.asimilarity_search_with_score(
+        question
+    ) == store.similarity_search_with_score(question)
+    assert await store.asimilarity_search_by_vector(vector) == store.similarity_search_by_vector(
+        vector
+    )
+    assert await store.asimilarity_search_with_relevance_scores(
+        question, k=3, score_threshold=0.1
+    ) == store.similarity_search_with_relevance_scores(question, k=3, score_threshold=0.1)
+    assert await store.amax_marginal_relevance_search(
+        question
+    ) == store.max_marginal_relevance_search(question)
+    assert await store.amax_marginal_relevance_search_by_vector(
+        vector
+    ) == store.max_marginal_relevance_search_by_vector(vector)
+    assert await store.as_retriever().ainvoke(question) == store.as_retriever().invoke(question)
+
+
+async def test_the_event_loop_turns_meanwhile(
+    store: KVLinkVectorStore, rag: KVLinkRAG, responsive: Any
+) -> None:
+    retriever = KVLinkRetriever(rag=rag)
+    for name in ("add", "search", "delete", "get", "search_vector"):
+        responsive.slow(rag, name)
+    works = [
+        store.aadd_texts(["The mill."]),
+        store.aadd_documents([Document("The gate.")]),
+        store.asimilarity_search("x"),
+        store.asimilarity_search_with_relevance_scores("x"),
+        store.amax_marginal_relevance_search("x"),
+        store.aget_by_ids(["hux"]),
+        store.adelete(["hux"]),
+        retriever.ainvoke("x"),
+    ]
+    for work in works:
+        assert await responsive.turns(work) >= 5  # of 30, were the machine idle
+
+
+async def test_the_retriever(rag: KVLinkRAG, store: KVLinkVectorStore) -> None:
+    retriever = KVLinkRetriever(rag=rag, k=3)
+    assert retriever.invoke("Teldon") == store.similarity_search("Teldon", k=3)
+    assert len(retriever.invoke("Teldon", k=1)) == 1
+    assert len(await retriever.ainvoke("Teldon", k=5)) == 5
+    assert len(retriever.invoke("Teldon", k=100)) == 8
+    assert len(retriever.invoke("Teldon", rounds=2)) == 3
+    odd = KVLinkRetriever(rag=rag, k=8, filter={"kind": "odd"})
+    assert {d.metadata["kind"] for d in odd.invoke("Teldon")} == {"odd"}
+    assert {d.metadata["n"] for d in odd.invoke("Teldon", filter={"n": 2})} == {2}
+    with pytest.raises(ConfigError, match="k is 0"):
+        retriever.invoke("Teldon", k=0)
+    with pytest.raises(TypeError):
+        retriever.invoke("Teldon", top=3)
+
+
+def test_contriever_embeddings_of_a_loaded_encoder(rag: KVLinkRAG) -> None:
+    found = ContrieverEmbeddings(embedder=rag.embedder)
+    vectors = rag.embedder.embed(["a mill", "a bridge"])
+    assert found.embed_documents(["a mill", "a bridge"]) == vectors.tolist()
+    assert found.embed_query("a mill") == vectors[0].tolist()
+    assert found.embed_documents([]) == []

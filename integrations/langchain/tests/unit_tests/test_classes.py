@@ -1,0 +1,107 @@
+"""Construction: the same words everywhere, nothing loaded, nothing dropped silently."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import langchain_kvlink
+import pytest
+from langchain_kvlink import (
+    ChatKVLink,
+    ContrieverEmbeddings,
+    KVLinkDocumentsChain,
+    KVLinkLLM,
+    KVLinkRetriever,
+    KVLinkVectorStore,
+)
+from pydantic import ValidationError
+
+from kvlink_rag import KVLinkRAG
+
+WORDS = [ChatKVLink, KVLinkLLM, KVLinkRetriever]
+
+
+def test_the_public_names() -> None:
+    assert langchain_kvlink.__all__ == [
+        "ChatKVLink",
+        "ContrieverEmbeddings",
+        "KVLinkDocumentsChain",
+        "KVLinkLLM",
+        "KVLinkRetriever",
+        "KVLinkVectorStore",
+        "aregister_documents",
+        "document_block",
+        "register_documents",
+    ]
+
+
+def test_importing_and_constructing_loads_no_torch() -> None:
+    code = (
+        "import sys, langchain_kvlink as k\n"
+        "k.ChatKVLink(); k.KVLinkLLM(); k.KVLinkRetriever(); k.ContrieverEmbeddings()\n"
+        "k.KVLinkDocumentsChain()\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=280)
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_no_argument_is_the_bundled_pair(kind: Any, tmp_path: Path) -> None:
+    made = kind()
+    assert (made.model, made.embedder, made.directory, made.device) == (None, None, None, "auto")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", [*WORDS, ContrieverEmbeddings, KVLinkDocumentsChain])
+def test_an_unknown_argument_is_refused(kind: Any) -> None:
+    with pytest.raises(ValidationError, match="temperatur"):
+        kind(temperatur=0.5)
+
+
+def test_what_only_a_remote_model_knows_is_dropped() -> None:
+    llm = ChatKVLink(timeout=60, max_retries=2, api_key="x", base_url="y")  # type: ignore[call-arg]
+    assert llm == ChatKVLink()
+
+
+@pytest.mark.parametrize("kind", [*WORDS, KVLinkVectorStore])
+@pytest.mark.parametrize(
+    "words", [{"model": "m"}, {"embedder": "e"}, {"directory": "d"}, {"device": "cpu"}]
+)
+def test_an_open_collection_and_words_for_another(
+    kind: Any, words: dict[str, str], rag: KVLinkRAG
+) -> None:
+    with pytest.raises(ValueError, match="give rag= alone"):
+        kind(rag=rag, **words)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0}]
+)
+@pytest.mark.parametrize("kind", [ChatKVLink, KVLinkLLM])
+def test_impossible_sampling(kind: Any, bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        kind(**bad)
+
+
+def test_impossible_retrieval() -> None:
+    for bad in ({"k": 0}, {"rounds": 3}):
+        with pytest.raises(ValidationError):
+            KVLinkRetriever(**bad)  # type: ignore[arg-type]
+
+
+def test_what_traces_and_caches_see(rag: KVLinkRAG) -> None:
+    llm = ChatKVLink(temperature=0.5, max_tokens=7, stop=["x"], seed=3)
+    params = llm._get_ls_params()
+    assert params["ls_provider"] == "kvlink"
+    assert params["ls_model_name"] == "bundled"
+    assert params["ls_temperature"] == 0.5
+    assert params["ls_max_tokens"] == 7
+    assert params["ls_stop"] == ["x"]
+    assert llm._get_llm_string() == llm._get_llm_string()
+    for other in ({"seed": 4}, {"stop": None}, {"model": "m"}, {"directory": "d"}):
+        assert llm.model_copy(update=other)._get_llm_string() != llm._get_llm_string()
+    assert ChatKVLink(rag=rag)._get_ls_params()["ls_model_name"] == "tiny"
+    assert "KVLinkRAG" not in repr(ChatKVLink(rag=rag))
