@@ -29,6 +29,10 @@ ROLES = (
     "<|mem_end|>",
 )
 SYSTEM = "You answer questions from the documents."
+NOTICE = (
+    "This is the bundled demonstration model, trained on generated text only; name a real one, "
+    "such as Shiyu-Lab/Llama1B-KVLink5, for real use."
+)
 CHAT_TEMPLATE = (
     "<|bos|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -56,6 +60,7 @@ def small_spec() -> Spec:
             )
         },
         preset="chat",
+        notice=NOTICE,
     )
 
 
