@@ -25,7 +25,7 @@ def model() -> KVLinkModel:
 @pytest.fixture(scope="session")
 def small_window() -> KVLinkModel:
     """A window that the default prompts fill nearly alone."""
-    return tiny_model(2048)
+    return tiny_model(1700)
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ from tiny import Calls, WordEmbedder, rendered_tokens
 
 from kvlink_rag import KVLinkRAG
 
-pytestmark = pytest.mark.filterwarnings(
-    # The memory of LlamaIndex's chat engines leaves its in-memory SQLite to the collector.
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore::ResourceWarning",
-)
-
 
 @pytest.fixture
 def index(nodes: list[TextNode], embedder: WordEmbedder) -> VectorStoreIndex:

@@ -53,12 +53,11 @@ class ContrieverEmbedding(BaseEmbedding):
         if embedder is None and named not in (None, BUNDLED):
             embedder = str(named)
         name = None if embedder is None else _name(embedder)
+        ours: dict[str, Any] = {"embedder": name, "device": device, "model_name": name or BUNDLED}
         super().__init__(
-            embedder=name,
-            device=device,
-            model_name=name or BUNDLED,
             embed_batch_size=embed_batch_size,
             callback_manager=callback_manager or CallbackManager([]),
+            **ours,
             **embedding_fields,
         )
         self._source, self._lock = embedder, threading.Lock()

@@ -56,7 +56,8 @@ class KVLinkRegister(TransformComponent):
         collection = Collection(
             model=model, embedder=embedder, directory=directory, device=device, rag=rag
         )
-        super().__init__(**collection.names(), embed=embed)
+        fields: dict[str, Any] = {**collection.names(), "embed": embed}
+        super().__init__(**fields)
         self._collection = collection
 
     @classmethod
