@@ -142,7 +142,7 @@ def test_answers_always_start_with_a_visible_character() -> None:
 def test_training_lowers_the_loss_and_resumes_where_it_stopped(
     encoder: CachedEncoder, tmp_path: Path
 ) -> None:
-    recipe = lm.Recipe(steps=6, warmup=1, rows=1)
+    recipe = lm.Recipe(stages=(lm.Stage(6, Mixture(), 6, 7),), warmup=1, rows=1)
     whole = lm.Trainer(lm.build(), recipe)
     batch = arrange([packed(encoder)])
     losses = [whole.step(batch) for _ in range(6)]

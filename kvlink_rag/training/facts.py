@@ -8,7 +8,7 @@ in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ABSENT = "The documents do not say"
 
@@ -346,11 +346,22 @@ def generic_questions(relation: Relation) -> tuple[str, ...]:
     return (f"{word} is the {relation.role} of {{s}}?", f"Tell me the {relation.role} of {{s}}.")
 
 
-def relations_of(kind: str) -> tuple[Relation, ...]:
-    """All relations whose subject is of this kind, in schema order."""
-    return tuple(relation for relation in RELATIONS if relation.subject == kind)
+def _plainly(relation: Relation) -> Relation:
+    """Said, asked and described by its role only, so that the same words stand in all three."""
+    descriptions = relation.descriptions[:1]
+    return replace(
+        relation, statements=relation.statements[1:2], questions=(), descriptions=descriptions
+    )
 
 
-def bridges_of(kind: str) -> tuple[Relation, ...]:
+_PLAIN = tuple(_plainly(relation) for relation in RELATIONS)
+
+
+def relations_of(kind: str, *, plain: bool = False) -> tuple[Relation, ...]:
+    """All relations whose subject is of this kind, in schema order; `plain` with one phrasing."""
+    return tuple(r for r in (_PLAIN if plain else RELATIONS) if r.subject == kind)
+
+
+def bridges_of(kind: str, *, plain: bool = False) -> tuple[Relation, ...]:
     """The relations of a kind whose value is itself a thing with relations: the first hops."""
-    return tuple(relation for relation in relations_of(kind) if relation.descriptions)
+    return tuple(relation for relation in relations_of(kind, plain=plain) if relation.descriptions)

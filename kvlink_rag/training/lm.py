@@ -35,16 +35,67 @@ from .tokenizer import VOCABULARY, small_spec
 WINDOW = 8192
 
 
+_EARLY = Mixture(varied_share=0.04, turns_share=0.02, text_share=0.06)
+_NAMES = replace(
+    _EARLY,
+    usual_pages=(5, 6),
+    usual_share=0.9,
+    most_pages=8,
+    full_share=0.45,
+    learn="all",
+    absent=0.1,
+)
+_WIDER = replace(
+    _EARLY,
+    usual_pages=(6, 8, 10),
+    usual_share=0.8,
+    most_pages=12,
+    full_share=0.3,
+    learn="questions",
+)
+_PLAIN = replace(
+    _EARLY,
+    usual_pages=(3, 4, 5, 6),
+    usual_share=0.9,
+    most_pages=8,
+    full_share=0.3,
+    plain=0.85,
+    absent=0.1,
+)
+_MIXED = replace(_EARLY, usual_pages=(5, 6, 8), most_pages=12, plain=0.4)
+
+
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that a run depends on besides the code. The learning rates are flat, then fall
-    linearly to zero.
+class Stage:
+    """What is learned up to step `until`, and the line that the learning rate follows meanwhile:
+    flat up to step `flat`, then linear, to reach zero at step `end`.
     """
 
+    until: int
+    mixture: Mixture
+    flat: int
+    end: int
+
+
+# As it was run; the plan changed at steps 900 and 1300 (docs/experiments_small_model.md).
+STAGES = (
+    Stage(570, _NAMES, 665, 1900),
+    Stage(855, _WIDER, 665, 1900),
+    Stage(900, Mixture(), 665, 1900),
+    Stage(1035, _WIDER, 805, 2300),
+    Stage(1300, Mixture(), 805, 2300),
+    Stage(1700, _PLAIN, 1620, 2700),
+    Stage(1900, _MIXED, 1620, 2700),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that a run depends on besides the code."""
+
     seed: int = 0
-    steps: int = 1900
+    stages: tuple[Stage, ...] = STAGES
     warmup: int = 50
-    flat: float = 0.35
     matrix_rate: float = 0.02
     other_rate: float = 0.004
     matrix_decay: float = 0.01
@@ -53,34 +104,23 @@ class Recipe:
     check_every: int = 250
     save_every: int = 100
 
+    @property
+    def steps(self) -> int:
+        """Where the last stage ends."""
+        return self.stages[-1].until
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step belongs to."""
+        return next(stage for stage in self.stages if step < stage.until)
+
     def rate(self, step: int) -> float:
         """The factor on both learning rates at a step."""
-        falling = (self.steps - step) / (self.steps * (1 - self.flat))
-        return min(1.0, (step + 1) / self.warmup, falling)
+        stage = self.stage(step)
+        return min(1.0, (step + 1) / self.warmup, (stage.end - step) / (stage.end - stage.flat))
 
     def mixture(self, step: int) -> Mixture:
-        """Few pages and half of the batches with full attention first; then wider; then the real
-        mixture.
-        """
-        part, last = step / self.steps, Mixture(rows=self.rows)
-        early = replace(
-            last, varied_share=0.04, turns_share=0.02, text_share=0.06, learn="questions"
-        )
-        if part < 0.3:
-            return replace(
-                early,
-                usual_pages=(5, 6),
-                usual_share=0.9,
-                most_pages=8,
-                full_share=0.45,
-                learn="all",
-                absent=0.1,
-            )
-        if part < 0.45:
-            return replace(
-                early, usual_pages=(6, 8, 10), usual_share=0.8, most_pages=12, full_share=0.3
-            )
-        return last
+        """What a step's batch is drawn from."""
+        return replace(self.stage(step).mixture, rows=self.rows)
 
 
 def build(seed: int = 0) -> LlamaForCausalLM:

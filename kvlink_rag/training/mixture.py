@@ -35,6 +35,7 @@ class Mixture:
     bins: int = 4
     learn: Learn = "answers"
     absent: float = 0.2
+    plain: float = 0.0
 
 
 def draw(rng: random.Random, mixture: Mixture, encoder: PartEncoder, spec: Spec) -> Batch:
@@ -65,7 +66,9 @@ def draw_prompt(
 
     reuse: False for ordinary causal attention; text: the pages are plain text instead of passages.
     """
-    task = exercise(rng, k, questions=2 * BIN * mixture.bins // 24, absent=mixture.absent)
+    task = exercise(
+        rng, k, questions=2 * BIN * mixture.bins // 24, absent=mixture.absent, plain=mixture.plain
+    )
     if text:
         prompt, asked = formats.varied(task.pages, rng, reuse=False, spec=spec), _asked(task)
     else:

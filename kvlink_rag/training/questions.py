@@ -127,7 +127,7 @@ def two_hop_facts(world: World) -> Iterator[tuple[Fact, Fact]]:
             and isinstance(first.value, Entity)
             and _outright(world, first, page)
         ):
-            for relation in relations_of(first.value.kind):
+            for relation in relations_of(first.value.kind, plain=world.plain):
                 found = world.find(first.value, relation)
                 if found and found[1] != page and _outright(world, *found):
                     yield first, found[0]
@@ -151,31 +151,44 @@ def context(world: World, question: Question, k: int, rng: random.Random) -> tup
 
 
 def exercise(
-    rng: random.Random, k: int, *, questions: int = 12, absent: float = 0.2, split: Split = "train"
+    rng: random.Random,
+    k: int,
+    *,
+    questions: int = 12,
+    absent: float = 0.2,
+    plain: float = 0.0,
+    split: Split = "train",
 ) -> Exercise:
     """A small world of its own, k of its pages, and a mixture of questions over them, of which the
-    share `absent` asks for what the pages do not say.
+    share `absent` asks for what the pages do not say; `plain` is the chance of a plain world.
     """
-    world = _small_world(rng, k, split)
+    plainly = plain > 0 and rng.random() < plain
+    world = _small_world(rng, k, split, plainly)
     pages = _choose(list(world.pages.values()), k, rng)
     return Exercise(
         tuple(pages), tuple(_mixture(world, {p.id for p in pages}, questions, absent, rng))
     )
 
 
-def _small_world(rng: random.Random, k: int, split: Split) -> World:
+def _small_world(rng: random.Random, k: int, split: Split, plain: bool) -> World:
     head = rng.choice(KINDS)
-    chain = rng.choice(bridges_of(head) or bridges_of("person"))
+    chain = rng.choice(bridges_of(head, plain=plain))
     spare = 1 + k // 4
     dependent = rng.choice((0.5, 0.3)) if rng.random() < 0.25 else 0.0
-    if rng.random() < 0.2 or not bridges_of(head) or k < 2:
+    if rng.random() < 0.2 or k < 2:
         table = head if rng.random() < 0.15 else ""
         counts = {head: k + spare}
-        return Builder(rng, split, counts, dependent=dependent, table=table).build()
+        return Builder(rng, split, counts, dependent=dependent, table=table, plain=plain).build()
     counts = {head: (k + 1) // 2 + spare}
     counts[chain.value] = counts.get(chain.value, 0) + k // 2 + spare
     return Builder(
-        rng, split, counts, chain=chain, linked=rng.choice((0.2, 0.6)), dependent=dependent
+        rng,
+        split,
+        counts,
+        chain=chain,
+        linked=rng.choice((0.2, 0.6)),
+        dependent=dependent,
+        plain=plain,
     ).build()
 
 
@@ -236,11 +249,11 @@ def absent_around(
     if gone and not fact.same_as:
         yield absent_one_hop(fact.subject, fact.relation, (page,), rng)
     if not gone and rng.random() < 0.1:
-        relation = rng.choice(relations_of(fact.subject.kind))
+        relation = rng.choice(relations_of(fact.subject.kind, plain=world.plain))
         if world.find(fact.subject, relation) is None:
             yield absent_one_hop(fact.subject, relation, (), rng)
     if fact.relation.descriptions and isinstance(value, Entity) and _outright(world, fact, page):
-        relation = rng.choice(relations_of(value.kind))
+        relation = rng.choice(relations_of(value.kind, plain=world.plain))
         second = world.find(value, relation)
         if gone and rng.random() < 0.5:
             yield absent_two_hop(world, fact, relation, "first", rng)

@@ -81,7 +81,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where checkpoints go (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("lm", "encoder", "demo"), help="one stage")
-    parser.add_argument("--steps", type=int, default=1900)
     arguments = parser.parse_args()
     work = arguments.work or arguments.out / "work"
     tokenizer = make_tokenizer(arguments.out, arguments.seed)
@@ -90,8 +89,7 @@ def main() -> None:
     if arguments.only in (None, "encoder"):
         make_encoder(arguments.out, arguments.seed)
     if arguments.only in (None, "lm"):
-        recipe = lm.Recipe(seed=arguments.seed, steps=arguments.steps)
-        make_lm(arguments.out, work, recipe, tokenizer)
+        make_lm(arguments.out, work, lm.Recipe(seed=arguments.seed), tokenizer)
 
 
 if __name__ == "__main__":

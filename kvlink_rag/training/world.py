@@ -86,8 +86,11 @@ class Page:
 
 @dataclass(slots=True)
 class World:
-    """All pages of one knowledge base, by id, with the facts that they state."""
+    """All pages of one knowledge base, by id, with the facts that they state. In a plain world
+    each relation has one phrasing only.
+    """
 
+    plain: bool = False
     pages: dict[str, Page] = field(default_factory=dict)
     stated: dict[tuple[str, str], tuple[Fact, str]] = field(default_factory=dict)
 
@@ -120,16 +123,18 @@ class Builder:
         chain: Relation | None = None,
         dependent: float = 0.0,
         table: str = "",
+        plain: bool = False,
     ) -> None:
         self.rng, self.names = rng, Names(rng, split)
-        self.linked, self.chain, self.dependent, self.table = linked, chain, dependent, table
+        self.linked, self.chain, self.dependent = linked, chain, dependent
+        self.table, self.plain = table, plain
         self._parts: dict[str, list[str]] = {"given": [], "family": []}
         self._taken: set[str] = set()
         self._sources: set[Fact] = set()
         self.entities = {kind: [self.entity(kind) for _ in range(n)] for kind, n in counts.items()}
 
     def build(self) -> World:
-        world = World()
+        world = World(self.plain)
         drafts = {
             entity: self._facts(entity)
             for entities in self.entities.values()
@@ -179,7 +184,7 @@ class Builder:
         return self.entity(kind)
 
     def _facts(self, entity: Entity) -> list[Fact]:
-        relations = list(relations_of(entity.kind))
+        relations = list(relations_of(entity.kind, plain=self.plain))
         self.rng.shuffle(relations)
         kept = relations[: self.rng.choices((2, 3, 4, 5), (2, 5, 4, 2))[0]]
         if self.chain in relations and self.chain not in kept and self.chain is not None:
@@ -256,7 +261,7 @@ class Builder:
         """The columns of the world's table; its header becomes a page of its own."""
         if not self.table:
             return ()
-        columns = self.rng.sample(relations_of(self.table), 3)
+        columns = self.rng.sample(relations_of(self.table, plain=self.plain), 3)
         heads = ", ".join(relation.role for relation in columns)
         plural = _PLURALS.get(self.table, f"{self.table}s")
         world.add(
