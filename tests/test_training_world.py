@@ -61,7 +61,7 @@ def test_a_two_hop_question_needs_both_pages_and_never_names_its_bridge() -> Non
 def test_what_absent_questions_ask_is_not_in_the_context() -> None:
     """Read from the text alone: no page of the context is about what the question asks for."""
     seen = 0
-    for asked in held_out(400, k=10):
+    for asked in held_out(250, k=10):
         question, subject = asked.question, re.search(r"[A-Z]\w+ [A-Z]\w+", asked.question.text[5:])
         if question.kind != "absent" or len(question.kinds) > 1 or subject is None:
             continue
@@ -69,7 +69,7 @@ def test_what_absent_questions_ask_is_not_in_the_context() -> None:
         assert question.answer == ABSENT
         assert not any(page.text.startswith(subject.group()) for page in asked.pages)
         assert not any(page.title == subject.group() for page in asked.pages)
-    assert seen > 10
+    assert seen > 5
 
 
 def test_contexts_hold_the_gold_pages_among_distractors_of_the_same_kinds() -> None:
