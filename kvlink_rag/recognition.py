@@ -7,6 +7,7 @@ else stays `Text`. There are no markers that a document could forge. Rules and l
 
 from __future__ import annotations
 
+import bisect
 import logging
 import re
 import secrets
@@ -27,6 +28,7 @@ from .layout import PartEncoder
 MIN_TOKENS = 16
 HEAD = 32  # characters of a text that are looked up first
 LONGEST = (1 << 24) - 1  # characters; no window holds a longer passage
+SEPARATOR = 32  # characters between two passages that need no white space around them
 PATIENCE = 1 << 24  # characters and rows looked at for one prompt, besides eight a character
 
 Array = npt.NDArray[Any]
@@ -56,11 +58,15 @@ class KnownTexts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """`prompt[start:stop]`, the stripped text of the documents in `rows`."""
+    """`prompt[start:stop]`, the stripped text of the documents in `rows`.
+
+    free: whether white space or the prompt's end stands at its start, and at its stop.
+    """
 
     start: int
     stop: int
     rows: tuple[int, ...]
+    free: tuple[bool, bool] = (True, True)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -128,14 +134,16 @@ class Recogniser:
         most: int | None,
     ) -> list[Part]:
         table = self.refresh()
-        closed = [c for text in system for c in occurrences(prompt, text)]
+        closed = [c for text in system for c in template_occurrences(prompt, text)]
         if question is not None:
             closed += occurrences(prompt, question)[-1:]
-        found = table.find(prompt, closed)
+        matches = [s for s in table.matches(prompt) if self._long_enough(prompt[s.start : s.stop])]
+        found = select(matches, closed)
         if asks and question is None:
             asked = find_question(prompt, found)
-            if any(asked.forbids(s.start, s.stop) for s in found):
-                found = table.find(prompt, [*closed, asked])
+            if inside := [s for s in found if asked.forbids(s.start, s.stop)]:
+                start = min(asked.start, *(s.start for s in inside))
+                found = select(matches, [*closed, Closed(start, asked.stop)])
         return _cut(prompt, self._confirmed(prompt, found, table)[:most])
 
     def recognise_contents(
@@ -146,22 +154,22 @@ class Recogniser:
     ) -> list[dict[str, Any]]:
         """`messages` with parts as contents. What the assistant said stays text.
 
-        The question rule holds for every user message, so that a later turn changes no earlier one.
-        Passages are counted through all messages, with those that contents hold already.
+        Every user message that an answer follows holds a question, the last one too, so that a
+        later turn changes no earlier one. Passages are counted through all messages, with those
+        that contents hold already.
         """
         contents = [_contents(message) for message in messages]
         given = sum(map(_passages, contents))
         left = None if self.most is None else max(0, self.most - given)
         done = []
-        for message, content in zip(messages, contents, strict=True):
+        for message, content, asks in zip(messages, contents, _asking(messages), strict=True):
             parts: list[Part] = []
             last = max((i for i, p in enumerate(content) if isinstance(p, Text)), default=-1)
             for i, part in enumerate(content):
                 if isinstance(part, Passage) or part.special or message["role"] == "assistant":
                     parts.append(part)
                     continue
-                asks = message["role"] == "user" and i == last
-                new = self._parts(part.text, asks, None, system, left)
+                new = self._parts(part.text, asks and i == last, None, system, left)
                 left = None if left is None else left - _passages(new)
                 parts += new
             done.append({**message, "content": parts})
@@ -179,7 +187,7 @@ class Recogniser:
     def _confirmed(
         self, prompt: str, found: Sequence[Stretch], table: Table
     ) -> list[tuple[Stretch, Document]]:
-        """The stretches that are long enough and whose text is the catalog's, with documents."""
+        """The stretches whose text is the catalog's, with their documents."""
         chosen: list[int] = []
         before = 0
         for stretch in found:
@@ -189,7 +197,7 @@ class Recogniser:
         confirmed = []
         for stretch, row in zip(found, chosen, strict=True):
             entry, text = entries.get(row), prompt[stretch.start : stretch.stop]
-            if entry and entry.document.text.strip() == text and self._long_enough(text, entry):
+            if entry and entry.document.text.strip() == text:
                 confirmed.append((stretch, entry.document))
         return confirmed
 
@@ -223,10 +231,9 @@ class Recogniser:
                 logger.warning("a damaged document is computed as text: %s", error)
         return entries
 
-    def _long_enough(self, text: str, entry: Entry) -> bool:
-        """Whether `text` has enough tokens; a token holds at least a byte of what was rendered."""
-        header = len(entry.document.title.encode()) + 64
-        if (entry.tokens or 0) - header >= self.min_tokens:
+    def _long_enough(self, text: str) -> bool:
+        """Whether `text` has enough tokens; it surely has where it has as many words."""
+        if len(text.split(maxsplit=self.min_tokens)) >= self.min_tokens:
             return True
         return len(self._tokenizer.encode(text)) >= self.min_tokens
 
@@ -273,24 +280,19 @@ class Table:
             frozenset(sizes.tolist()),
         )
 
-    def find(self, prompt: str, closed: Sequence[Closed] = ()) -> list[Stretch]:
-        """Stretches in order, none overlapping: of those that could be, the longest first."""
+    def matches(self, prompt: str) -> list[Stretch]:
+        """Every stretch of `prompt` that is a known text and does not begin or end in a word."""
         if not len(self.heads) or not prompt:
             return []
         codes = _codes(prompt)
-        space = _SPACE[np.minimum(codes, len(_SPACE) - 1)]
-        starts = np.flatnonzero(~space & np.concatenate([[True], space[:-1]]))
-        found = self._matches(prompt, codes, starts, np.append(space, True), closed)
-        return _longest_first(found)
-
-    def _matches(
-        self, prompt: str, codes: Array, starts: Array, border: Array, closed: Sequence[Closed]
-    ) -> list[Stretch]:
+        kind = np.concatenate([[_SPACE], _KINDS[np.minimum(codes, len(_KINDS) - 1)], [_SPACE]])
+        border = (kind[:-1] != _WORD) | (kind[1:] != _WORD)
+        starts = np.flatnonzero(border[:-1] & (kind[1:-1] != _SPACE))
         found: list[Stretch] = []
         work, most = 0, PATIENCE + 8 * len(prompt)
         for start, low in self._probe(codes, starts):
             high = int(np.searchsorted(self.heads, (self.heads[low] | _LENGTH), side="right"))
-            stops = start + np.unique(self.heads[low:high] & _LENGTH).astype(np.int64)[::-1]
+            stops = start + np.unique(self.heads[low:high] & _LENGTH).astype(np.int64)
             stops = stops[stops < len(border)]
             work += 64 + high - low
             for stop in stops[border[stops]].tolist():
@@ -298,10 +300,9 @@ class Table:
                 if work > most:
                     logger.warning("the prompt looks like too many passages; the rest is computed")
                     return found
-                if any(c.forbids(start, stop) for c in closed):
-                    continue
                 if rows := self._rows(low, high, prompt[start:stop]):
-                    found.append(Stretch(start, stop, rows))
+                    free = (bool(kind[start] == _SPACE), bool(kind[stop + 1] == _SPACE))
+                    found.append(Stretch(start, stop, rows, free))
         return found
 
     def _probe(self, codes: Array, starts: Array) -> list[tuple[int, int]]:
@@ -323,14 +324,6 @@ class Table:
         """The rows of `text` among those in `[low, high)` of the table."""
         digest = np.uint64(_digest(text))
         return tuple(sorted(self.rows[low:high][self.digests[low:high] == digest].tolist()))
-
-
-def _longest_first(found: Sequence[Stretch]) -> list[Stretch]:
-    taken: list[Stretch] = []
-    for stretch in sorted(found, key=lambda s: (-len(s), s.start)):
-        if all(stretch.stop <= t.start or t.stop <= stretch.start for t in taken):
-            taken.append(stretch)
-    return sorted(taken, key=lambda s: s.start)
 
 
 def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array, Array]:
@@ -385,7 +378,50 @@ def _codes(text: str) -> Array:
     return codes
 
 
-_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])
+def _kind(character: str) -> int:
+    return _SPACE if character.isspace() else _WORD if character.isalnum() else _OTHER
+
+
+_SPACE, _WORD, _OTHER = range(3)
+_KINDS = np.array([_kind(chr(code)) for code in range(1 << 16)], dtype=np.uint8)
+
+
+# Which matches become passages
+
+
+def select(matches: Sequence[Stretch], closed: Sequence[Closed] = ()) -> list[Stretch]:
+    """Stretches in order, none overlapping: of those that may be passages, the longest first.
+
+    One must be free on both sides, or have another one there, no more than a separator away.
+    """
+    able = [s for s in matches if not any(c.forbids(s.start, s.stop) for c in closed)]
+    while True:
+        taken = _longest_first(able)
+        glued = {s for i, s in enumerate(taken) if not _stands_free(taken, i)}
+        if not glued:
+            return taken
+        able = [s for s in able if s not in glued]
+
+
+def _longest_first(found: Sequence[Stretch]) -> list[Stretch]:
+    starts: list[int] = []
+    taken: list[Stretch] = []
+    for stretch in sorted(found, key=lambda s: (-len(s), s.start)):
+        at = bisect.bisect(starts, stretch.start)
+        before = at == 0 or taken[at - 1].stop <= stretch.start
+        if before and (at == len(taken) or stretch.stop <= taken[at].start):
+            starts.insert(at, stretch.start)
+            taken.insert(at, stretch)
+    return taken
+
+
+def _stands_free(taken: Sequence[Stretch], at: int) -> bool:
+    left, right = taken[at].free
+    if not left:
+        left = at > 0 and taken[at].start - taken[at - 1].stop <= SEPARATOR
+    if not right:
+        right = at + 1 < len(taken) and taken[at + 1].start - taken[at].stop <= SEPARATOR
+    return left and right
 
 
 # What may not be recognised
@@ -406,6 +442,11 @@ def occurrences(prompt: str, text: str) -> list[Closed]:
         found.append(Closed(at, at + len(text), soft=True))
         at += len(text)
     return found
+
+
+def template_occurrences(prompt: str, template: str) -> list[Closed]:
+    """Where the fixed pieces of `template` stand, that is what is not a field like "{context}"."""
+    return [c for piece in re.split(r"\{\w*\}", template) for c in occurrences(prompt, piece)]
 
 
 def find_question(prompt: str, passages: Sequence[Stretch]) -> Closed:
@@ -443,6 +484,13 @@ def title_before(before: str, titles: Mapping[str, int]) -> str:
 
 def _inside(at: int, stretches: Sequence[Stretch]) -> bool:
     return any(s.start <= at < s.stop for s in stretches)
+
+
+def _asking(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Whether each message holds a question: the user's, with an answer or nothing after it."""
+    roles = [message["role"] for message in messages]
+    after = [*roles[1:], "assistant"] if roles else []
+    return [pair == ("user", "assistant") for pair in zip(roles, after, strict=True)]
 
 
 # Parts
