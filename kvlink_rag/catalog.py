@@ -464,7 +464,7 @@ def _errors(path: Path) -> Iterator[None]:
         raise DocumentError(f"found {error.object[:40]!r}, expected valid Unicode") from error
     except CatalogError:
         raise
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
 
 
@@ -475,7 +475,7 @@ def _is_empty(path: Path) -> bool:
     with contextlib.closing(_connect(path)) as sql:
         (application,) = sql.execute("PRAGMA application_id").fetchone()
         (tables,) = sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    return application == 0 and tables == 0
+    return bool(application == 0 and tables == 0)
 
 
 def _refuse_lost(path: Path, create: bool, lost: Sequence[str]) -> None:
@@ -531,7 +531,7 @@ def _checkpoint(sql: _Sql) -> None:
     try:
         sql.execute("PRAGMA busy_timeout = 0")
         sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         logger.debug("the catalog's log stays for now: %s", error)
     finally:
         sql.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
@@ -610,14 +610,18 @@ def _pack(embedding: Array, id: str) -> bytes:
     if not np.isfinite(vector).all():
         raise DocumentError(f"document {id!r}: found an embedding that is not finite")
     data = vector.astype("<f4").tobytes()
-    return data + xxhash.xxh3_64_digest(data)
+    return data + _digest(data)
+
+
+def _digest(data: bytes) -> bytes:
+    return bytes(xxhash.xxh3_64_digest(data))
 
 
 def _is_sound(blob: bytes | None) -> bool:
     if blob is None:
         return True
     data, digest = bytes(blob[:-8]), bytes(blob[-8:])
-    return len(data) > 0 and len(data) % 4 == 0 and xxhash.xxh3_64(data).digest() == digest
+    return len(data) > 0 and len(data) % 4 == 0 and digest == _digest(data)
 
 
 def _upsert(sql: _Sql, values: _Values, change: _Change, done: Upserted) -> None:

@@ -28,8 +28,8 @@ from .loading import find_device, find_dtype, resolve
 Vectors = npt.NDArray[np.float32]
 
 _FILES = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
-# What of a configuration says nothing about the vectors.
-_INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+# What of a configuration shapes the vectors and does not show in the weights.
+_SHAPING = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps")
 
 
 class Embedder(Protocol):
@@ -83,7 +83,9 @@ class ContrieverEmbedder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer_lock = threading.Lock()
         self.batch_size = batch_size
-        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", 512))
+        self.max_length = min(
+            max_length, model.config.max_position_embeddings, tokenizer.model_max_length
+        )
         self._source = source
         self._tokenizer_digest = tokenizer_digest(tokenizer)
 
@@ -123,10 +125,9 @@ class ContrieverEmbedder:
         batch size do not enter.
         """
         weights = weights_digest(self._source) if self._source else module_digest(self.model)
-        config = self.model.config.to_dict()
-        kept = {name: value for name, value in config.items() if name not in _INCIDENTAL}
-        facts = ["mean", self.max_length, weights, self._tokenizer_digest, kept]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        config = [str(getattr(self.model.config, name, None)) for name in _SHAPING]
+        facts = ["mean", self.max_length, weights, self._tokenizer_digest, *config]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Vectors of passages: float32 [texts, dimension], in order.
@@ -228,7 +229,7 @@ def _load(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     try:
         model = AutoModel.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # three libraries raise whatever they meet in the files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{directory} holds no encoder that can be loaded: {reason}") from error
     return model, tokenizer

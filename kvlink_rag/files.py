@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -53,10 +54,15 @@ def replaced(path: Path, *, sync: bool = False) -> Iterator[FileIO]:
 
 
 def abandoned(directory: Path, name: str | None = None) -> Iterator[Path]:
-    """The temporary files in `directory` (those for `name`, or all) whose writer is dead."""
+    """The temporary files in `directory` (those for `name`, or all) whose writer is dead.
+
+    Each is held locked until the next is asked for: nobody else takes it for abandoned meanwhile.
+    """
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
-        if name in (None, temporary_for(path)) and _unlocked(path):
-            yield path
+        if name in (None, temporary_for(path)):
+            with _held(path) as held:
+                if held:
+                    yield path
 
 
 def temporary_for(path: Path) -> str | None:
@@ -113,16 +119,26 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
-def _unlocked(path: Path) -> bool:
-    """Whether no living process holds `path`; False too where it is gone or not a file."""
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Lock `path` if no living process holds it; whether that was so. Never a directory."""
+    if path.is_symlink():
+        yield True
+        return
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return path.is_symlink()
+        yield False
+        return
+    try:
+        yield not stat.S_ISDIR(os.fstat(fd).st_mode) and _lock(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError:
         return False
-    finally:
-        os.close(fd)

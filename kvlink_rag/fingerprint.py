@@ -9,6 +9,7 @@ Knows bytes; knows no architecture.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -31,6 +32,11 @@ DIGESTS = "weight-digests.json"
 _FORMAT = 1
 _SETTLED_SECONDS = 2.0  # a file younger than this may change again within its clock's tick
 _KEPT = 512  # files remembered
+_PROBE = (  # case, accents, ligatures, digits, spaces, scripts, special tokens as text
+    "The QUICK brown fox, naïve café  ﬁ ½ 1234567 3.14\t\n[CLS] <s> </s> <|eot_id|> [MASK] "
+    "don't e.g. well-known über Straße Ελλάδα Россия 日本語 한국어 العربية हिन्दी "
+    "👩🏽‍🚀 e\u0301 \u00a0x"
+)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -70,19 +76,16 @@ def module_digest(module: torch.nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over what a Hugging Face tokenizer does to text.
+    """SHA-256 over a Hugging Face tokenizer: vocabulary, merges and what it makes of a probe.
 
-    For a fast tokenizer its whole pipeline, without padding and truncation, which are state of
-    the last call; for another one its class, vocabulary and special tokens.
+    Not over its files or its serialised form, which change with the library's release.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        facts = json.loads(backend.to_str())
-        facts.pop("padding", None)
-        facts.pop("truncation", None)
-    else:
-        facts = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.all_special_tokens]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or ()]
+    probed = copy.deepcopy(tokenizer)(_PROBE, split_special_tokens=True, verbose=False)
+    facts = [sorted(tokenizer.get_vocab().items()), merges, probed["input_ids"]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def cache_directory() -> Path:

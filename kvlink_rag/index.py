@@ -93,11 +93,9 @@ class VectorIndex:
         """
         with self._lock:
             ids, vectors = self._contents()
-            tensors = {"ids": torch.from_numpy(ids), "vectors": torch.from_numpy(vectors)}
-            with files.replaced(path) as file:
-                write_sealed(
-                    file, KIND, tensors, {"catalog_version": str(version), "source": source}
-                )
+        tensors = {"ids": torch.from_numpy(ids), "vectors": torch.from_numpy(vectors)}
+        with files.replaced(path) as file:
+            write_sealed(file, KIND, tensors, {"catalog_version": str(version), "source": source})
 
     @classmethod
     def load(

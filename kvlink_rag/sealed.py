@@ -239,6 +239,8 @@ def _header(entries: list[_Entry], facts: Mapping[str, str], checksum: str) -> b
 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of `tensor`, little-endian and contiguous, without a copy where they are so."""
+    if not tensor.numel():
+        return memoryview(b"")  # an empty tensor cannot be viewed as bytes
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
 

@@ -48,7 +48,8 @@ from .snapshot import Snapshot, read_snapshot, snapshot_size, write_snapshot
 logger = logging.getLogger(__name__)
 
 DATABASE = "cache.db"
-_OURS = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", "lock")
+_TABLE_FILES = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal")
+_LOCK = "lock"
 _TEMPORARY = "tmp"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?P<fan>[0-9a-f]{2})/(?P<key>(?P=fan)[0-9a-f]{62})-[0-9a-f]{16}\.safetensors")
@@ -63,6 +64,8 @@ _SETTINGS = {
     "disk_min_file_size": 0,
     "disk_pickle_protocol": 0,
 }
+# sqlite3 raises UnicodeDecodeError where a damaged table makes it print damaged text.
+_TABLE_ERRORS = (sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)
 _Result = TypeVar("_Result")
 
 
@@ -95,10 +98,12 @@ class SnapshotStore:
         try:
             files.private_directory(self.directory)
             self._temporary = files.private_directory(self.directory / _TEMPORARY)
+            self._table = _Table(self.directory)
+            self._sweep()
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"the store {directory} cannot be opened: {error}") from error
-        self._table = _Table(self.directory)
-        self._sweep()
 
     def get(self, key: str, token_ids: Sequence[int]) -> Snapshot | None:
         """The snapshot of `key`, or None where it is missing or not what was written.
@@ -225,17 +230,18 @@ class SnapshotStore:
         self._table.change(drop)
 
     def _insert(self, key: str, entry: _Entry) -> None:
-        """Link the file to its place and give it its row."""
+        """Link the file to its place and give it its row; without the row it does not stay."""
 
         def insert(cache: Any) -> int:
             try:
-                cache.set(key, entry)
-                return _evict(cache, self.size_limit)
+                with cache.transact():
+                    cache.set(key, entry)
+                    return _evict(cache, self.size_limit)
             except BaseException:
                 cache.disk.remove(entry.name)
                 raise
 
-        self._evicted(self._table.change(insert))
+        self._evicted(self._table.attempt(insert))
 
     def _make_room(self, size: int) -> None:
         """Evict before writing, so that the files never take more than the limit."""
@@ -333,20 +339,20 @@ class _Table:
         self._lock = threading.RLock()
         self._cache: Any = None
         self._inode = 0
-        self._attempt(lambda cache: None)
+        self.attempt(lambda cache: None)
 
     def lookup(self, key: str) -> Path | None:
         """The path of the file of `key`, as its row has it."""
-        found = self._attempt(lambda cache: cache.get(key))
+        found = self.attempt(lambda cache: cache.get(key))
         return found if isinstance(found, Path) else None
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """All rows of a SELECT."""
-        return self._attempt(lambda cache: list(cache._sql(statement, values)))
+        return self.attempt(lambda cache: list(cache._sql(statement, values)))
 
     def total(self, name: str) -> int:
         """`count` or `size` (bytes) of all entries, as diskcache's triggers keep them."""
-        return self._attempt(lambda cache: _total(cache, name))
+        return self.attempt(lambda cache: _total(cache, name))
 
     def change(self, action: Callable[[Any], _Result]) -> _Result:
         """Run `action(cache)` in one write transaction."""
@@ -355,59 +361,61 @@ class _Table:
             with cache.transact():
                 return action(cache)
 
-        return self._attempt(transact)
+        return self.attempt(transact)
+
+    def attempt(self, action: Callable[[Any], _Result]) -> _Result:
+        """Run `action(cache)`; where the table is damaged, rebuild it and run it once more.
+
+        Raises `StorageError` where that does not help, or the table cannot be used for now.
+        """
+        try:
+            return action(self._current())
+        except _TABLE_ERRORS as error:
+            self.close()  # rolls back
+            if not _means_damage(error):
+                raise self._error(error) from error
+            damage = error
+        try:
+            self._rebuild_unless_done(damage)
+            return action(self._current())
+        except _TABLE_ERRORS as error:
+            self.close()
+            raise self._error(error) from error
+
+    def rebuild(self) -> None:
+        """Forget the table and make it again from the files."""
+        with self._lock, self._exclusive():
+            self.close()
+            self._forget()
+            self._open()
 
     def close(self) -> None:
         """Close this thread's connection."""
         if self._cache is not None:
             self._cache.close()
 
-    def rebuild(self) -> None:
-        """Forget the table and make it again from the files."""
-        with self._exclusive():
-            self.close()
-            self._forget()
-            self._open()
-
-    def _attempt(self, action: Callable[[Any], _Result]) -> _Result:
-        """Run `action`; where the table is damaged, rebuild it and run `action` once more."""
-        try:
-            return action(self._current())
-        except (sqlite3.Error, diskcache.Timeout, OSError) as error:
-            self._recover(error)
-        try:
-            return action(self._current())
-        except (sqlite3.Error, diskcache.Timeout) as error:
-            self.close()
-            raise self._error(error) from error
-
     def _current(self) -> Any:
         """The open table; opened again where its file has been replaced or removed."""
-        with self._lock:
-            if self._cache is None or _inode(self._directory / DATABASE) != self._inode:
-                with self._exclusive():
-                    self._open()
-            return self._cache
+        if self._cache is None or _inode(self._directory / DATABASE) != self._inode:
+            with self._lock, self._exclusive():
+                self._open()
+        return self._cache
 
-    def _recover(self, error: Exception) -> None:
-        """Rebuild the table if `error` means that it is damaged; else raise."""
-        self.close()
-        if not _means_damage(error):
-            raise error if isinstance(error, OSError) else self._error(error) from error
+    def _rebuild_unless_done(self, damage: Exception) -> None:
+        """Rebuild the damaged table, unless another thread or process has done so meanwhile."""
         with self._lock, self._exclusive():
-            if _inode(self._directory / DATABASE) == self._inode or self._cache is None:
-                logger.warning("the snapshot table in %s is rebuilt: %s", self._directory, error)
+            if _inode(self._directory / DATABASE) == self._inode:
+                logger.warning("the snapshot table in %s is rebuilt: %s", self._directory, damage)
                 self._forget()
             self._open()
 
     def _open(self) -> None:
+        """Open the table, made if need be; every file without a row then gets one."""
         path = self._directory / DATABASE
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         self._inode = _inode(path)
         _refuse_settings(path)
-        cache = diskcache.Cache(
-            str(self._directory), timeout=_BUSY_SECONDS, disk=SnapshotDisk, **_SETTINGS
-        )
+        cache = _connect(self._directory)
         cache._sql("CREATE INDEX IF NOT EXISTS Cache_access_time ON Cache (access_time)")
         if cache._sql("PRAGMA user_version").fetchone() != (_TABLE_READY,):
             _adopt_all(cache)
@@ -415,14 +423,14 @@ class _Table:
 
     def _forget(self) -> None:
         """Remove the table's files; whoever has them open notices by the inode."""
-        for name in _OURS[:4]:
+        for name in _TABLE_FILES:
             (self._directory / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One process at a time opens or rebuilds the table."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self._directory / _OURS[4], flags, 0o600)
+        fd = os.open(self._directory / _LOCK, flags, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -430,8 +438,19 @@ class _Table:
             os.close(fd)
 
     def _error(self, error: Exception) -> StorageError:
-        cause = str(error) or f"it is locked for more than {_BUSY_SECONDS} s, or cannot be written"
+        cause = str(error) or f"it is locked for more than {_BUSY_SECONDS} s, or not writable"
         return StorageError(f"the snapshot table in {self._directory} cannot be used: {cause}")
+
+
+def _connect(directory: Path) -> Any:
+    """diskcache on `directory`, with none of its defaults that do not suit us."""
+    path = str(directory)
+    if os.path.expandvars(path) != path:
+        raise StorageError(f"the path {path} holds a variable, which diskcache would replace")
+    try:
+        return diskcache.Cache(path, timeout=_BUSY_SECONDS, disk=SnapshotDisk, **_SETTINGS)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise sqlite3.DatabaseError(f"diskcache cannot read its settings: {error}") from error
 
 
 def _means_damage(error: Exception) -> bool:
@@ -439,9 +458,9 @@ def _means_damage(error: Exception) -> bool:
     surroundings = ("locked", "busy", "readonly", "full", "unable to open", "disk I/O", "memory")
     if isinstance(error, sqlite3.OperationalError):
         return not any(word in str(error) for word in surroundings)
-    return isinstance(error, sqlite3.DatabaseError) and not isinstance(
-        error, sqlite3.ProgrammingError
-    )
+    if isinstance(error, sqlite3.ProgrammingError):
+        return False
+    return isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError))
 
 
 def _refuse_settings(path: Path) -> None:
@@ -513,11 +532,10 @@ def _total(cache: Any, name: str) -> int:
 
 def _has_row(cache: Any, name: str) -> bool:
     match = _NAME.fullmatch(name)
-    found = cache._sql(
-        "SELECT 1 FROM Cache WHERE key = ? AND filename = ?",
-        (match["key"] if match else None, name),
-    )
-    return found.fetchone() is not None
+    if match is None:
+        return False
+    row = "SELECT 1 FROM Cache WHERE key = ? AND filename = ?"
+    return cache._sql(row, (match["key"], name)).fetchone() is not None
 
 
 # What `check` looks at, step by step.
@@ -535,7 +553,8 @@ def _check_rows(store: SnapshotStore, fix: bool) -> Iterator[str]:
     statement = "SELECT rowid, key, raw, mode, size, filename, value FROM Cache"
     for rowid, *row in store._table.query(statement):
         problem = _row_problem(store.directory, *row)
-        if problem is not None and store._table.query(f"{statement} WHERE rowid = ?", rowid):
+        now = store._table.query(f"{statement} WHERE rowid = ?", rowid)
+        if problem is not None and now == [(rowid, *row)]:  # else: changed meanwhile
             yield problem
             if fix:
                 store._table.change(partial(_remove_row, rowid=rowid, name=row[4]))
@@ -584,7 +603,7 @@ def _check_unknown(store: SnapshotStore, fix: bool) -> Iterator[str]:
     for name in _names(store.directory):
         if name in known or store._table.change(partial(_has_row, name=name)):
             continue
-        yield f"unknown file: {name}"
+        yield f"unknown file: {os.fsencode(name).decode(errors='backslashreplace')}"
         if fix:
             store._table.change(partial(_adopt_or_remove, name=name))
 
@@ -597,7 +616,9 @@ def _names(directory: Path) -> Iterator[str]:
             path = Path(root, name)
             relative = path.relative_to(directory).as_posix()
             in_temporary = path.parent == directory / _TEMPORARY
-            if relative not in _OURS and not (in_temporary and files.temporary_for(path)):
+            if relative not in (*_TABLE_FILES, _LOCK) and not (
+                in_temporary and files.temporary_for(path)
+            ):
                 yield relative
 
 
