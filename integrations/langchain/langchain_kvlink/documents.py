@@ -36,7 +36,7 @@ def register_documents(target: HasCollection, documents: Iterable[Document]) -> 
 
         register_documents(llm, splits)
     """
-    rag: KVLinkRAG = getattr(target, "collection", target)
+    rag: Any = getattr(target, "collection", target)
     found = (to_passage(document, strict=False) for document in documents)
     passages = [passage.identified() for passage in found if passage.text.strip()]
     rag.register(passages)

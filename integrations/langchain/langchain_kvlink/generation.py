@@ -57,15 +57,17 @@ class GenerationFields(CollectionFields):
     @property
     def model_label(self) -> str:
         """The model's name as far as it is known without opening or loading anything."""
-        rag = self.rag or self._opened
+        rag = self._opened if self.rag is None else self.rag
         return rag.model_name if rag is not None else named(self.model) or "bundled"
 
     def facts(self) -> dict[str, Any]:
         """What an answer depends on, for LangChain's caches and traces."""
+        directory = self.directory if self.rag is None else self.rag.directory
         return {
             "model": self.model_label,
-            "directory": str(self.rag.directory if self.rag else self.directory or ""),
-            **{name: getattr(self, name) for name in (*SAMPLING, "stop")},
+            "directory": None if directory is None else str(directory),
+            **{name: getattr(self, name) for name in SAMPLING},
+            "default_stop": self.stop,  # LangChain puts the call's under "stop"
         }
 
     def sampling(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,9 @@ class KVLinkVectorStore(VectorStore):
     ) -> None:
         check_words(model, embedder, directory, device, rag)
         self._given = embedder
-        self._rag = rag or open_collection(model, embedder, directory, device)
+        if rag is None:  # an empty collection is false
+            rag = open_collection(model, embedder, directory, device)
+        self._rag = rag
 
     @property
     def collection(self) -> KVLinkRAG:

@@ -226,7 +226,7 @@ def test_an_object_made_for_every_call(rag: KVLinkRAG) -> None:
 async def test_callbacks(kind: Any, way: str, rag: KVLinkRAG) -> None:
     """Every piece once, in order, and the whole at the end."""
     seen = Tokens()
-    llm = kind(rag=rag, max_tokens=6)
+    llm = kind(rag=rag, max_tokens=24)
     config = {"callbacks": [seen]}
     if way == "invoke":
         llm.invoke("Hello", config)
