@@ -24,8 +24,8 @@ def model() -> KVLinkModel:
 
 @pytest.fixture(scope="session")
 def small_window() -> KVLinkModel:
-    """A window that the default prompts fill nearly alone."""
-    return tiny_model(1700)
+    """A window that eight towns in the default prompts do not fit."""
+    return tiny_model(1300)
 
 
 @pytest.fixture
