@@ -14,22 +14,27 @@ help: ## List the tasks
 
 setup: $(STAMP) ## Make .venv and install the package with everything its tests need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' \
+		--editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
 	touch $@
 
 demo: setup ## Index the bundled documents, answer questions, show sources and time to first token
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(THREADS) $(BIN)/kvlink-rag demo
 
 test: setup lint ## Set up, check style and types, run all tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(THREADS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
+	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
+	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 
 lint: setup ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd integrations/langchain && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml langchain_kvlink
+	cd integrations/llama_index && $(CURDIR)/$(BIN)/mypy --config-file pyproject.toml llama_index
 
 format: setup ## Rewrite to the project's style
 	$(BIN)/ruff check --fix .

@@ -108,7 +108,7 @@ def random_model(family: str, dtype: torch.dtype, *, seed: int = 0, **overrides:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                wide = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                wide = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
                 parameter.normal_(0, wide / parameter.shape[1] ** 0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.5)
