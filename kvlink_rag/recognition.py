@@ -14,6 +14,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +28,8 @@ from .layout import PartEncoder
 
 MIN_TOKENS = 16
 HEAD = 32  # characters of a text that are looked up first
+NECK = 256  # characters compared next where at least `CROWD` texts have one head
+CROWD = 64
 LONGEST = (1 << 24) - 1  # characters; no window holds a longer passage
 SEPARATOR = 32  # characters between two passages that need no white space around them
 PATIENCE = 1 << 24  # characters and rows looked at for one prompt, besides eight a character
@@ -94,7 +97,7 @@ class Recogniser:
     min_tokens: shorter stretches stay text. most: passages at most, as a model has slots; those
     after them stay text.
     The table of known texts is made at the first call and follows the catalog's changes, whichever
-    process made them: 24 bytes a passage.
+    process made them: 28 bytes a passage.
     """
 
     def __init__(
@@ -244,41 +247,39 @@ _MULTIPLIER = np.uint64(secrets.randbits(64) | 1)
 _LENGTH = np.uint64(LONGEST)
 _HASH = np.uint64(~LONGEST & (1 << 64) - 1)
 _SEED = secrets.randbits(64)
-
-
-def _empty() -> Array:
-    return np.empty(0, dtype=np.uint64)
+ENTRY = np.dtype([("digest", np.uint64), ("row", np.int64), ("neck", np.uint32)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """Known texts, sorted by the hash of their first `HEAD` characters and then by length.
 
-    heads: uint64 [n], 40 bits of hash and 24 of length. digests: uint64 [n] of whole texts. rows:
-    uint64 [n]. sizes: the head lengths that occur. Never changed: another version is another table.
+    heads: uint64 [n], 40 bits of hash and 24 of length. entries: `ENTRY` [n]. sizes: the head
+    lengths that occur. titles: of documents with one text, filled as they are met. Apart from that
+    never changed: another version is another table.
     """
 
     version: int = 0
-    heads: Array = field(default_factory=_empty)
-    digests: Array = field(default_factory=_empty)
-    rows: Array = field(default_factory=_empty)
+    heads: Array = field(default_factory=lambda: np.empty(0, np.uint64))
+    entries: Array = field(default_factory=lambda: np.empty(0, ENTRY))
     sizes: frozenset[int] = frozenset()
     titles: dict[int, dict[str, int]] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.heads.nbytes + self.entries.nbytes
+
     def changed(self, version: int, rows: Sequence[int], texts: Iterable[tuple[int, str]]) -> Table:
         """This table without `rows`, and with `texts` (row, text)."""
-        heads, digests, new_rows = _hashed(texts)
-        stay = ~np.isin(self.rows, np.array(rows, dtype=np.uint64))
-        at = np.searchsorted(self.heads[stay], heads)
-        all_heads = np.insert(self.heads[stay], at, heads)
-        sizes = np.bincount(np.minimum(all_heads & _LENGTH, HEAD).astype(np.int64)).nonzero()[0]
-        return Table(
-            version,
-            all_heads,
-            np.insert(self.digests[stay], at, digests),
-            np.insert(self.rows[stay], at, new_rows),
-            frozenset(sizes.tolist()),
-        )
+        stay = ~np.isin(self.entries["row"], np.array(rows, dtype=np.int64))
+        heads, entries = self.heads[stay], self.entries[stay]
+        new_heads, new_entries = _hashed(texts)
+        at = np.searchsorted(heads, new_heads)
+        heads = np.insert(heads, at, new_heads)
+        sizes = np.bincount(np.minimum(heads & _LENGTH, HEAD).astype(np.int64)).nonzero()[0]
+        entries = np.insert(entries, at, new_entries)
+        return Table(version, heads, entries, frozenset(sizes.tolist()))
 
     def matches(self, prompt: str) -> list[Stretch]:
         """Every stretch of `prompt` that is a known text and does not begin or end in a word."""
@@ -289,20 +290,23 @@ class Table:
         border = (kind[:-1] != _WORD) | (kind[1:] != _WORD)
         starts = np.flatnonzero(border[:-1] & (kind[1:-1] != _SPACE))
         found: list[Stretch] = []
-        work, most = 0, PATIENCE + 8 * len(prompt)
+        patience = PATIENCE + 8 * len(prompt)
         for start, low in self._probe(codes, starts):
-            high = int(np.searchsorted(self.heads, (self.heads[low] | _LENGTH), side="right"))
-            stops = start + np.unique(self.heads[low:high] & _LENGTH).astype(np.int64)
-            stops = stops[stops < len(border)]
-            work += 64 + high - low
-            for stop in stops[border[stops]].tolist():
-                work += stop - start
-                if work > most:
+            near = self._near(low, prompt[start : start + NECK])
+            stops = start + (self.heads[near] & _LENGTH).astype(np.int64)
+            fit = border[np.minimum(stops, len(prompt))] & (stops <= len(prompt))
+            near, stops = near[fit], stops[fit]
+            patience -= 64 + len(fit)
+            for stop in np.unique(stops).tolist():
+                patience -= stop - start
+                if patience < 0:
                     logger.warning("the prompt looks like too many passages; the rest is computed")
                     return found
-                if rows := self._rows(low, high, prompt[start:stop]):
+                same = self.entries[near[stops == stop]]
+                rows = same["row"][same["digest"] == _digest(prompt[start:stop])].tolist()
+                if rows:
                     free = (bool(kind[start] == _SPACE), bool(kind[stop + 1] == _SPACE))
-                    found.append(Stretch(start, stop, rows, free))
+                    found.append(Stretch(start, stop, tuple(sorted(rows)), free))
         return found
 
     def _probe(self, codes: Array, starts: Array) -> list[tuple[int, int]]:
@@ -320,35 +324,26 @@ class Table:
                 found += zip(starts[hit].tolist(), low[hit].tolist(), strict=True)
         return sorted(found)
 
-    def _rows(self, low: int, high: int, text: str) -> tuple[int, ...]:
-        """The rows of `text` among those in `[low, high)` of the table."""
-        digest = np.uint64(_digest(text))
-        return tuple(sorted(self.rows[low:high][self.digests[low:high] == digest].tolist()))
+    def _near(self, low: int, beginning: str) -> Array:
+        """Places of the texts with the head at `low`; of many, those that go on as `beginning`."""
+        high = int(np.searchsorted(self.heads, self.heads[low] | _LENGTH, side="right"))
+        if high - low < CROWD:
+            return np.arange(low, high)
+        necks = self.entries["neck"][low:high]
+        return low + np.flatnonzero((necks == 0) | (necks == _neck(beginning)))
 
 
-def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array, Array]:
-    """Heads, digests and rows of texts, sorted by head."""
-    columns: list[tuple[Array, list[int], list[int]]] = []
-    batch: list[tuple[int, str]] = []
-
-    def flush() -> None:
-        if batch:
-            rows, digests = [row for row, _ in batch], [_digest(text) for _, text in batch]
-            columns.append((_heads([text for _, text in batch]), digests, rows))
-            batch.clear()
-
-    for row, text in texts:
-        stripped = text.strip()
-        if 0 < len(stripped) <= LONGEST:
-            batch.append((row, stripped))
-        if len(batch) == 1024:
-            flush()
-    flush()
-    heads = np.concatenate([c[0] for c in columns]) if columns else _empty()
-    digests = np.array([d for c in columns for d in c[1]], dtype=np.uint64)
-    rows = np.array([r for c in columns for r in c[2]], dtype=np.uint64)
-    order = np.argsort(heads, kind="stable")
-    return heads[order], digests[order], rows[order]
+def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array]:
+    """Heads and entries of texts, sorted by head."""
+    stripped = ((row, text.strip()) for row, text in texts)
+    known = ((row, text) for row, text in stripped if 0 < len(text) <= LONGEST)
+    heads, entries = [np.empty(0, np.uint64)], [np.empty(0, ENTRY)]
+    while batch := list(islice(known, 1024)):
+        heads.append(_heads([text for _, text in batch]))
+        values = [(_digest(text), row, _neck(text)) for row, text in batch]
+        entries.append(np.array(values, dtype=ENTRY))
+    order = np.argsort(np.concatenate(heads), kind="stable")
+    return np.concatenate(heads)[order], np.concatenate(entries)[order]
 
 
 def _heads(texts: Sequence[str]) -> Array:
@@ -370,6 +365,11 @@ def _key(hashes: Array, size: Array | int) -> Array:
 
 def _digest(text: str) -> int:
     return int(xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), _SEED))
+
+
+def _neck(text: str) -> int:
+    """Hash of the first `NECK` characters, 32 bits; 0 where there are fewer."""
+    return 0 if len(text) < NECK else _digest(text[:NECK]) & 0xFFFFFFFF or 1
 
 
 def _codes(text: str) -> Array:

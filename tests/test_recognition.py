@@ -411,8 +411,9 @@ def test_memory_is_as_stated(catalog: Catalog) -> None:
     table = known.refresh()
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert len(table.rows) == 10_000
-    assert held < 24 * 10_000 + 150_000
+    assert len(table.heads) == 10_000
+    assert table.nbytes == 28 * 10_000
+    assert held < table.nbytes + 150_000
 
 
 # Through a collection
