@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
+from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_kvlink import ContrieverEmbeddings, KVLinkRetriever, KVLinkVectorStore
 
@@ -193,6 +194,27 @@ def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
     with pytest.raises(ConfigError, match="expected float32"):
         store.similarity_search_by_vector([1.0, 2.0])
     assert len(store.collection) == 8
+
+
+def test_langchains_indexing(rag: KVLinkRAG, towns: list[Document]) -> None:
+    """LangChain's own incremental indexing: adds, skips, replaces and cleans up."""
+    store = KVLinkVectorStore(rag=rag)
+    records = InMemoryRecordManager("towns")
+    records.create_schema()
+
+    def run(documents: list[Document]) -> tuple[int, int, int]:
+        result = index(
+            *(documents, records, store),
+            cleanup="full",
+            source_id_key="title",
+            key_encoder="sha256",
+        )
+        return result["num_added"], result["num_skipped"], result["num_deleted"]
+
+    assert run(towns) == (8, 0, 0)
+    assert run(towns) == (0, 8, 0)
+    assert run(towns[:5]) == (0, 5, 3)
+    assert len(rag) == rag.stats().snapshots == 5
 
 
 async def test_async_twins(store: KVLinkVectorStore) -> None:
