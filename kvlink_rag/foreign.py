@@ -126,7 +126,7 @@ def as_embedder(found: Any) -> Embedder:
     `BaseEmbedding` (`get_text_embedding_batch`, `get_query_embedding`). Raises `ConfigError`.
     """
     own_print = inspect.getattr_static(found, "fingerprint", None)  # computing it takes time
-    if _has(found, "embed", "embed_queries") and own_print is not None:
+    if own_print is not None and _has(found, "embed", "embed_queries"):
         own: Embedder = found
         return own
     if _has(found, "embed_documents", "embed_query"):
@@ -140,7 +140,8 @@ def as_embedder(found: Any) -> Embedder:
 
 
 def _has(found: Any, *methods: str) -> bool:
-    return all(callable(getattr(found, method, None)) for method in methods)
+    is_object = not isinstance(found, type)
+    return is_object and all(callable(getattr(found, method, None)) for method in methods)
 
 
 def _facts(source: object) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from .catalog import Catalog, Entry
 from .documents import Document, Hit, Part, Passage
 from .embedder import Embedder, Vectors
 from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
-from .foreign import AnyEmbedder
+from .foreign import AnyEmbedder, as_embedder
 from .index import VectorIndex
 from .indexing import AddReport, index_documents, remove_unused
 from .mending import check_collection, reembed, reencode
@@ -142,6 +142,8 @@ class KVLinkRAG:
         new one and encode again.
         Raises `SettingsMismatch` (another model or embedder, without `reencode`), `StorageError`.
         """
+        if not isinstance(embedder, str | Path | None):
+            embedder = as_embedder(embedder)
         try:
             path = Path(directory).expanduser()
             if create:

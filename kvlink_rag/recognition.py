@@ -330,7 +330,8 @@ class Table:
         if high - low < CROWD:
             return np.arange(low, high)
         necks = self.entries["neck"][low:high]
-        return low + np.flatnonzero((necks == 0) | (necks == _neck(beginning)))
+        places: Array = low + np.flatnonzero((necks == 0) | (necks == _neck(beginning)))
+        return places
 
 
 def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array]:
@@ -359,8 +360,9 @@ def _heads(texts: Sequence[str]) -> Array:
 
 
 def _key(hashes: Array, size: Array | int) -> Array:
-    mixed: Array = (hashes * _MULTIPLIER + np.asarray(size, dtype=np.uint64)) * _MULTIPLIER
-    return mixed & _HASH
+    mixed = (hashes * _MULTIPLIER + np.asarray(size, dtype=np.uint64)) * _MULTIPLIER
+    key: Array = mixed & _HASH
+    return key
 
 
 def _digest(text: str) -> int:

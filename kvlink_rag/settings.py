@@ -16,7 +16,7 @@ import torch
 from .catalog import Catalog
 from .embedder import ContrieverEmbedder, Embedder
 from .errors import SettingsMismatch
-from .foreign import AnyEmbedder, ForeignEmbedder, as_embedder
+from .foreign import AnyEmbedder, ForeignEmbedder
 from .loading import BUNDLED
 from .model import KVLinkModel
 from .outline import ModelOutline, outline
@@ -35,7 +35,7 @@ class Settings:
         self,
         catalog: Catalog,
         model: KVLinkModel | str | Path | None,
-        embedder: AnyEmbedder | str | Path | None,
+        embedder: Embedder | str | Path | None,
         *,
         device: str,
         dtype: str | torch.dtype,
@@ -46,9 +46,9 @@ class Settings:
         self._unfinished: set[str] = set()
         self._asked = {"model": model is not None, "embedder": embedder is not None}
         self._model = model if isinstance(model, KVLinkModel) else None
-        self._embedder = None if isinstance(embedder, str | Path | None) else as_embedder(embedder)
+        self._embedder = None if isinstance(embedder, str | Path) else embedder
         self.model_name = self._name("model", model)
-        self.embedder_name = self._name("embedder", self._embedder or embedder)
+        self.embedder_name = self._name("embedder", embedder)
 
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""
