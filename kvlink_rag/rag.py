@@ -31,6 +31,7 @@ from .catalog import Catalog, Entry
 from .documents import Document, Hit, Part, Passage
 from .embedder import Embedder, Vectors
 from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
+from .fitting import fit
 from .foreign import AnyEmbedder, as_embedder
 from .index import VectorIndex
 from .indexing import AddReport, index_documents, remove_unused
@@ -300,14 +301,15 @@ class KVLinkRAG:
         """Stream the answer to a prompt or to messages, reusing every passage recognised in it.
 
         A string is one user message; without a chat template the spec's preset stands around it.
-        Logs a warning where the collection has documents and none was recognised. Arguments as in
+        Logs a warning where the collection has documents and none was recognised. What fits as
+        text is never too long for being recognised (`fitting`). Arguments as in
         `KVLinkModel.stream`. Raises `PromptError` for an empty prompt.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not messages or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty, expected text or messages")
         trace = Trace()
-        parts = self._recognised(messages, trace)
+        parts = self._recognised(messages, trace, arguments.get("max_new_tokens", 256))
         return self.model.stream(parts, reuse=self.reuse, trace=trace, **arguments)
 
     # Care
@@ -475,8 +477,10 @@ class KVLinkRAG:
         ):
             return index_documents(self, documents, embed=embed, advance=bar.update)
 
-    def _recognised(self, messages: Sequence[Mapping[str, Any]], trace: Trace) -> Iterator[Part]:
-        """`recognise_chat` when the first part is asked for."""
+    def _recognised(
+        self, messages: Sequence[Mapping[str, Any]], trace: Trace, room: int
+    ) -> Iterator[Part]:
+        """`recognise_chat` when the first part is asked for, with `room` left for the answer."""
         trace.restart()
         with trace.stage("retrieval"):
             parts = self.recognise_chat(messages)
@@ -487,6 +491,10 @@ class KVLinkRAG:
                 len(self),
                 self.directory,
             )
+        contents = (m["content"] for m in messages if not isinstance(m["content"], str))
+        given = {id(part) for content in contents for part in content}
+        with trace.stage("layout"):
+            parts = fit(self.model, parts, room, given=given)
         yield from parts
 
     def _search_many(
