@@ -6,7 +6,6 @@ LLM of one application share one model and one index. Knows no prompts and no se
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -68,7 +67,6 @@ class CollectionFields(BaseModel):
     """An open `kvlink_rag.KVLinkRAG` instead of the four above."""
 
     _opened: RagLike = PrivateAttr(default=None)
-    _opening: Any = PrivateAttr(default_factory=threading.Lock)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -80,12 +78,9 @@ class CollectionFields(BaseModel):
         """The collection, opened at the first call. Errors as in `KVLinkRAG.open`."""
         if self.rag is not None:
             return self.rag
-        with self._opening:
-            if self._opened is None:
-                self._opened = open_collection(
-                    self.model, self.embedder, self.directory, self.device
-                )
-            return self._opened
+        if self._opened is None:  # of two threads here, both get the same object
+            self._opened = open_collection(self.model, self.embedder, self.directory, self.device)
+        return self._opened
 
 
 def check_words(

@@ -20,6 +20,9 @@ else:
     EncoderLike = Any
 
 
+_loading = threading.Lock()
+
+
 class ContrieverEmbeddings(BaseModel, Embeddings):
     """Vectors of texts by mean pooling, compared by inner product; not of length 1.
 
@@ -36,13 +39,12 @@ class ContrieverEmbeddings(BaseModel, Embeddings):
     device: str = "auto"
 
     _encoder: Any = PrivateAttr(default=None)
-    _loading: Any = PrivateAttr(default_factory=threading.Lock)
 
     def encoder(self) -> Embedder:
         """The encoder, loaded at the first call. Raises `kvlink_rag.errors.ConfigError`."""
         from kvlink_rag import ContrieverEmbedder
 
-        with self._loading:
+        with _loading:
             if self._encoder is None:
                 asked = "bundled" if self.embedder is None else self.embedder
                 self._encoder = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,9 @@ def test_the_public_names() -> None:
 
 
 def test_importing_and_constructing_loads_no_torch() -> None:
-    """Nor transformers, beyond what langchain-core itself loads (before 1.1 it loads both)."""
+    """Nor transformers, beyond what langchain-core itself loads (transformers, in 1.0)."""
     code = (
-        "import sys, langchain_core.language_models, langchain_core.vectorstores\n"
+        "import sys, langchain_core.language_models.chat_models, langchain_core.vectorstores\n"
         "theirs = set(sys.modules)\n"
         "import langchain_kvlink as k\n"
         "k.ChatKVLink(); k.KVLinkLLM(); k.KVLinkRetriever(); k.ContrieverEmbeddings()\n"
@@ -79,6 +80,13 @@ def test_an_open_collection_and_words_for_another(
 ) -> None:
     with pytest.raises(ValueError, match="give rag= alone"):
         kind(rag=rag, **words)
+
+
+@pytest.mark.parametrize("kind", [*WORDS, ContrieverEmbeddings, KVLinkDocumentsChain])
+def test_copies_are_equal(kind: Any) -> None:
+    made = kind()
+    for copied in (made.model_copy(), copy.deepcopy(made)):
+        assert copied == made
 
 
 @pytest.mark.parametrize(
