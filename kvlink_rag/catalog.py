@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -149,9 +150,11 @@ class Catalog:
         cannot be opened.
         """
         path = Path(os.path.realpath(path))
-        lost = [name for name in (*siblings, f"{path.name}-wal") if (path.parent / name).exists()]
-        with _errors(path):
-            if _is_empty(path):
+        beside = (*siblings, f"{path.name}-wal")
+        lost = [f"{name} beside it" for name in beside if (path.parent / name).exists()]
+        with _errors(path), _OPENING:
+            _sweep(path)
+            if not path.exists() or path.stat().st_size == 0:
                 _refuse_lost(path, create, lost)
                 _create(path)
             _check_schema(path)
@@ -435,9 +438,12 @@ class _Pool:
 
 
 _FORKED: list[list[_Sql]] = []
+# A thread that closes a file drops the process's POSIX locks on it, also SQLite's in another
+# thread: so no catalog is opened while one is made.
+_OPENING = threading.Lock()
 
 
-def _connect(path: Path) -> _Sql:
+def _connect(path: Path, journal: str = "journal_mode=WAL") -> _Sql:
     """A connection that never creates the file."""
     sql = sqlite3.connect(
         f"{path.as_uri()}?mode=rw",
@@ -447,7 +453,7 @@ def _connect(path: Path) -> _Sql:
         check_same_thread=False,
     )
     try:
-        for pragma in _PRAGMAS:
+        for pragma in (*_PRAGMAS, journal):
             sql.execute(f"PRAGMA {pragma}")
     except BaseException:
         sql.close()
@@ -468,39 +474,47 @@ def _errors(path: Path) -> Iterator[None]:
         raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
 
 
-def _is_empty(path: Path) -> bool:
-    """Whether there is no catalog yet: no file, or one whose creation was cut short."""
-    if not path.exists() or path.stat().st_size == 0:
-        return True
-    with contextlib.closing(_connect(path)) as sql:
-        (application,) = sql.execute("PRAGMA application_id").fetchone()
-        (tables,) = sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    return bool(application == 0 and tables == 0)
-
-
 def _refuse_lost(path: Path, create: bool, lost: Sequence[str]) -> None:
+    """Raise unless a catalog may be made at `path`: none was there before."""
+    if path.exists():
+        lost = [f"an empty {path.name}", *lost]
     if lost:
         raise CatalogError(
-            f"found no catalog at {path}, but {', '.join(lost)} beside it, so it was lost; "
-            "bring the file back from a backup, or remove the directory and index again"
+            f"found no catalog at {path}, but {', '.join(lost)}, so it was lost; bring the file "
+            "back from a backup, or remove the directory and index again"
         )
     if not create:
         raise CatalogError(f"found no catalog at {path}; check the path, or create one")
 
 
+def _sweep(path: Path) -> None:
+    """Remove what creations that were killed left beside `path`."""
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        if path.exists() and leftover.exists() and path.samefile(leftover):
+            leftover.unlink(missing_ok=True)  # unopened: see _OPENING
+    for leftover in files.abandoned(path.parent, path.name):
+        leftover.unlink(missing_ok=True)
+
+
 def _create(path: Path) -> None:
-    """Make the database, in one transaction; another process may be doing the same."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    """Make an empty catalog appear at `path`, whole, unless another process was faster."""
+    with files.temporary(path.parent, path.name) as file:
+        _write_schema(Path(file.name))
+        os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            files.link(Path(file.name), path)
     files.sync_directory(path.parent)
-    with contextlib.closing(_connect(path)) as sql:
-        sql.execute("PRAGMA journal_mode=WAL")
-        sql.execute("BEGIN IMMEDIATE")
-        if sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,):
-            for statement in _SCHEMA:
-                sql.execute(statement)
-            sql.execute("INSERT INTO state VALUES (?, 0)", (uuid.uuid4().hex,))
-            sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _write_schema(path: Path) -> None:
+    """Fill the empty file at `path`, without a journal beside it."""
+    with contextlib.closing(_connect(path, "journal_mode=MEMORY")) as sql:
+        sql.execute("BEGIN")
+        for statement in _SCHEMA:
+            sql.execute(statement)
+        sql.execute("INSERT INTO state VALUES (?, 0)", (uuid.uuid4().hex,))
+        sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         sql.execute("COMMIT")
 
 

@@ -8,6 +8,7 @@ POSIX only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -72,6 +73,21 @@ def temporary_for(path: Path) -> str | None:
     return name if stem != path.name and name and len(token) == 16 else None
 
 
+def link(source: Path, target: Path) -> None:
+    """A second name for a file; on file systems without links, its only one.
+
+    Raises `FileExistsError` where `target` is there.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+        os.rename(source, target)
+
+
 def sync_directory(directory: Path) -> None:
     """Put the names in `directory` on the disk."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -102,17 +118,27 @@ def private_directory(path: Path) -> Path:
 
 
 def _create_locked(directory: Path, name: str) -> FileIO:
-    while True:
+    with _locked(directory, fcntl.LOCK_SH):  # nobody sees the file before it is locked
         path = os.fspath(directory / f"{name}.{secrets.token_hex(8)}{_SUFFIX}")
         file = FileIO(path, "x+", opener=_private)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:  # else: swept between open and lock
-                return file
         except BaseException:
             file.close()
             raise
-        file.close()
+        return file
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, operation: int) -> Iterator[None]:
+    """Hold the lock of a directory; do without on file systems that cannot lock one."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, operation)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _private(path: str, flags: int) -> int:
@@ -122,23 +148,17 @@ def _private(path: str, flags: int) -> int:
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[bool]:
     """Lock `path` if no living process holds it; whether that was so. Never a directory."""
-    if path.is_symlink():
-        yield True
-        return
+    with contextlib.ExitStack() as stack:
+        with _locked(path.parent, fcntl.LOCK_EX):
+            held = path.is_symlink() or _try_lock(path, stack)
+        yield held
+
+
+def _try_lock(path: Path, stack: contextlib.ExitStack) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    try:
-        yield not stat.S_ISDIR(os.fstat(fd).st_mode) and _lock(fd)
-    finally:
-        os.close(fd)
-
-
-def _lock(fd: int) -> bool:
-    try:
+        stack.callback(os.close, fd)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        return not stat.S_ISDIR(os.fstat(fd).st_mode)
     except OSError:
         return False

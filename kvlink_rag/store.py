@@ -22,7 +22,6 @@ later, moves the row there instead: least recently used, paid for by evictions o
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -312,7 +311,7 @@ class SnapshotDisk(diskcache.Disk):  # type: ignore[misc]
         if not isinstance(value, _Entry):
             raise TypeError(f"found a value of type {type(value).__name__}, expected a snapshot")
         if value.source is not None:
-            _link(value.source, _locate(Path(self._directory), value.name, make=True))
+            files.link(value.source, _locate(Path(self._directory), value.name, make=True))
         return value.size, diskcache.core.MODE_BINARY, value.name, None
 
     def fetch(self, mode: object, filename: object, value: object, read: bool) -> Path:
@@ -674,16 +673,6 @@ def _locate(directory: Path, name: object, *, make: bool = False) -> Path:
     if parent.is_symlink():
         raise _Refused(f"found {parent} to be a symbolic link, expected a directory")
     return directory / name
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file; on file systems without links, its only one."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        os.rename(source, target)
 
 
 def _touch(path: Path) -> None:
