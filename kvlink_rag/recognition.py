@@ -429,11 +429,14 @@ def _stands_free(taken: Sequence[Stretch], at: int) -> bool:
 # What may not be recognised
 
 _QUESTION = re.compile(
-    r"^[^\w\n]*(?:(?:user|user's|human|the|input|final|my|new|current|follow[- ]up)\s+)?"
-    r"(?:question|query|q|human|user|input)\b[^\S\n]*\d*[*_ \t]*:",
+    r"^[^\w\n]*(?:(?:the|this|my|our|user|user's|human|input|final|last|new|current|original|initial"
+    r"|following|follow[- ]up|standalone)\s+)*(?:question|query|q|human|user|input)\b"
+    r"(?:\s+(?:is|was)(?:\s+as\s+follows)?)?[^\S\n]*\d*[*_ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
-_END_OF_QUESTION = re.compile(r"\n[^\S\n]*\n|\n[^\w\n]*[A-Za-z][\w' -]{0,30}:")
+_END_OF_QUESTION = re.compile(
+    r"\n[^\S\n]*\n|\n[^\w\n]*[A-Za-z][\w' -]{0,30}:|\n[^\w\s]{3,}[^\S\n]*\n"
+)
 _BARE_LABEL = re.compile(r"[^\w\n]*(?:[\w'-]+[ \t]+){0,4}[\w'-]+[*_ \t]*:[*_]*")
 
 
@@ -454,8 +457,8 @@ def template_occurrences(prompt: str, template: str) -> list[Closed]:
 def find_question(prompt: str, passages: Sequence[Stretch]) -> Closed:
     """The final question of a prompt in which `passages` were found.
 
-    What the last label such as "Question:" outside passages introduces, up to a blank line or the
-    next label; without one, the last line that is not a bare label such as "Answer:".
+    What the last label such as "Question:" outside passages introduces, up to a blank line, a line
+    of signs or the next label; without one, the last line that is not a bare label ("Answer:").
     """
     labels = [m for m in _QUESTION.finditer(prompt) if not _inside(m.end() - 1, passages)]
     if labels:
