@@ -30,7 +30,7 @@ from kvlink_rag.cli import main
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 FILES = {
     "docs/orvale.md": "# Orvale\n\nThe harbour was built in 1911.\n\n## Ships\n\nThey carry tin.\n",
-    "docs/sub/tarn.txt": "The Tarn company makes cranes. " * 30,
+    "docs/sub/tarn.txt": " ".join(f"Tarn crane {n} lifts {n * 3} tons." for n in range(24)),
     "docs/lines.jsonl": '{"text": "One.", "id": "one"}\n{"text": "Two.", "title": "Second"}\n',
     "docs/page.html": "<title>Page</title><p>A page about lamps.</p>",
 }
@@ -94,7 +94,7 @@ def user(*arguments: str, cwd: Path, stdin: str = "") -> Ran:
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -207,7 +207,7 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
 
 def test_ask_streams_an_answer_with_sources_and_trace(collection: Path) -> None:
     options = ["-k", "3", "--max-new-tokens", "6", "--trace"]
-    ran = user("--dir", "col", "ask", "Who makes cranes?", *options, cwd=collection)
+    ran = user("--dir", "col", "ask", "Which crane?", *options, cwd=collection)
     assert (ran.code, ran.err) == (0, "")
     answer, _, rest = ran.out.rpartition("\n\n[1] ")
     assert answer
@@ -223,10 +223,12 @@ def test_ask_streams_an_answer_with_sources_and_trace(collection: Path) -> None:
 
 def test_chat_reads_questions_from_a_pipe(collection: Path) -> None:
     options = ["-k", "2", "--max-new-tokens", "4", "--trace"]
-    questions = "Who makes cranes?\n\n  \nAnd when?"
+    questions = "Which crane?\n\n  \nAnd when?"
     ran = user("--dir", "col", "chat", *options, cwd=collection, stdin=questions)
     assert (ran.code, ran.err) == (0, "")
-    assert [f"\n[{n}] " in ran.out for n in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+    numbers = [line.split("]")[0] for line in ran.out.splitlines() if line.startswith("[")]
+    assert numbers == [f"[{n}" for n in range(1, len(numbers) + 1)]
+    assert len(numbers) >= 2
     reused = [line for line in ran.out.splitlines() if "reused" in line]
     assert len(reused) == 2
     assert " 0 kept" in reused[0]
@@ -265,17 +267,18 @@ def test_interrupted_index_ends_cleanly_and_a_second_run_finishes(
     lines = (json.dumps({"text": f"Lamp {n} is {n * 7919} cm tall."}) for n in range(COUNT))
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     command = ["--dir", "col", *pair, "index", "many.jsonl", "--json"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "kvlink_rag", *command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    while not documents_in(tmp_path / "col") and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+        preexec_fn=heed_interrupts,
+    ) as process:
+        while not documents_in(tmp_path / "col") and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
     assert (process.returncode, out) == (130, "")
     assert err == "kvlink-rag: interrupted; run the same command again to go on from here\n"
     kept = documents_in(tmp_path / "col")
@@ -286,6 +289,11 @@ def test_interrupted_index_ends_cleanly_and_a_second_run_finishes(
     assert (second.json["added"], second.json["unchanged"]) == (COUNT - kept, kept)
     assert second.json["collection"]["snapshots"] == COUNT
     assert here("--dir", "col", "check", cwd=tmp_path) == Ran(0, "no problems\n", "")
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to programs that it runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def documents_in(directory: Path) -> int:
@@ -305,14 +313,14 @@ def test_index_tells_what_it_did_and_a_second_time_does_nothing(
     write(tmp_path)
     first = here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
     assert (first.code, first.err) == (0, "")
-    assert first.out.startswith("4 files, 5 documents, 10 passages: 10 added, 0 replaced, ")
-    assert "10 snapshots encoded: " in first.out
-    assert "col holds 10 passages; snapshots " in first.out
+    assert first.out.startswith("4 files, 5 documents, 9 passages: 9 added, 0 replaced, ")
+    assert "9 snapshots encoded: " in first.out
+    assert "col holds 9 passages; snapshots " in first.out
     assert " a token" in first.out
     second = here("index", "docs", "--json", "--dir", "col", cwd=tmp_path)
     assert second.code == 0
     done = {key: second.json[key] for key in ("added", "unchanged", "encoded", "removed", "gone")}
-    assert done == {"added": 0, "unchanged": 10, "encoded": 0, "removed": 0, "gone": []}
+    assert done == {"added": 0, "unchanged": 9, "encoded": 0, "removed": 0, "gone": []}
     assert second.json["collection"]["bytes_per_token"] > 0
 
 
@@ -325,11 +333,11 @@ def test_index_brings_changed_files_up_to_date(pair: list[str], tmp_path: Path) 
     assert (ran.code, ran.json["added"], ran.json["removed"]) == (0, 1, 2)
     assert ran.json["gone"] == ["docs/sub/tarn.txt"]
     deleted = here("--dir", "col", "delete", "--source", "docs/sub/tarn.txt", cwd=tmp_path)
-    assert deleted == Ran(0, "deleted 5 passages\n", "")
+    assert deleted == Ran(0, "deleted 4 passages\n", "")
     texts = here("--dir", "col", "ask", "?", "--json", "--max-new-tokens", "1", cwd=tmp_path).out
     assert "1912" in texts
     assert "1911" not in texts
-    assert "cranes" not in texts
+    assert "crane" not in texts
 
 
 def test_index_reports_what_it_skips_takes_the_rest_and_keeps_old_passages(
@@ -349,7 +357,7 @@ def test_index_reports_what_it_skips_takes_the_rest_and_keeps_old_passages(
         "kvlink-rag: warning: docs/latin.txt: not UTF-8 at byte 3; what cannot be read was "
         "replaced by U+FFFD",
     ]
-    assert " 2 added, 0 replaced, 8 unchanged, 0 removed" in ran.out
+    assert " 2 added, 0 replaced, 7 unchanged, 0 removed" in ran.out
     strict = here("--dir", "col", "index", "--strict", "docs", cwd=tmp_path)
     assert "docs/bad.txt: not a text file" in the_error(strict)
 
@@ -366,12 +374,12 @@ def test_index_of_nothing_is_1_and_makes_no_collection(tmp_path: Path) -> None:
 def test_ask_json_is_the_same_from_snapshots_and_from_a_masked_prefill(collection: Path) -> None:
     def ask(mode: str) -> dict:
         options = ["-k", "4", "--max-new-tokens", "12", "--json", "--mode", mode]
-        ran = here("--dir", "col", "ask", "Who makes cranes?", *options, cwd=collection)
+        ran = here("--dir", "col", "ask", "Which crane?", *options, cwd=collection)
         assert (ran.code, ran.err) == (0, "")
         return ran.json
 
     reuse, masked = ask("reuse"), ask("masked")
-    assert reuse["question"] == "Who makes cranes?"
+    assert reuse["question"] == "Which crane?"
     assert reuse["answer"] == masked["answer"] != ""
     assert [s["id"] for s in reuse["sources"]] == [s["id"] for s in masked["sources"]]
     assert len(reuse["sources"]) == 4
@@ -389,7 +397,7 @@ def test_the_question_may_come_from_standard_input(collection: Path) -> None:
 
 def test_stats(collection: Path) -> None:
     fields = here("--dir", "col", "stats", "--json", cwd=collection).json
-    assert (fields["documents"], fields["snapshots"]) == (10, 10)
+    assert (fields["documents"], fields["snapshots"]) == (9, 9)
     assert fields["directory"] == str((collection / "col").resolve())
     shown = here("--dir", "col", "stats", cwd=collection).out
     assert f"tokens           {fields['tokens']:,}\n" in shown
