@@ -153,7 +153,8 @@ class Catalog:
         beside = (*siblings, f"{path.name}-wal")
         lost = [f"{name} beside it" for name in beside if (path.parent / name).exists()]
         with _errors(path), _OPENING:
-            _sweep(path)
+            if not files.is_read_only(path.parent):
+                _sweep(path)
             if not path.exists() or path.stat().st_size == 0:
                 _refuse_lost(path, create, lost)
                 _create(path)
@@ -444,21 +445,34 @@ _OPENING = threading.Lock()
 
 
 def _connect(path: Path, journal: str = "journal_mode=WAL") -> _Sql:
-    """A connection that never creates the file."""
+    """A connection that never creates the file; for reading, on a read-only file system."""
+    frozen = files.is_read_only(path.parent)
+    if frozen:
+        _refuse_log(path)
     sql = sqlite3.connect(
-        f"{path.as_uri()}?mode=rw",
+        f"{path.as_uri()}?{'mode=ro&immutable=1' if frozen else 'mode=rw'}",
         uri=True,
         timeout=_BUSY_SECONDS,
         isolation_level=None,
         check_same_thread=False,
     )
     try:
-        for pragma in (*_PRAGMAS, journal):
+        for pragma in _PRAGMAS if frozen else (*_PRAGMAS, journal):
             sql.execute(f"PRAGMA {pragma}")
     except BaseException:
         sql.close()
         raise
     return sql
+
+
+def _refuse_log(path: Path) -> None:
+    """Raise where changes wait in the log: on a read-only file system nobody can bring them in."""
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise CatalogError(
+            f"{path} lies on a read-only file system and {log.name} holds changes; open it once "
+            "where it can be written"
+        )
 
 
 @contextlib.contextmanager

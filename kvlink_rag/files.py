@@ -73,6 +73,11 @@ def temporary_for(path: Path) -> str | None:
     return name if stem != path.name and name and len(token) == 16 else None
 
 
+def is_read_only(directory: Path) -> bool:
+    """Whether `directory` lies on a file system that nobody can write to for now."""
+    return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+
+
 def link(source: Path, target: Path) -> None:
     """A second name for a file; on file systems without links, its only one.
 

@@ -30,6 +30,7 @@ import secrets
 import sqlite3
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?P<fan>[0-9a-f]{2})/(?P<key>(?P=fan)[0-9a-f]{62})-[0-9a-f]{16}\.safetensors")
 _TABLE_READY = 1  # PRAGMA user_version once every file has its row
 _BUSY_SECONDS = 60
+_LOCKING_SECONDS = 0.2
 _SETTINGS = {
     **diskcache.DEFAULT_SETTINGS,
     "cull_limit": 0,  # diskcache's own culling ignores bytes: ours is `_evict`
@@ -63,6 +65,10 @@ _SETTINGS = {
     "disk_min_file_size": 0,
     "disk_pickle_protocol": 0,
 }
+# Words of SQLite's messages that tell of its surroundings, not of the table's bytes.
+_SURROUNDINGS = (
+    "locked", "busy", "readonly", "read-only", "full", "unable to open", "disk I/O", "memory"
+)  # fmt: skip
 # sqlite3 raises UnicodeDecodeError where a damaged table makes it print damaged text.
 _TABLE_ERRORS = (sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)
 _Result = TypeVar("_Result")
@@ -86,7 +92,7 @@ class SnapshotStore:
     size_limit: bytes of snapshot files to keep at most (the table, some 300 bytes an entry, comes
         on top); None: no limit. Above it the least recently used go.
     Raises `StorageError` where the directory cannot be opened or written. A damaged table is
-    rebuilt from the files.
+    rebuilt from the files. On a read-only file system the store can be read, and only that.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, size_limit: int | None = None) -> None:
@@ -250,7 +256,9 @@ class SnapshotStore:
 
     def _sweep(self) -> list[str]:
         """Remove what dead writers left: their temporary file, and its link without a row."""
-        removed = []
+        removed: list[str] = []
+        if files.is_read_only(self.directory):
+            return removed
         for leftover in files.abandoned(self._temporary):
             name = files.temporary_for(leftover) or ""
             if _NAME.fullmatch(f"{name[:2]}/{name}"):
@@ -377,7 +385,7 @@ class _Table:
         try:
             self._rebuild_unless_done(damage)
             return action(self._current())
-        except _TABLE_ERRORS as error:
+        except (*_TABLE_ERRORS, OSError) as error:
             self.close()
             raise self._error(error) from error
 
@@ -396,8 +404,11 @@ class _Table:
     def _current(self) -> Any:
         """The open table; opened again where its file has been replaced or removed."""
         if self._cache is None or _inode(self._directory / DATABASE) != self._inode:
-            with self._lock, self._exclusive():
-                self._open()
+            try:
+                with self._lock, self._exclusive():
+                    self._open()
+            except OSError as error:
+                raise self._error(error) from error
         return self._cache
 
     def _rebuild_unless_done(self, damage: Exception) -> None:
@@ -410,6 +421,10 @@ class _Table:
 
     def _open(self) -> None:
         """Open the table, made if need be; every file without a row then gets one."""
+        if files.is_read_only(self._directory):
+            self._cache = _ReadOnly(self._directory)
+            self._inode = _inode(self._directory / DATABASE)
+            return
         path = self._directory / DATABASE
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         self._inode = _inode(path)
@@ -428,6 +443,9 @@ class _Table:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One process at a time opens or rebuilds the table."""
+        if files.is_read_only(self._directory):
+            yield
+            return
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._directory / _LOCK, flags, 0o600)
         try:
@@ -452,11 +470,40 @@ def _connect(directory: Path) -> Any:
         raise sqlite3.DatabaseError(f"diskcache cannot read its settings: {error}") from error
 
 
+class _ReadOnly:
+    """The table on a read-only file system, in place of diskcache, which writes when it opens."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.disk = str(directory), SnapshotDisk(str(directory))
+        uri = f"{(directory / DATABASE).as_uri()}?mode=ro&immutable=1"
+        self._sql = sqlite3.connect(uri, uri=True, check_same_thread=False).execute
+
+    def get(self, key: str) -> Path | None:
+        """The path of the file of `key`, as its row has it."""
+        row = "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1"
+        found = self._sql(row, (key,)).fetchone()
+        if found is None:
+            return None
+        mode, filename, value = found
+        try:
+            return self.disk.fetch(mode, filename, value, read=True)
+        except OSError:
+            return None
+
+    def transact(self) -> Any:
+        """Refused."""
+        raise sqlite3.OperationalError("attempt to write on a read-only file system")
+
+    delete = set = transact
+
+    def close(self) -> None:
+        """Nothing: the connection is shared, and closes with this object."""
+
+
 def _means_damage(error: Exception) -> bool:
     """Whether `error` comes from the table's bytes and not from its surroundings."""
-    surroundings = ("locked", "busy", "readonly", "full", "unable to open", "disk I/O", "memory")
     if isinstance(error, sqlite3.OperationalError):
-        return not any(word in str(error) for word in surroundings)
+        return not any(word in str(error) for word in _SURROUNDINGS)
     if isinstance(error, sqlite3.ProgrammingError):
         return False
     return isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError))
@@ -552,11 +599,18 @@ def _check_rows(store: SnapshotStore, fix: bool) -> Iterator[str]:
     statement = "SELECT rowid, key, raw, mode, size, filename, value FROM Cache"
     for rowid, *row in store._table.query(statement):
         problem = _row_problem(store.directory, *row)
-        now = store._table.query(f"{statement} WHERE rowid = ?", rowid)
-        if problem is not None and now == [(rowid, *row)]:  # else: changed meanwhile
+        if problem is not None and _settled_row(store, statement, rowid) == [(rowid, *row)]:
             yield problem
             if fix:
                 store._table.change(partial(_remove_row, rowid=rowid, name=row[4]))
+
+
+def _settled_row(store: SnapshotStore, statement: str, rowid: int) -> list[Any]:
+    """The row once no writer is in the middle of a change: one unlinks before it deletes."""
+    again = f"{statement} WHERE rowid = ?"
+    if files.is_read_only(store.directory):
+        return list(store._table.query(again, rowid))
+    return list(store._table.change(lambda cache: cache._sql(again, (rowid,)).fetchall()))
 
 
 def _row_problem(
@@ -591,7 +645,11 @@ def _remove_row(cache: Any, rowid: int, name: object) -> None:
 
 
 def _check_leftovers(store: SnapshotStore, fix: bool) -> Iterator[str]:
-    for leftover in files.abandoned(store._temporary):
+    found = set(files.abandoned(store._temporary))
+    if found:
+        time.sleep(_LOCKING_SECONDS)  # a living writer locks its file right after making it
+        found &= set(files.abandoned(store._temporary))
+    for leftover in sorted(found):
         yield f"leftover temporary file: {leftover.name}"
     if fix:
         store._sweep()

@@ -8,10 +8,13 @@ and ends itself at the n-th, without any clean-up, as `kill -9` would.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,11 +31,12 @@ import torch
 from kvlink_rag import catalog, files, index, sealed, snapshot, store
 from kvlink_rag.catalog import Catalog, Record
 from kvlink_rag.documents import Document
+from kvlink_rag.errors import CatalogError, StorageError
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.snapshot import Snapshot, snapshot_key
 from kvlink_rag.store import SnapshotStore
 
-KILLED = -signal.SIGKILL
+KILLED, SKIPPED = -signal.SIGKILL, 77
 TRACED = {
     module.__file__ for module in (catalog, files, index, sealed, snapshot, store, diskcache.core)
 }
@@ -148,6 +152,77 @@ def save_index(path: str, count: int, version: int) -> Iterator[None]:
     made.add(range(count), np.arange(3 * count, dtype=np.float32).reshape(count, 3))
     yield
     made.save(Path(path), version)
+
+
+def _mount(*arguments: str) -> None:
+    """Mount something that only this process sees; ends it where that is not allowed."""
+    new_mounts = 0x20000  # CLONE_NEWNS
+    if ctypes.CDLL(None).unshare(new_mounts) != 0:
+        os._exit(SKIPPED)
+    for command in (["mount", "--make-rprivate", "/"], ["mount", *arguments]):
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            os._exit(SKIPPED)
+
+
+def read_only(directory: str) -> Iterator[None]:
+    """Read a collection that holds snapshot 1 and document "a" where nobody can write."""
+    yield
+    _mount("--bind", directory, directory)
+    if subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=False).returncode:
+        os._exit(SKIPPED)
+    with SnapshotStore(f"{directory}/store") as opened:
+        found = opened.get(key_of(1), ids_of(1))
+        assert found is not None
+        assert same(found, make_snapshot(1))
+        assert opened.get(key_of(2), ids_of(2)) is None
+        assert opened.check() == []
+        assert len(opened) == 1
+        opened.read_ahead([key_of(1)])
+        for change in (
+            lambda: opened.put(key_of(2), make_snapshot(2)),
+            lambda: opened.delete(key_of(1)),
+        ):
+            _refused(change, StorageError, "[Rr]ead-only file system")
+    with Catalog.open(f"{directory}/catalog.db", create=True) as held:
+        assert [entry.id for entry in held.iterate()] == ["a"]
+        assert held.check() == []
+        _refused(lambda: held.upsert([record("b", "x")]), CatalogError, "readonly")
+    index = VectorIndex(3)
+    _refused(lambda: index.save(Path(directory, "index"), 1), OSError, "Read-only")
+
+
+def full_disk(directory: str) -> Iterator[None]:
+    """Write until nothing fits any more: what was acknowledged is there, the rest is not."""
+    yield
+    _mount("-t", "tmpfs", "-o", "size=900k", "tmpfs", directory)
+    puts, changes = set(), set()
+    with (
+        SnapshotStore(f"{directory}/store") as opened,
+        Catalog.open(f"{directory}/catalog.db", create=True) as held,
+    ):
+        for number in range(60):
+            with contextlib.suppress(StorageError):
+                opened.put(key_of(number), make_snapshot(number))
+                puts.add(number)
+            with contextlib.suppress(CatalogError):
+                held.upsert([record(f"{number}", "x" * 2000)])
+                changes.add(f"{number}")
+        assert 5 < len(puts) < 60
+        assert 5 < len(changes) < 60
+        found = {n for n in range(60) if opened.get(key_of(n), ids_of(n)) is not None}
+        assert found == puts
+        assert {entry.id for entry in held.iterate()} == changes
+        assert opened.check() == []
+        assert held.check() == []
+
+
+def _refused(action: Callable[[], object], error: type[Exception], words: str) -> None:
+    message = "not refused"
+    try:
+        action()
+    except error as raised:
+        message = str(raised)
+    assert re.search(words, message), message
 
 
 def kill_at(line: int, name: str, *args: Any) -> Iterator[None]:

@@ -22,6 +22,7 @@ import storage_workers as workers
 from storage_workers import ids_of, key_of, make_snapshot, same
 
 from kvlink_rag import store as store_module
+from kvlink_rag.catalog import Catalog
 from kvlink_rag.errors import ConfigError, StorageError
 from kvlink_rag.snapshot import snapshot_size
 from kvlink_rag.store import SnapshotDisk, SnapshotStore
@@ -672,6 +673,37 @@ def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
         SnapshotStore(tmp_path / "file")
     with pytest.raises(StorageError, match="cannot be opened"):
         SnapshotStore(tmp_path / "file" / "store")
+
+
+def test_a_store_that_was_removed_gives_misses(
+    store: SnapshotStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(store, 1)
+    shutil.rmtree(store.directory)
+    assert not get(store, 1)
+    assert key_of(1) not in store
+    assert "cannot be looked up" in caplog.text
+    with pytest.raises(StorageError):
+        store.put(key_of(1), make_snapshot(1))
+
+
+def mounted(task: str, directory: Path) -> None:
+    code = workers.run(task, str(directory))
+    if code == workers.SKIPPED:
+        pytest.skip("this process may not mount file systems")
+    assert code == 0
+
+
+def test_a_read_only_collection_can_be_read(tmp_path: Path) -> None:
+    with SnapshotStore(tmp_path / "store") as store:
+        put(store, 1)
+    with Catalog.open(tmp_path / "catalog.db", create=True) as catalog:
+        catalog.upsert([workers.record("a", "text")])
+    mounted("read_only", tmp_path)
+
+
+def test_a_full_disk_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    mounted("full_disk", tmp_path)
 
 
 def test_a_variable_in_the_path_is_not_replaced(
