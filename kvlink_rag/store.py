@@ -660,6 +660,8 @@ def _check_unknown(store: SnapshotStore, fix: bool) -> Iterator[str]:
     for name in _names(store.directory):
         if name in known or store._table.change(partial(_has_row, name=name)):
             continue
+        if not os.path.lexists(store.directory / name):
+            continue  # evicted since it was listed
         yield f"unknown file: {os.fsencode(name).decode(errors='backslashreplace')}"
         if fix:
             store._table.change(partial(_adopt_or_remove, name=name))
@@ -693,12 +695,16 @@ def _adopt_or_remove(cache: Any, name: str) -> None:
 
 
 def _check_totals(store: SnapshotStore, fix: bool) -> Iterator[str]:
-    ((count, size),) = store._table.query("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM Cache")
-    for name, actual in (("count", count), ("size", size)):
-        if (found := store._table.total(name)) != actual:
-            yield f"wrong total: {name} is {found}, expected {actual}"
-            if fix:
-                store._table.change(_recount)
+    for name, actual in (("count", "COUNT(*)"), ("size", "COALESCE(SUM(size), 0)")):
+        store._table.total(name)  # a table without one is rebuilt
+        kept = "SELECT value FROM Settings WHERE key = ?"
+        # one statement, so one moment: a writer may be at work
+        both = store._table.query(f"SELECT ({kept}), (SELECT {actual} FROM Cache)", name)
+        for found, expected in both:
+            if found != expected:
+                yield f"wrong total: {name} is {found}, expected {expected}"
+                if fix:
+                    store._table.change(_recount)
 
 
 def _recount(cache: Any) -> None:
