@@ -31,8 +31,14 @@ HEAD = 32  # characters of a text that are looked up first
 NECK = 256  # characters compared next where at least `CROWD` texts have one head
 CROWD = 64
 LONGEST = (1 << 24) - 1  # characters; no window holds a longer passage
+SELECTIONS = 4  # times that passages are chosen anew without those found glued to something
+TITLE = 300  # characters of a title that is looked for before a text
+LABEL = 60  # characters of the longest bare label
+BARE_LABELS = 4  # that may end a prompt
 SEPARATOR = 32  # characters between two passages that need no white space around them
+AT_ONCE = 1 << 15  # places of a prompt looked up together
 PATIENCE = 1 << 24  # characters and rows looked at for one prompt, besides eight a character
+LOOK = 512  # what looking at one place costs of it
 
 Array = npt.NDArray[Any]
 
@@ -137,10 +143,10 @@ class Recogniser:
         most: int | None,
     ) -> list[Part]:
         table = self.refresh()
-        closed = [c for text in system for c in template_occurrences(prompt, text)]
+        closed = [c for text in system for c in self._own(prompt, text)]
         if question is not None:
             closed += occurrences(prompt, question)[-1:]
-        matches = [s for s in table.matches(prompt) if self._long_enough(prompt[s.start : s.stop])]
+        matches = self._long_enough(prompt, table.matches(prompt))
         found = select(matches, closed)
         if asks and question is None:
             asked = find_question(prompt, found)
@@ -234,11 +240,25 @@ class Recogniser:
                 logger.warning("a damaged document is computed as text: %s", error)
         return entries
 
-    def _long_enough(self, text: str) -> bool:
-        """Whether `text` has enough tokens; it surely has where it has as many words."""
-        if len(text.split(maxsplit=self.min_tokens)) >= self.min_tokens:
-            return True
-        return len(self._tokenizer.encode(text)) >= self.min_tokens
+    def _own(self, prompt: str, template: str) -> list[Closed]:
+        """Where an application's prompt stands: its pieces between fields like "{context}".
+
+        Pieces too short to hold a passage do not count.
+        """
+        pieces = (piece.strip() for piece in re.split(r"\{\w*\}", template))
+        long = [piece for piece in pieces if len(piece.encode()) >= self.min_tokens]
+        return [c for piece in long for c in occurrences(prompt, piece)]
+
+    def _long_enough(self, prompt: str, matches: Sequence[Stretch]) -> list[Stretch]:
+        """The matches with enough tokens; a text surely has them where it has as many words."""
+        texts = {s.rows: prompt[s.start : s.stop] for s in matches}
+        enough = {
+            rows
+            for rows, text in texts.items()
+            if len(text.split(maxsplit=self.min_tokens)) >= self.min_tokens
+            or len(self._tokenizer.encode(text)) >= self.min_tokens
+        }
+        return [s for s in matches if s.rows in enough]
 
 
 # The table of known texts
@@ -286,7 +306,8 @@ class Table:
         if not len(self.heads) or not prompt:
             return []
         codes = _codes(prompt)
-        kind = np.concatenate([[_SPACE], _KINDS[np.minimum(codes, len(_KINDS) - 1)], [_SPACE]])
+        kind = np.full(len(codes) + 2, _SPACE, dtype=np.uint8)
+        kind[1:-1] = _KINDS[np.minimum(codes, len(_KINDS) - 1)]
         border = (kind[:-1] != _WORD) | (kind[1:] != _WORD)
         starts = np.flatnonzero(border[:-1] & (kind[1:-1] != _SPACE))
         found: list[Stretch] = []
@@ -296,7 +317,7 @@ class Table:
             stops = start + (self.heads[near] & _LENGTH).astype(np.int64)
             fit = border[np.minimum(stops, len(prompt))] & (stops <= len(prompt))
             near, stops = near[fit], stops[fit]
-            patience -= 64 + len(fit)
+            patience -= LOOK + len(fit)
             for stop in np.unique(stops).tolist():
                 patience -= stop - start
                 if patience < 0:
@@ -309,9 +330,13 @@ class Table:
                     found.append(Stretch(start, stop, tuple(sorted(rows)), free))
         return found
 
-    def _probe(self, codes: Array, starts: Array) -> list[tuple[int, int]]:
+    def _probe(self, codes: Array, starts: Array) -> Iterator[tuple[int, int]]:
         """Positions where a known head stands, and the first place of that head in the table."""
-        padded = np.concatenate([codes, np.zeros(HEAD, codes.dtype)]).astype(np.uint64)
+        padded = np.concatenate([codes, np.zeros(HEAD, codes.dtype)])
+        for first in range(0, len(starts), AT_ONCE):
+            yield from sorted(self._probe_some(padded, starts[first : first + AT_ONCE]))
+
+    def _probe_some(self, padded: Array, starts: Array) -> list[tuple[int, int]]:
         hashes = np.zeros(len(starts), dtype=np.uint64)
         found: list[tuple[int, int]] = []
         for size in range(1, HEAD + 1):
@@ -319,10 +344,9 @@ class Table:
             if size in self.sizes:
                 keys = _key(hashes, size)
                 low = np.searchsorted(self.heads, keys)
-                near = self.heads[np.minimum(low, len(self.heads) - 1)] & _HASH
-                hit = near == keys
+                hit = self.heads[np.minimum(low, len(self.heads) - 1)] & _HASH == keys
                 found += zip(starts[hit].tolist(), low[hit].tolist(), strict=True)
-        return sorted(found)
+        return found
 
     def _near(self, low: int, beginning: str) -> Array:
         """Places of the texts with the head at `low`; of many, those that go on as `beginning`."""
@@ -396,13 +420,28 @@ def select(matches: Sequence[Stretch], closed: Sequence[Closed] = ()) -> list[St
 
     One must be free on both sides, or have another one there, no more than a separator away.
     """
-    able = [s for s in matches if not any(c.forbids(s.start, s.stop) for c in closed)]
-    while True:
+    able = _open(matches, closed)
+    for _ in range(SELECTIONS):
         taken = _longest_first(able)
-        glued = {s for i, s in enumerate(taken) if not _stands_free(taken, i)}
+        glued = _glued(taken)
         if not glued:
-            return taken
-        able = [s for s in able if s not in glued]
+            break
+        able = [s for s in able if s not in glued]  # what they hid may be one
+    return [s for s in taken if s not in glued]
+
+
+def _open(matches: Sequence[Stretch], closed: Sequence[Closed]) -> list[Stretch]:
+    """The matches that nothing closed forbids."""
+    if not closed:
+        return list(matches)
+    closed = sorted(closed, key=lambda c: c.start)
+    starts, longest = [c.start for c in closed], max(c.stop - c.start for c in closed)
+
+    def is_open(s: Stretch) -> bool:
+        low, high = bisect.bisect(starts, s.start - longest), bisect.bisect(starts, s.stop)
+        return not any(c.forbids(s.start, s.stop) for c in closed[low:high])
+
+    return [s for s in matches if is_open(s)]
 
 
 def _longest_first(found: Sequence[Stretch]) -> list[Stretch]:
@@ -417,26 +456,38 @@ def _longest_first(found: Sequence[Stretch]) -> list[Stretch]:
     return taken
 
 
-def _stands_free(taken: Sequence[Stretch], at: int) -> bool:
-    left, right = taken[at].free
-    if not left:
-        left = at > 0 and taken[at].start - taken[at - 1].stop <= SEPARATOR
-    if not right:
-        right = at + 1 < len(taken) and taken[at + 1].start - taken[at].stop <= SEPARATOR
-    return left and right
+def _glued(taken: Sequence[Stretch]) -> set[Stretch]:
+    """Those that have neither white space nor another that stays at one of their sides."""
+    gone: set[Stretch] = set()
+
+    def near(left: int, right: int) -> bool:
+        if left < 0 or right == len(taken) or gone & {taken[left], taken[right]}:
+            return False
+        return taken[right].start - taken[left].stop <= SEPARATOR
+
+    waiting = list(range(len(taken)))
+    while waiting:
+        at = waiting.pop()
+        left, right = taken[at].free
+        stays = (left or near(at - 1, at)) and (right or near(at, at + 1))
+        if not stays and taken[at] not in gone:
+            gone.add(taken[at])
+            waiting += [i for i in (at - 1, at + 1) if 0 <= i < len(taken)]
+    return gone
 
 
 # What may not be recognised
 
 _QUESTION = re.compile(
     r"^[^\w\n]*(?:(?:the|this|my|our|user|user's|human|input|final|last|new|current|original|initial"
-    r"|following|follow[- ]up|standalone)\s+)*(?:question|query|q|human|user|input)\b"
-    r"(?:\s+(?:is|was)(?:\s+as\s+follows)?)?[^\S\n]*\d*[*_ \t]*:",
+    r"|following|follow[- ]up|standalone)[ \t]{1,3})*(?:question|query|q|human|user|input)\b"
+    r"(?:[ \t](?:is|was)(?:[ \t]as[ \t]follows)?)?[ \t]{0,3}\d{0,3}[*_]{0,3}[ \t]{0,3}:",
     re.IGNORECASE | re.MULTILINE,
 )
 _END_OF_QUESTION = re.compile(
     r"\n[^\S\n]*\n|\n[^\w\n]*[A-Za-z][\w' -]{0,30}:|\n[^\w\s]{3,}[^\S\n]*\n"
 )
+_NOT_SPACE = re.compile(r"\S")
 _BARE_LABEL = re.compile(r"[^\w\n]*(?:[\w'-]+[ \t]+){0,4}[\w'-]+[*_ \t]*:[*_]*")
 
 
@@ -449,46 +500,39 @@ def occurrences(prompt: str, text: str) -> list[Closed]:
     return found
 
 
-def template_occurrences(prompt: str, template: str) -> list[Closed]:
-    """Where the fixed pieces of `template` stand, that is what is not a field like "{context}"."""
-    return [c for piece in re.split(r"\{\w*\}", template) for c in occurrences(prompt, piece)]
-
-
 def find_question(prompt: str, passages: Sequence[Stretch]) -> Closed:
     """The final question of a prompt in which `passages` were found.
 
     What the last label such as "Question:" outside passages introduces, up to a blank line, a line
     of signs or the next label; without one, the last line that is not a bare label ("Answer:").
     """
-    labels = [m for m in _QUESTION.finditer(prompt) if not _inside(m.end() - 1, passages)]
-    if labels:
-        start = labels[-1].end()
-        while start < len(prompt) and prompt[start].isspace():
-            start += 1
-        end = _END_OF_QUESTION.search(prompt, start)
-        return Closed(labels[-1].start(), end.start() if end else len(prompt))
+    starts = [s.start for s in passages]
+    for label in reversed(list(_QUESTION.finditer(prompt))):
+        before = bisect.bisect(starts, label.end() - 1)
+        if not before or passages[before - 1].stop < label.end():
+            start = _NOT_SPACE.search(prompt, label.end())
+            end = _END_OF_QUESTION.search(prompt, start.start()) if start else None
+            return Closed(label.start(), end.start() if end else len(prompt))
     stop = len(prompt.rstrip())
-    while stop:
-        start = prompt.rfind("\n", 0, stop) + 1
-        if not _BARE_LABEL.fullmatch(prompt[start:stop].strip()):
-            return Closed(start, len(prompt))
-        stop = len(prompt[:start].rstrip())
-    return Closed(0, len(prompt))
+    for _ in range(BARE_LABELS):
+        start_of_line = prompt.rfind("\n", 0, stop) + 1
+        line = prompt[start_of_line:stop].strip()
+        if not start_of_line or len(line) > LABEL or not _BARE_LABEL.fullmatch(line):
+            break
+        stop = len(prompt[:start_of_line].rstrip())
+    return Closed(prompt.rfind("\n", 0, stop) + 1, len(prompt))
 
 
 def title_before(before: str, titles: Mapping[str, int]) -> str:
     """The title that stands nearest before a text, at the end of a line of its header; or ""."""
     block = re.split(r"\n[^\S\n]*\n", before[-2000:].rstrip())[-1]
     for line in reversed(block.splitlines()):
+        line = line[-TITLE:]
         for end in (line.rstrip(), line.rstrip(" \t\r:.,;-–—#*_|)]}>\"'")):
             for word in re.finditer(r"(?<!\w)\S", end):
                 if end[word.start() :] in titles:
                     return end[word.start() :]
     return ""
-
-
-def _inside(at: int, stretches: Sequence[Stretch]) -> bool:
-    return any(s.start <= at < s.stop for s in stretches)
 
 
 def _asking(messages: Sequence[Mapping[str, Any]]) -> list[bool]:

@@ -385,6 +385,23 @@ def test_one_character_ten_million_times(catalog: Catalog) -> None:
         assert time.process_time() - start < 20
 
 
+HOSTILE = ["the ", "the\n", "question ", "-", "_", "A:\n", "Question:\n", "- ", "a-", "漢", "\n"]
+HOSTILE += [" ", f"{TEXTS[0]}-", f"{TEXTS[0]} ", f"Query: {TEXTS[0]}\n"]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_a_million_characters_of_anything(catalog: Catalog, piece: str) -> None:
+    """Time grows with the length, whatever stands there."""
+    put(catalog, *DOCS, *(piece.strip() * n or "x" for n in range(20, 120, 7)))
+    known = recogniser(catalog)
+    for end in ("", "Question", " " * 100_000, "\nAnswer:"):
+        prompt = f"Question{piece * (1_000_000 // len(piece))}{end}"
+        start = time.process_time()
+        parts = known.recognise(prompt, system=[TEXTS[0]] if end else [])
+        assert time.process_time() - start < 10
+        assert put_back(parts) == prompt
+
+
 def test_many_passages_with_one_head_and_one_text(catalog: Catalog) -> None:
     head = "Internal report of the harbour company, confidential, not for circulation. "
     put(catalog, *(Document(f"{head}{n} {'word ' * (n % 300)}", id=str(n)) for n in range(5000)))
