@@ -292,8 +292,10 @@ class Table:
 
     def changed(self, version: int, rows: Sequence[int], texts: Iterable[tuple[int, str]]) -> Table:
         """This table without `rows`, and with `texts` (row, text)."""
-        stay = ~np.isin(self.entries["row"], np.array(rows, dtype=np.int64))
-        heads, entries = self.heads[stay], self.entries[stay]
+        heads, entries = self.heads, self.entries
+        gone = np.isin(entries["row"], np.array(rows, dtype=np.int64))
+        if gone.any():
+            heads, entries = heads[~gone], entries[~gone]
         new_heads, new_entries = _hashed(texts)
         at = np.searchsorted(heads, new_heads)
         heads = np.insert(heads, at, new_heads)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import multiprocessing
 import sqlite3
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -438,6 +441,19 @@ def test_memory_is_as_stated(catalog: Catalog) -> None:
     assert len(table.heads) == 10_000
     assert table.nbytes == 28 * 10_000
     assert held < table.nbytes + 50_000
+
+
+def test_the_benchmark_runs_and_ends_in_one_json_object() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "recognition.py"
+    sizes = ["--passages", "600", "--characters", "9000", "--rounds", "2"]
+    done = subprocess.run(
+        [sys.executable, str(script), *sizes], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["kind"] for row in rows] == ["chain", "text", "changed", "one_head"]
+    assert [row["recognised"] > 5 for row in rows] == [True, False, True, True]
+    assert all(row["table_bytes"] == 28 * row["passages"] for row in rows)
 
 
 # Through a collection
