@@ -529,7 +529,12 @@ class KVLinkRAG:
         """The saved index, or an empty one at version 0, which the catalog then fills."""
         path = self.directory / INDEX
         try:
-            return VectorIndex.load(path, dimension=dimension, source=self.catalog.identity)
+            index, version = VectorIndex.load(
+                path, dimension=dimension, source=self.catalog.identity
+            )
+            if version <= self.catalog.version():
+                return index, version
+            logger.warning("the index is newer than the catalog (a backup?) and is rebuilt from it")
         except FileNotFoundError:
             pass
         except (IndexCorrupt, OSError) as error:

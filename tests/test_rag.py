@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -373,3 +374,20 @@ def test_an_existing_folder_keeps_its_permissions(
     assert (tmp_path / "snapshots").stat().st_mode & 0o777 == 0o700
     files = [path for path in (tmp_path / "snapshots").rglob("*") if path.is_file()]
     assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
+def test_an_index_newer_than_a_restored_catalog_is_rebuilt(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    """The rows of what was added after the backup are given again, to other documents."""
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        rag.add(towns(2))
+    shutil.copy(tmp_path / "c" / "catalog.sqlite", tmp_path / "backup")
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        for document in towns()[2:]:
+            rag.add([document])
+    shutil.copy(tmp_path / "backup", tmp_path / "c" / "catalog.sqlite")
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        assert len(rag.index) == len(rag) == 2
+        rag.add([Document("A lamp is red.", id="lamp")])
+        assert rag.search("a red lamp", 1)[0].document.id == "lamp"
