@@ -78,7 +78,7 @@ def test_what_cannot_be_laid_out(encoder: PartTokenizer) -> None:
     spec = byte_spec(slots=2)
     with pytest.raises(TooManyPassages, match="more than 2 passages"):
         layout([Passage(A)] * 3 + [Text("q")], encoder, spec)
-    for parts in ([], [Text("")], [Passage(A)] if False else [Text("")]):
+    for parts in ([], [Text("")]):
         with pytest.raises(PromptError, match="nothing to predict from"):
             layout(parts, encoder, spec)
     with pytest.raises(PromptError, match="found a str"):
@@ -99,10 +99,7 @@ def test_visibility_goes_by_position_not_by_place() -> None:
     assert seen[5].all()
     assert seen[3].tolist() == [False, False, True, True, False, False]
     windowed = visibility(at, seg, at, seg, window=5)
-    assert windowed[5].tolist() == [False, False, True, True, False, True] or windowed[
-        5
-    ].tolist() == [False, False, True, True, True, True]
-    assert not windowed[5, 1]
+    assert windowed[5].tolist() == [False, False, True, True, False, True]
 
 
 def test_special_strings_in_text_stay_text(encoder: PartTokenizer) -> None:
