@@ -30,6 +30,7 @@ from .formats import preset
 from .mixture import Mixture, draw
 from .packing import CachedEncoder, pack
 from .questions import exercise
+from .start import lay_induction
 from .tokenizer import VOCABULARY, small_spec
 
 WINDOW = 8192
@@ -124,9 +125,9 @@ class Recipe:
 
 
 def build(seed: int = 0) -> LlamaForCausalLM:
-    """The bundled model's architecture with random weights: 2.1M parameters, tied embeddings."""
+    """The bundled model's architecture, 2.1M parameters, with initial weights that copy."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=160,
@@ -143,6 +144,8 @@ def build(seed: int = 0) -> LlamaForCausalLM:
             pad_token_id=1,
         )
     )
+    lay_induction(model, seed)
+    return model
 
 
 def predict(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
