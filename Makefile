@@ -44,7 +44,7 @@ bench: setup ## Time to first token and encoding, with figures (about 15 minutes
 	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/encode.py
 
-train-small: setup ## Train the bundled small model again from its seed (an hour or two on two cores)
+train-small: setup ## Train a small pair from a seed, into runs (see docs/experiments_small_model.md)
 	$(BIN)/python -m kvlink_rag.training.small --out runs/small
 
 clean: ## Remove what the tasks made
