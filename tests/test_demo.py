@@ -26,7 +26,8 @@ def test_the_demo_marks_its_answers_and_reuse_is_faster(tmp_path: Path) -> None:
     assert len(found["answers"]) == sum(ASKED.values())
     assert {answer["kind"] for answer in found["answers"]} == set(ASKED)
     assert found["right"] == sum(answer["right"] for answer in found["answers"])
-    for answer in found["answers"]:  # how many are right is the model's business, not the demo's
+    assert found["right"] >= 7
+    for answer in found["answers"]:
         last = answer["answer"].split()[-1].lower()
         assert answer["right"] <= (last in answer["said"].lower())
         assert (

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlink_rag.training import lm
-from kvlink_rag.training.start import lay_induction
+from kvlink_rag.training.start import MATCHING_LAYER, lay_induction
 
 
 def repeated(seed: int = 0, length: int = 40) -> torch.Tensor:
@@ -17,24 +17,22 @@ def repeated(seed: int = 0, length: int = 40) -> torch.Tensor:
 
 
 @torch.no_grad()
-def losses(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[float, float]:
-    """Mean nats of the first and of the second half."""
-    lost = torch.nn.functional.cross_entropy(
-        model(ids).logits[0, :-1], ids[0, 1:], reduction="none"
-    )
+def foretold(model: LlamaForCausalLM) -> tuple[float, float]:
+    """Share of tokens of the first and of the second half that were the most likely ones."""
+    ids = repeated()
+    right = (model(ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).float()
     half = ids.shape[1] // 2
-    return lost[: half - 1].mean().item(), lost[half:].mean().item()
+    return right[: half - 1].mean().item(), right[half:].mean().item()
 
 
 def test_repeated_tokens_are_copied_from_the_first_step() -> None:
-    first, second = losses(lm.build(), repeated())
-    assert second < first - 2
-
     model = lm.build()
-    for layer in model.model.layers[1:4]:
-        layer.self_attn.q_proj.weight.data.zero_()
-    first, second = losses(model, repeated())
-    assert second > first - 1, "the matching heads are what copies"
+    first, second = foretold(model)
+    assert first < 0.1
+    assert second > 0.7
+
+    model.model.layers[MATCHING_LAYER].self_attn.q_proj.weight.data.zero_()
+    assert foretold(model)[1] < 0.1, "the matching heads are what copies"
 
 
 def test_a_model_that_is_too_narrow_is_refused() -> None:

@@ -14,6 +14,7 @@ from .blocks import BIN, Batch, arrange, bins_of
 from .formats import Prompt
 from .packing import Learn, Packed, pack, tail_length
 from .questions import Exercise, exercise
+from .world import SIZES
 
 Asked = list[tuple[str, str]]
 
@@ -36,6 +37,8 @@ class Mixture:
     learn: Learn = "answers"
     absent: float = 0.2
     plain: float = 0.0
+    sizes: tuple[int, ...] = SIZES
+    dependent: float = 0.25
 
 
 def draw(rng: random.Random, mixture: Mixture, encoder: PartEncoder, spec: Spec) -> Batch:
@@ -46,7 +49,7 @@ def draw(rng: random.Random, mixture: Mixture, encoder: PartEncoder, spec: Spec)
     k = rng.choice(mixture.usual_pages) if usual else rng.randint(1, mixture.most_pages)
     reuse = rng.random() >= mixture.full_share
     text = rng.random() < mixture.text_share
-    rows = max(2, round(mixture.rows * 14 / (4 + k)))
+    rows = max(1, round(mixture.rows * 14 / (4 + k)))
     return arrange(
         [draw_prompt(rng, mixture, encoder, spec, k, reuse=reuse, text=text) for _ in range(rows)]
     )
@@ -67,7 +70,13 @@ def draw_prompt(
     reuse: False for ordinary causal attention; text: the pages are plain text instead of passages.
     """
     task = exercise(
-        rng, k, questions=2 * BIN * mixture.bins // 24, absent=mixture.absent, plain=mixture.plain
+        rng,
+        k,
+        questions=2 * BIN * mixture.bins // 24,
+        absent=mixture.absent,
+        plain=mixture.plain,
+        sizes=mixture.sizes,
+        dependent=mixture.dependent,
     )
     if text:
         prompt, asked = formats.varied(task.pages, rng, reuse=False, spec=spec), _asked(task)

@@ -1,9 +1,10 @@
-"""Invented proper names from syllables, in two disjoint splits.
+"""Invented proper names of a stem and an ending, in two disjoint splits.
 
-Knows how names look; knows nothing about facts or questions. A word belongs to one split for
-good (by a checksum of its letters), so a name of the held-out split never stands in training
-text, while its syllables do. Answers can therefore only be read from the documents, not
-remembered.
+Knows how names look; knows nothing about facts or questions. An invented word belongs to one
+split for good (by a checksum of its letters), so a name of the held-out split never stands in
+training text, while its stem and its ending do. Answers can therefore only be read from the
+documents, not remembered. Given names are ordinary ones, shared by both splits: a person is
+told by the family name.
 """
 
 from __future__ import annotations
@@ -14,135 +15,51 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 
-_ONSETS = [
-    "b",
-    "br",
-    "c",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "kr",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pr",
-    "qu",
-    "r",
-    "s",
-    "st",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "z",
-    "th",
-    "sh",
-]
-_VOWELS = ["a", "e", "i", "o", "u"]
-_ENDINGS = {
-    "given": [
-        "lan",
-        "ra",
-        "mia",
-        "ven",
-        "dor",
-        "lie",
-        "nna",
-        "rik",
-        "tess",
-        "vale",
-        "sa",
-        "min",
-        "bert",
-        "dine",
-        "lo",
-        "xa",
-        "ron",
-        "phie",
-        "das",
-        "mel",
-    ],
-    "family": [
-        "teld",
-        "venn",
-        "rosk",
-        "mart",
-        "lind",
-        "quist",
-        "berg",
-        "stone",
-        "wyn",
-        "garth",
-        "nell",
-        "dahl",
-        "moor",
-        "vic",
-        "tano",
-        "rell",
-        "sby",
-        "hart",
-    ],
-    "town": [
-        "nik",
-        "ham",
-        "mouth",
-        "wick",
-        "ford",
-        "stad",
-        "burg",
-        "dale",
-        "port",
-        "bury",
-        "haven",
-        "field",
-        "lund",
-        "mere",
-        "ton",
-        "gate",
-        "holm",
-        "crest",
-    ],
-    "river": ["na", "rel", "une", "vash", "dra", "mo", "lle", "sk", "tta", "wen"],
-    "region": ["nia", "land", "mark", "shire", "via", "stan", "ria", "more"],
-    "company": [
-        "vex",
-        "tek",
-        "trix",
-        "nova",
-        "lon",
-        "gen",
-        "dyne",
-        "phon",
-        "corp",
-        "mex",
-        "tra",
-        "zon",
-    ],
-    "project": [
-        "mora",
-        "lux",
-        "rion",
-        "tis",
-        "thea",
-        "cor",
-        "nimbus",
-        "dax",
-        "pheus",
-        "ros",
-        "vant",
-        "lia",
-    ],
-    "product": ["lo", "vox", "rin", "pex", "tor", "zy", "ma", "dell", "kit", "que"],
-    "museum": ["ville", "court", "ley", "hall", "den", "croft", "man", "worth"],
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_ONSETS = _words("b br c d dr f fl g gr h j k kr l m n p pr r s st t tr v w z th sh")
+_VOWELS = _words("a e i o u")
+_CODAS = _words("l n r s v m k")
+_STEMS = 400
+
+GIVEN = {
+    "she": _words(
+        "Ann Ada Alma Bea Carla Clara Dora Edith Ella Emma Eva Fay Flora Grace Greta Hana Helen "
+        "Ida Iris Ivy Jane Julia Kate Laura Lea Lena Lily Lucy Mabel Maria Mary May Mia Nina Nora "
+        "Olga Petra Rita Rosa Ruth Sara Sofia Tina Uma Vera Wanda Zoe Amy"
+    ),
+    "he": _words(
+        "Abel Adam Alan Anton Axel Ben Boris Carl Colin Dan Dirk Erik Felix Finn Frank Fred Georg "
+        "Glen Hans Hugo Igor Ivan Jack James Jan Joel John Jonas Karl Kurt Leo Liam Luke Marc Max "
+        "Neil Nils Otto Owen Paul Peter Ralf Rolf Sam Simon Tom Viktor Walt"
+    ),
 }
-_MIDDLES = ["l", "r", "n", "m", "s", "t", "v", "d", "nd", "rt", "ll", "ss", "k", "g", "b"]
+ENDINGS = {
+    "family": _words(
+        "teld venn rosk mart lind quist berg stone wyn garth nell dahl moor vic tano rell sby hart"
+    ),
+    "town": _words(
+        "nik ham mouth wick ford stad burg dale port bury haven field lund mere ton gate holm crest"
+    ),
+    "river": _words("na rel une vash dra mo lle sk tta wen"),
+    "region": _words("nia land mark shire via stan ria more"),
+    "company": _words("vex tek trix nova lon gen dyne phon corp mex tra zon"),
+    "project": _words("mora lux rion tis thea cor nimbus dax pheus ros vant lia"),
+    "product": _words("lo vox rin pex tor zy ma dell kit que"),
+    "museum": _words("ville court ley hall den croft man worth"),
+}
+
+
+def _by_checksum(words: list[str]) -> list[str]:
+    return sorted(words, key=lambda word: zlib.crc32(word.encode()))
+
+
+STEMS = tuple(
+    sorted(_by_checksum([o + v + c for o in _ONSETS for v in _VOWELS for c in _CODAS])[:_STEMS])
+)
 
 
 def split_of(word: str) -> Split:
@@ -159,16 +76,13 @@ class Names:
         self._used: set[str] = set()
 
     def word(self, kind: str) -> str:
-        """A capitalised word of this kind ("given", "town", ...), not drawn before."""
+        """A capitalised word of this kind ("family", "town", ...), not drawn before."""
         while True:
-            word = self._spell(kind)
+            word = (self._rng.choice(STEMS) + self._rng.choice(ENDINGS[kind])).capitalize()
             if split_of(word) == self._split and word not in self._used:
                 self._used.add(word)
                 return word
 
-    def _spell(self, kind: str) -> str:
-        rng = self._rng
-        stem = rng.choice(_ONSETS) + rng.choice(_VOWELS)
-        if rng.random() < 0.4:
-            stem += rng.choice(_MIDDLES) + rng.choice(_VOWELS)
-        return (stem + rng.choice(_ENDINGS[kind])).capitalize()
+    def given(self, pronoun: str) -> str:
+        """A given name that goes with "she" or "he"; may come again."""
+        return self._rng.choice(GIVEN[pronoun])

@@ -8,7 +8,7 @@ or models.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -21,7 +21,7 @@ from .facts import (
     relations_of,
 )
 from .names import Split
-from .world import Builder, Dependence, Entity, Fact, Page, World
+from .world import SIZES, Builder, Dependence, Entity, Fact, Page, World
 
 _T = TypeVar("_T")
 QuestionKind = Literal["one-hop", "two-hop", "absent"]
@@ -157,28 +157,35 @@ def exercise(
     questions: int = 12,
     absent: float = 0.2,
     plain: float = 0.0,
+    sizes: Sequence[int] = SIZES,
+    dependent: float = 0.25,
     split: Split = "train",
 ) -> Exercise:
     """A small world of its own, k of its pages, and a mixture of questions over them, of which the
-    share `absent` asks for what the pages do not say; `plain` is the chance of a plain world.
+    share `absent` asks for what the pages do not say; `plain` is the chance of a plain world,
+    `dependent` that of one whose pages depend on each other, `sizes` as in `Builder`.
     """
     plainly = plain > 0 and rng.random() < plain
-    world = _small_world(rng, k, split, plainly)
+    world = _small_world(rng, k, split, plain=plainly, sizes=sizes, dependent=dependent)
     pages = _choose(list(world.pages.values()), k, rng)
     return Exercise(
         tuple(pages), tuple(_mixture(world, {p.id for p in pages}, questions, absent, rng))
     )
 
 
-def _small_world(rng: random.Random, k: int, split: Split, plain: bool) -> World:
+def _small_world(
+    rng: random.Random, k: int, split: Split, *, plain: bool, sizes: Sequence[int], dependent: float
+) -> World:
     head = rng.choice(KINDS)
     chain = rng.choice(bridges_of(head, plain=plain))
     spare = 1 + k // 4
-    dependent = rng.choice((0.5, 0.3)) if rng.random() < 0.25 else 0.0
+    share = rng.choice((0.5, 0.3)) if rng.random() < dependent else 0.0
     if rng.random() < 0.2 or k < 2:
-        table = head if rng.random() < 0.15 else ""
+        table = head if dependent and rng.random() < 0.15 else ""
         counts = {head: k + spare}
-        return Builder(rng, split, counts, dependent=dependent, table=table, plain=plain).build()
+        return Builder(
+            rng, split, counts, dependent=share, table=table, plain=plain, sizes=sizes
+        ).build()
     counts = {head: (k + 1) // 2 + spare}
     counts[chain.value] = counts.get(chain.value, 0) + k // 2 + spare
     return Builder(
@@ -187,8 +194,9 @@ def _small_world(rng: random.Random, k: int, split: Split, plain: bool) -> World
         counts,
         chain=chain,
         linked=rng.choice((0.2, 0.6)),
-        dependent=dependent,
+        dependent=share,
         plain=plain,
+        sizes=sizes,
     ).build()
 
 

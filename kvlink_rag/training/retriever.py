@@ -34,7 +34,7 @@ class Recipe:
     """The encoder's run: `batch` pairs a step from a new world of `pages` pages of each kind."""
 
     seed: int = 0
-    steps: int = 450
+    steps: int = 1000
     batch: int = 96
     rate: float = 2e-3
     temperature: float = 0.05

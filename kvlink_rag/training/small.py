@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from ..tokens import PartTokenizer
 from . import formats, lm, retriever
 from .demo import write_demo
+from .names import ENDINGS, STEMS
 from .questions import exercise
-from .tokenizer import SYSTEM, small_spec, train_tokenizer
+from .tokenizer import LINKS, SYSTEM, small_spec, train_tokenizer
 
 
 def corpus(seed: int, worlds: int = 1500) -> Iterator[str]:
-    """What the tokenizer is trained on: passages, questions and answers of training worlds, and
-    the formats.
+    """What the tokenizer is trained on: passages, questions and answers of training worlds, the
+    formats, and the stems and endings of names, often enough to become tokens.
     """
     rng, spec = random.Random(f"tokenizer-{seed}"), small_spec()
     for _ in range(worlds):
@@ -34,6 +36,9 @@ def corpus(seed: int, worlds: int = 1500) -> Iterator[str]:
     for _ in range(worlds // 5):
         yield from (text for intro, _, tail in formats.WRAPPERS for text in (intro, tail))
         yield from (*formats.SYSTEMS, SYSTEM, formats.REPLY, formats.THANKS, *formats.GREETINGS)
+    for _ in range(worlds * 2 // 3):
+        yield from (stem.capitalize() for stem in STEMS)
+        yield from (ending for endings in ENDINGS.values() for ending in endings)
 
 
 def make_tokenizer(out: Path, seed: int) -> PartTokenizer:
@@ -43,21 +48,28 @@ def make_tokenizer(out: Path, seed: int) -> PartTokenizer:
     return PartTokenizer(AutoTokenizer.from_pretrained(out / "lm"))
 
 
-def make_lm(out: Path, work: Path, recipe: lm.Recipe, tokenizer: PartTokenizer) -> None:
-    """The language model in `out`/lm with its spec, trained in `work` if it is missing."""
-    if (out / "lm" / "model.safetensors").exists():
+def make_lm(directory: Path, work: Path, recipe: lm.Recipe, tokenizer: PartTokenizer) -> None:
+    """The language model in `directory` with its spec, trained in `work` if it is missing."""
+    if (directory / "model.safetensors").exists():
         return
     lm.train(recipe, tokenizer, work)
     trainer = lm.Trainer(lm.build(recipe.seed), recipe)
     trainer.load(work / "checkpoint.pt")
-    save_lm(trainer.model, out / "lm")
+    save_lm(trainer.model, directory, recipe.links)
 
 
-def save_lm(model: LlamaForCausalLM, directory: Path) -> None:
+def make_compared(out: Path, work: Path, name: str, recipe: lm.Recipe, seed: int) -> None:
+    """A language model of another recipe in `out`/name, with a copy of the tokenizer."""
+    tokenizer = make_tokenizer(out, seed)
+    AutoTokenizer.from_pretrained(out / "lm").save_pretrained(out / name)
+    make_lm(out / name, work / name, replace(recipe, seed=seed), tokenizer)
+
+
+def save_lm(model: LlamaForCausalLM, directory: Path, links: int = LINKS) -> None:
     """Weights in float32, generation defaults and `kvlink.json`."""
     model.config._attn_implementation = "sdpa"
     model.to(torch.float32).save_pretrained(directory)
-    (directory / "kvlink.json").write_text(small_spec().to_json(), encoding="utf-8")
+    (directory / "kvlink.json").write_text(small_spec(links).to_json(), encoding="utf-8")
 
 
 def make_encoder(out: Path, seed: int) -> None:
@@ -75,21 +87,37 @@ def make_encoder(out: Path, seed: int) -> None:
     tokenizer.save_pretrained(out / "encoder")
 
 
+COMPARED = {
+    "links-5": lm.Recipe(stages=lm.COMPARED),
+    "links-1": lm.Recipe(stages=lm.COMPARED, links=1),
+    "links-0": lm.Recipe(stages=lm.COMPARED, links=0),
+    "full": lm.Recipe(stages=lm.COMPARED, links=0, full_only=True),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the finished files go")
     parser.add_argument("--work", type=Path, help="where checkpoints go (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("lm", "encoder", "demo"), help="one stage")
+    parser.add_argument(
+        "--compared",
+        choices=COMPARED,
+        help="instead: a language model to compare with, at half the budget, as OUT/NAME",
+    )
     arguments = parser.parse_args()
     work = arguments.work or arguments.out / "work"
+    if name := arguments.compared:
+        make_compared(arguments.out, work, name, COMPARED[name], arguments.seed)
+        return
     tokenizer = make_tokenizer(arguments.out, arguments.seed)
     if arguments.only in (None, "demo"):
         write_demo(arguments.out, arguments.seed)
     if arguments.only in (None, "encoder"):
         make_encoder(arguments.out, arguments.seed)
     if arguments.only in (None, "lm"):
-        make_lm(arguments.out, work, lm.Recipe(seed=arguments.seed), tokenizer)
+        make_lm(arguments.out / "lm", work, lm.Recipe(seed=arguments.seed), tokenizer)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 From random weights, a model of this size spends millions of tokens before its first induction
 head appears. Here the circuit is laid down at the start and left to training: two heads of layer
-0 look at the token before, two heads of each of the next three layers look for the token that
-followed the present one earlier and copy it. (Olsson et al. 2022, "In-context Learning and
-Induction Heads"; the idea of starting from what training would find: Trockman and Kolter 2023,
-"Mimetic Initialization of Self-Attention Layers".) Knows no task.
+0 look at the token before, two heads of layer 3 look for the token that followed the present one
+earlier and copy it; the final norm is scaled up so that what they copy wins. (Olsson et al. 2022,
+"In-context Learning and Induction Heads"; the idea of starting from what training would find:
+Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers".) Knows no task.
 
 The residual stream is divided: the first half holds what a token is, the second half what the
 one before it was, the last coordinate is the same for all tokens.
@@ -19,14 +19,15 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 EMBEDDING = 0.1
-MATCH = 1.7
-COPY = 2.0
+MATCH = 2.2
+COPY = 4.0
+SHARPNESS = 3.0
 NOISE = 0.003
 LOCAL = 7.0
 FAR = 300
 FAST = 5
 HEADS = 2
-MATCHING_LAYERS = slice(1, 4)
+MATCHING_LAYER = 3
 
 
 @torch.no_grad()
@@ -48,8 +49,8 @@ def lay_induction(model: LlamaForCausalLM, seed: int = 0) -> None:
         layer.mlp.down_proj.weight.zero_()
     frequencies = model.model.rotary_emb.inv_freq
     _look_back(model.model.layers[0].self_attn, frequencies, half, last)
-    for layer in model.model.layers[MATCHING_LAYERS]:
-        _match(layer.self_attn, frequencies, half)
+    _match(model.model.layers[MATCHING_LAYER].self_attn, frequencies, half)
+    model.model.norm.weight.fill_(SHARPNESS)
     for layer in model.model.layers:
         for weight in layer.parameters():
             if weight.ndim == 2:

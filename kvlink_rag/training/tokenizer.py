@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..spec import PromptPreset, Spec
 
-VOCABULARY = 1536
+VOCABULARY = 2048
 SLOTS = 32
 LINKS = 5
 ROLES = (
@@ -46,10 +46,12 @@ def special_tokens() -> list[str]:
     return [*ROLES, *links]
 
 
-def small_spec() -> Spec:
-    """The spec of the bundled model; ids follow `special_tokens`."""
+def small_spec(links: int = LINKS) -> Spec:
+    """The spec of the bundled model; ids follow `special_tokens`. Fewer `links` than five are for
+    models that it is compared with.
+    """
     return Spec(
-        links_per_passage=LINKS,
+        links_per_passage=links,
         first_link_id=len(ROLES),
         mem_start=ROLES.index("<|mem_start|>"),
         mem_end=ROLES.index("<|mem_end|>"),

@@ -25,7 +25,8 @@ from .names import Names, Split
 
 Dependence = Literal["", "continued", "same", "table"]
 
-_PRONOUNS = {"person": (("she", "her"), ("he", "his"))}
+SIZES = (2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5)  # facts of a page, drawn evenly
+_PRONOUNS = (("she", "her"), ("he", "his"))
 _PLURALS = {"person": "people", "company": "companies"}
 _COMPANY_FORMS = ("{} Labs", "{} Works", "{} Group", "{} Brothers")
 _PRODUCT_FORMS = ("{} lamp", "{} kettle", "{} drill", "{} radio", "{} stove", "{} bicycle")
@@ -110,7 +111,7 @@ class Builder:
 
     `linked` is the chance that a fact's value is an entity which has a page of its own; a fact
     of a `chain` relation always has one where there is one. `dependent` is the share of pages
-    made to depend on others.
+    made to depend on others. `sizes` are the numbers of facts that a page may have.
     """
 
     def __init__(
@@ -124,11 +125,12 @@ class Builder:
         dependent: float = 0.0,
         table: str = "",
         plain: bool = False,
+        sizes: Sequence[int] = SIZES,
     ) -> None:
         self.rng, self.names = rng, Names(rng, split)
         self.linked, self.chain, self.dependent = linked, chain, dependent
-        self.table, self.plain = table, plain
-        self._parts: dict[str, list[str]] = {"given": [], "family": []}
+        self.table, self.plain, self.sizes = table, plain, sizes
+        self._families: list[str] = []
         self._taken: set[str] = set()
         self._sources: set[Fact] = set()
         self.entities = {kind: [self.entity(kind) for _ in range(n)] for kind, n in counts.items()}
@@ -155,17 +157,18 @@ class Builder:
         return Entity(kind, form.format(self.names.word(kind)))
 
     def _person(self) -> Entity:
-        while (name := f"{self._part('given')} {self._part('family')}") in self._taken:
+        pronouns = self.rng.choice(_PRONOUNS)
+        while (name := f"{self.names.given(pronouns[0])} {self._family()}") in self._taken:
             pass
         self._taken.add(name)
-        return Entity("person", name, *self.rng.choice(_PRONOUNS["person"]))
+        return Entity("person", name, *pronouns)
 
-    def _part(self, kind: str) -> str:
-        """A given or family name; one in eight is shared with somebody else of the world."""
-        pool = self._parts[kind]
+    def _family(self) -> str:
+        """A family name; one in eight is shared with somebody else of the world."""
+        pool = self._families
         if pool and (self.rng.random() < 0.12 or len(pool) > 400):
             return self.rng.choice(pool)
-        pool.append(self.names.word(kind))
+        pool.append(self.names.word("family"))
         return pool[-1]
 
     def _value(self, subject: Entity, relation: Relation) -> Entity | str:
@@ -186,7 +189,7 @@ class Builder:
     def _facts(self, entity: Entity) -> list[Fact]:
         relations = list(relations_of(entity.kind, plain=self.plain))
         self.rng.shuffle(relations)
-        kept = relations[: self.rng.choices((2, 3, 4, 5), (2, 5, 4, 2))[0]]
+        kept = relations[: self.rng.choice(self.sizes)]
         if self.chain in relations and self.chain not in kept and self.chain is not None:
             kept[self.rng.randrange(len(kept))] = self.chain
         return [Fact(entity, relation, self._value(entity, relation)) for relation in kept]
