@@ -7,7 +7,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench train-small clean
+.PHONY: help setup demo notebooks test lint format bench train-small clean
 
 help: ## List the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.tom
 
 demo: setup ## Index the bundled documents, answer questions, show sources and time to first token
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(THREADS) $(BIN)/kvlink-rag demo
+
+notebooks: setup ## Run the notebooks anew and keep their outputs
+	HF_HUB_OFFLINE=$(if $(KVLINK_MODEL),0,1) OMP_NUM_THREADS=$(THREADS) $(BIN)/python notebooks/run.py
 
 test: setup lint ## Set up, check style and types, run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)

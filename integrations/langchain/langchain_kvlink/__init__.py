@@ -8,6 +8,13 @@
 The public names are those in `__all__`. Importing this package loads neither torch nor weights.
 """
 
+from importlib.util import find_spec
+
+from kvlink_rag.errors import MissingExtra
+
+if find_spec("langchain_core") is None:
+    raise MissingExtra.of("langchain-core", "langchain", "langchain_kvlink")
+
 from langchain_kvlink.chains import KVLinkDocumentsChain
 from langchain_kvlink.chat_models import ChatKVLink
 from langchain_kvlink.documents import aregister_documents, document_block, register_documents

@@ -53,6 +53,18 @@ def test_importing_and_constructing_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=280)
 
 
+def test_without_langchain_the_error_names_the_install_line() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['langchain_core'] = None\n"
+        "from kvlink_rag.errors import MissingExtra\n"
+        "try: import langchain_kvlink\n"
+        "except MissingExtra as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    assert "pip install 'kvlink-rag[langchain]'" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("kind", WORDS)
 def test_no_argument_is_the_bundled_pair(kind: Any, tmp_path: Path) -> None:
     made = kind()

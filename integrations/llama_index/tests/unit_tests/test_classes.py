@@ -51,6 +51,28 @@ def test_namespace_folders_have_no_init() -> None:
     assert len(list(ROOT.rglob("py.typed"))) == 4
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "llama_index.llms.kvlink",
+        "llama_index.retrievers.kvlink",
+        "llama_index.response_synthesizers.kvlink",
+        "llama_index.embeddings.contriever",
+    ],
+)
+def test_without_llama_index_the_error_names_the_install_line(module: str) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['llama_index.core'] = None\n"
+        "from kvlink_rag.errors import MissingExtra\n"
+        f"try: import {module}\n"
+        "except MissingExtra as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    assert done.stdout.startswith(f"{module} needs"), done.stderr
+    assert "pip install 'kvlink-rag[llama-index]'" in done.stdout
+
+
 def test_class_names() -> None:
     assert [c.class_name() for c in (KVLink, KVLinkRegister, ContrieverEmbedding)] == [
         "KVLink",

@@ -1,5 +1,12 @@
 """KVLink for LlamaIndex: the LLM, and the transformation that registers nodes for it."""
 
+from importlib.util import find_spec
+
+from kvlink_rag.errors import MissingExtra
+
+if find_spec("llama_index.core") is None:
+    raise MissingExtra.of("llama-index-core", "llama-index", "llama_index.llms.kvlink")
+
 from llama_index.llms.kvlink.base import KVLink
 from llama_index.llms.kvlink.register import KVLinkRegister
 
