@@ -39,6 +39,7 @@ class Mixture:
     plain: float = 0.0
     sizes: tuple[int, ...] = SIZES
     dependent: float = 0.25
+    strange: float = 0.0
 
 
 def draw(rng: random.Random, mixture: Mixture, encoder: PartEncoder, spec: Spec) -> Batch:
@@ -77,6 +78,7 @@ def draw_prompt(
         plain=mixture.plain,
         sizes=mixture.sizes,
         dependent=mixture.dependent,
+        strange=mixture.strange,
     )
     if text:
         prompt, asked = formats.varied(task.pages, rng, reuse=False, spec=spec), _asked(task)

@@ -1,4 +1,4 @@
-"""Invented proper names of a stem and an ending, in two disjoint splits.
+"""Invented proper names of a stem and an ending, or of any syllables, in two disjoint splits.
 
 Knows how names look; knows nothing about facts or questions. An invented word belongs to one
 split for good (by a checksum of its letters), so a name of the held-out split never stands in
@@ -24,6 +24,8 @@ _ONSETS = _words("b br c d dr f fl g gr h j k kr l m n p pr r s st t tr v w z th
 _VOWELS = _words("a e i o u")
 _CODAS = _words("l n r s v m k")
 _STEMS = 400
+_STARTS = ("", *_ONSETS, "qu", "x", "y", "ch", "pl", "sw")
+_STOPS = ("", "", "", *_CODAS, "d", "t", "x", "ng", "st", "lle", "cque")
 
 GIVEN = {
     "she": _words(
@@ -68,21 +70,36 @@ def split_of(word: str) -> Split:
 
 
 class Names:
-    """Draws fresh words of one split; a word is given out once per object."""
+    """Draws fresh words of one split; a word is given out once per object.
 
-    def __init__(self, rng: random.Random, split: Split) -> None:
+    strange: words of one to four syllables, as names of the real world may be to the model.
+    """
+
+    def __init__(self, rng: random.Random, split: Split, *, strange: bool = False) -> None:
         self._rng = rng
         self._split = split
+        self._strange = strange
         self._used: set[str] = set()
 
     def word(self, kind: str) -> str:
         """A capitalised word of this kind ("family", "town", ...), not drawn before."""
         while True:
-            word = (self._rng.choice(STEMS) + self._rng.choice(ENDINGS[kind])).capitalize()
+            word = (self._syllables() if self._strange else self._spell(kind)).capitalize()
             if split_of(word) == self._split and word not in self._used:
                 self._used.add(word)
                 return word
 
     def given(self, pronoun: str) -> str:
         """A given name that goes with "she" or "he"; may come again."""
+        if self._strange and self._rng.random() < 0.5:
+            return self._syllables().capitalize()
         return self._rng.choice(GIVEN[pronoun])
+
+    def _spell(self, kind: str) -> str:
+        return self._rng.choice(STEMS) + self._rng.choice(ENDINGS[kind])
+
+    def _syllables(self) -> str:
+        rng = self._rng
+        count = rng.choice((1, 2, 2, 2, 3, 3, 4))
+        sounds = (_STARTS, _VOWELS, _STOPS) * count
+        return "".join(rng.choice(each) for each in sounds)

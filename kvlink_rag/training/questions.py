@@ -159,14 +159,23 @@ def exercise(
     plain: float = 0.0,
     sizes: Sequence[int] = SIZES,
     dependent: float = 0.25,
+    strange: float = 0.0,
     split: Split = "train",
 ) -> Exercise:
     """A small world of its own, k of its pages, and a mixture of questions over them, of which the
     share `absent` asks for what the pages do not say; `plain` is the chance of a plain world,
-    `dependent` that of one whose pages depend on each other, `sizes` as in `Builder`.
+    `dependent` that of one whose pages depend on each other, `strange` that of one with names of
+    any syllables, `sizes` as in `Builder`.
     """
-    plainly = plain > 0 and rng.random() < plain
-    world = _small_world(rng, k, split, plain=plainly, sizes=sizes, dependent=dependent)
+    world = _small_world(
+        rng,
+        k,
+        split,
+        plain=plain > 0 and rng.random() < plain,
+        sizes=sizes,
+        dependent=dependent,
+        strange=strange > 0 and rng.random() < strange,
+    )
     pages = _choose(list(world.pages.values()), k, rng)
     return Exercise(
         tuple(pages), tuple(_mixture(world, {p.id for p in pages}, questions, absent, rng))
@@ -174,7 +183,14 @@ def exercise(
 
 
 def _small_world(
-    rng: random.Random, k: int, split: Split, *, plain: bool, sizes: Sequence[int], dependent: float
+    rng: random.Random,
+    k: int,
+    split: Split,
+    *,
+    plain: bool,
+    sizes: Sequence[int],
+    dependent: float,
+    strange: bool,
 ) -> World:
     head = rng.choice(KINDS)
     chain = rng.choice(bridges_of(head, plain=plain))
@@ -184,7 +200,14 @@ def _small_world(
         table = head if dependent and rng.random() < 0.15 else ""
         counts = {head: k + spare}
         return Builder(
-            rng, split, counts, dependent=share, table=table, plain=plain, sizes=sizes
+            rng,
+            split,
+            counts,
+            dependent=share,
+            table=table,
+            plain=plain,
+            sizes=sizes,
+            strange=strange,
         ).build()
     counts = {head: (k + 1) // 2 + spare}
     counts[chain.value] = counts.get(chain.value, 0) + k // 2 + spare
@@ -197,6 +220,7 @@ def _small_world(
         dependent=share,
         plain=plain,
         sizes=sizes,
+        strange=strange,
     ).build()
 
 

@@ -111,7 +111,8 @@ class Builder:
 
     `linked` is the chance that a fact's value is an entity which has a page of its own; a fact
     of a `chain` relation always has one where there is one. `dependent` is the share of pages
-    made to depend on others. `sizes` are the numbers of facts that a page may have.
+    made to depend on others. `sizes` are the numbers of facts that a page may have; `strange` as
+    in `Names`.
     """
 
     def __init__(
@@ -126,8 +127,9 @@ class Builder:
         table: str = "",
         plain: bool = False,
         sizes: Sequence[int] = SIZES,
+        strange: bool = False,
     ) -> None:
-        self.rng, self.names = rng, Names(rng, split)
+        self.rng, self.names = rng, Names(rng, split, strange=strange)
         self.linked, self.chain, self.dependent = linked, chain, dependent
         self.table, self.plain, self.sizes = table, plain, sizes
         self._families: list[str] = []
