@@ -70,18 +70,15 @@ def _check_catalog(rag: KVLinkRAG, fix: bool) -> list[str]:
 
 def _check_index(rag: KVLinkRAG, fix: bool) -> list[str]:
     """The index file against its own digest, the index against the catalog."""
-    problems = rag.check_index_file()
-    if len(rag.index) != rag.catalog.embedded():
-        found, expected = len(rag.index), rag.catalog.embedded()
-        problems.append(f"index: found {found} vectors, expected {expected}")
+    problems = list(dict.fromkeys(rag.check_index_file()))
     if problems and fix:
         rag.reset_index()
-    return problems
+    return [f"index: {problem}" for problem in problems]
 
 
 def _check_unused(rag: KVLinkRAG, fix: bool) -> list[str]:
     """Snapshots that no document uses."""
-    used = {str(entry.snapshot_key) for entry in rag.catalog.iterate()}
+    used = {str(key) for key, _ in rag.catalog.snapshots()}
     unused = sorted(set(rag.store.keys()) - used)
     for key in unused if fix else ():
         rag.store.delete(key)
@@ -93,7 +90,7 @@ def _check_missing(rag: KVLinkRAG, fix: bool) -> list[str]:
     if rag.store.size_limit is not None:
         return []
     problems = []
-    for entries in _batches(rag):
+    for entries in batched(rag.catalog.iterate(skip_damaged=True), BATCH):
         lost = [entry for entry in entries if not rag.has_snapshot(entry)]
         problems += [f"snapshots: document {entry.id!r} has none" for entry in lost]
         if lost and fix:

@@ -11,10 +11,10 @@ Puts the parts together. The life of a document stands in `indexing`, that of a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -23,14 +23,23 @@ from types import TracebackType
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from . import files
 from .answering import Reuse, TextStream
 from .catalog import Catalog, Entry
 from .documents import Document, Hit, Part, Passage
 from .embedder import Embedder, Vectors
-from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
+from .errors import (
+    CatalogError,
+    ConfigError,
+    DocumentNotFound,
+    IndexCorrupt,
+    PromptError,
+    StorageError,
+)
 from .fitting import fit
 from .foreign import AnyEmbedder, as_embedder
 from .index import VectorIndex
@@ -110,7 +119,7 @@ class KVLinkRAG:
         self._prefix = PrefixCache(prefix_budget) if prefix_budget else None
         self._lock = threading.RLock()  # parts and index, held briefly
         self._writer = threading.RLock()  # one writer among this process's threads
-        self._writing = filelock.FileLock(directory / LOCK, thread_local=False)
+        self._writing = filelock.FileLock(directory / LOCK, thread_local=False, mode=0o600)
         self._index: VectorIndex | None = None
         self._index_version = self._saved_version = 0
         self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser] | None = None
@@ -152,6 +161,7 @@ class KVLinkRAG:
             path = path.resolve(strict=True)
         except OSError as error:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
+        _refuse_links(path)
         catalog = Catalog.open(path / CATALOG, create=create, siblings=[INDEX, SNAPSHOTS])
         settings = Settings(catalog, model, embedder, device=device, dtype=dtype, spec=spec)
         store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
@@ -184,7 +194,7 @@ class KVLinkRAG:
     def update(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
         """Replace documents by id. Raises `DocumentNotFound` before anything is changed."""
         batch = list(documents)
-        self.get([document.identified().id or "" for document in batch])
+        self._require([document.identified().id or "" for document in batch])
         return self.add(batch, show_progress=show_progress)
 
     def delete(self, ids: Iterable[str], *, missing_ok: bool = False) -> int:
@@ -195,7 +205,8 @@ class KVLinkRAG:
         """
         wanted = [ids] if isinstance(ids, str) else list(ids)
         with self.writing():
-            self.get(wanted, missing_ok=missing_ok)
+            if not missing_ok:
+                self._require(wanted)
             gone = self.catalog.delete(wanted)
             self.refresh_index()
             remove_unused(self, gone)
@@ -207,11 +218,15 @@ class KVLinkRAG:
         Raises `DocumentNotFound` where one is not there; with `missing_ok` it is left out.
         """
         wanted = [ids] if isinstance(ids, str) else list(ids)
+        if not missing_ok:
+            self._require(wanted)
         found = {entry.id: entry for entry in self.catalog.get(wanted)}
-        missing = [id for id in wanted if id not in found]
-        if missing and not missing_ok:
-            raise DocumentNotFound(f"no document with id {missing[0]!r} in {self.directory}")
         return [found[id].document for id in wanted if id in found]
+
+    def _require(self, ids: Sequence[str]) -> None:
+        """Raise `DocumentNotFound` where one of `ids` is not there."""
+        if missing := self.catalog.missing(ids):
+            raise DocumentNotFound(f"no document with id {missing[0]!r} in {self.directory}")
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the order they were first added."""
@@ -433,14 +448,31 @@ class KVLinkRAG:
             logger.warning("the index is not saved and will be rebuilt: %s", error)
 
     def check_index_file(self) -> list[str]:
-        """What is wrong with the index file; none is not wrong, it is made when needed."""
+        """What is wrong with the index and its file; none is not wrong, it is made when needed."""
+        path = self.directory / INDEX
+        leftovers = files.abandoned(path.parent, INDEX)
+        problems = [f"leftover temporary file: {leftover.name}" for leftover in leftovers]
         try:
-            VectorIndex.load(self.directory / INDEX, source=self.catalog.identity)
+            saved, version = VectorIndex.load(path, source=self.catalog.identity)
+            if version == self.catalog.version():
+                problems += self._differences(saved)
         except FileNotFoundError:
             pass
         except (IndexCorrupt, OSError) as error:
-            return [f"index: {error}"]
-        return []
+            problems.append(str(error))
+        return problems + self._differences()
+
+    def _differences(self, index: VectorIndex | None = None) -> list[str]:
+        """Whether `index` (None: the one in use) holds other vectors than the catalog."""
+        try:
+            index = self.index if index is None else index
+            expected = self.catalog.changes_since(0)
+        except CatalogError:
+            return []  # a damaged embedding, which `Catalog.check` has told
+        if set(expected.rows.tolist()) != index.ids:
+            return [f"found {len(index)} vectors, expected those of {len(expected.rows)} documents"]
+        same = np.array_equal(index.vectors(expected.rows), expected.vectors)
+        return [] if same or not len(index) else ["found other vectors than the catalog's"]
 
     def reset_index(self) -> None:
         """Make the index anew from the catalog, and its file."""
@@ -459,11 +491,20 @@ class KVLinkRAG:
         """Whether the store holds this entry's snapshot."""
         return entry.snapshot_key is not None and entry.snapshot_key in self.store
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time, among all threads and processes."""
-        with self._writer, self._writing:
-            yield
+        with self._writer:
+            try:
+                self._writing.acquire()
+            except OSError as error:
+                raise StorageError(
+                    f"{self.directory / LOCK} cannot be locked for writing: {error}"
+                ) from error
+            try:
+                yield
+            finally:
+                self._writing.release()
 
     def _take(
         self, documents: Iterable[Document], *, embed: bool, show_progress: bool
@@ -475,6 +516,7 @@ class KVLinkRAG:
             self.writing(),
             tqdm(total=total, unit="passage", desc="indexing", disable=not show_progress) as bar,
         ):
+            self._settings.model()  # SettingsMismatch where another process took another model
             return index_documents(self, documents, embed=embed, advance=bar.update)
 
     def _recognised(
@@ -532,9 +574,11 @@ class KVLinkRAG:
             index, version = VectorIndex.load(
                 path, dimension=dimension, source=self.catalog.identity
             )
-            if version <= self.catalog.version():
+            if self.catalog.has_had(version):
                 return index, version
-            logger.warning("the index is newer than the catalog (a backup?) and is rebuilt from it")
+            logger.warning(
+                "the index belongs to another state of the catalog (a backup?) and is rebuilt"
+            )
         except FileNotFoundError:
             pass
         except (IndexCorrupt, OSError) as error:
@@ -571,11 +615,21 @@ class KVLinkRAG:
         total = 0
         stored: dict[str, int] = {}
         held = set(self.store.keys())
-        for entry in self.catalog.iterate():
-            total += entry.tokens or 0
-            if entry.snapshot_key in held:
-                stored[str(entry.snapshot_key)] = entry.tokens or 0
+        for key, tokens in self.catalog.snapshots():
+            total += tokens or 0
+            if key in held:
+                stored[str(key)] = tokens or 0
         return total, sum(stored.values())
+
+
+def _refuse_links(directory: Path) -> None:
+    """Raise where a part of the collection is a symbolic link, which may lead anywhere."""
+    for name in (CATALOG, INDEX, SNAPSHOTS, LOCK):
+        if (directory / name).is_symlink():
+            raise StorageError(
+                f"{directory / name} is a symbolic link, which is not followed; remove it, or link "
+                "the directory as a whole"
+            )
 
 
 class AnswerStream(Iterator[str]):
