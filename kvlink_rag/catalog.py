@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import sqlite3
 import threading
@@ -59,6 +60,7 @@ _COLUMNS = (
     "row, id, title, text, metadata, content_hash, snapshot_key, tokens,"
     " embedding IS NOT NULL, version"
 )
+_KEY = re.compile(r"[0-9a-f]{64}")
 _BUSY_SECONDS = 60
 _AT_ONCE = 500  # values in one IN (...)
 _IDLE_CONNECTIONS = 4
@@ -227,7 +229,8 @@ class Catalog:
 
     def snapshots(self) -> list[tuple[str | None, int | None]]:
         """Snapshot key and tokens of every document, damaged ones too."""
-        return self._all("SELECT snapshot_key, tokens FROM documents")
+        rows = self._all("SELECT snapshot_key, CAST(tokens AS INTEGER) FROM documents")
+        return [(_key(key), tokens) for key, tokens in rows]
 
     def users(self, key: str) -> list[str]:
         """The ids of the documents that use the snapshot `key`."""
@@ -235,11 +238,11 @@ class Catalog:
 
     def count(self) -> int:
         """How many documents there are."""
-        return int(self._one("SELECT COUNT(*) FROM documents"))
+        return self._number("SELECT COUNT(*) FROM documents")
 
     def embedded(self) -> int:
         """How many documents have an embedding: the size of an index that is up to date."""
-        return int(self._one("SELECT COUNT(*) FROM documents WHERE embedding IS NOT NULL"))
+        return self._number("SELECT COUNT(*) FROM documents WHERE embedding IS NOT NULL")
 
     def without_embedding(self) -> set[int]:
         """The rows of documents that have none."""
@@ -248,7 +251,7 @@ class Catalog:
 
     def version(self) -> int:
         """The number of the last change to documents or embeddings, by any process (cheap)."""
-        return int(self._one("SELECT version FROM state"))
+        return self._number(_VERSION)
 
     def has_had(self, version: int) -> bool:
         """Whether this catalog was ever at `version`; False also where no row tells any more.
@@ -260,7 +263,7 @@ class Catalog:
             "SELECT EXISTS (SELECT 1 FROM documents WHERE version = ?1)"
             " OR EXISTS (SELECT 1 FROM tombstones WHERE version = ?1)"
         )
-        return version in (0, self.version()) or bool(self._one(known, version))
+        return version in (0, self.version()) or bool(self._number(known, version))
 
     def changes_since(self, version: int) -> Changes:
         """What changed after `version` (0: everything), up to one consistent point.
@@ -271,7 +274,7 @@ class Catalog:
         gone = "SELECT row FROM tombstones WHERE version > ? ORDER BY row"
 
         def read(sql: _Sql) -> tuple[int, list[Any], list[Any]]:
-            (now,) = sql.execute("SELECT version FROM state").fetchone()
+            now = _version(sql)
             found = sql.execute(changed, (version,)).fetchall()
             return now, found, sql.execute(gone, (version,)).fetchall()
 
@@ -283,7 +286,7 @@ class Catalog:
         gone = "SELECT row FROM tombstones WHERE version > ?"
 
         def read(sql: _Sql) -> tuple[int, list[int]]:
-            (now,) = sql.execute("SELECT version FROM state").fetchone()
+            now = _version(sql)
             rows = sql.execute(f"{changed} UNION {gone}", (version, version)).fetchall()
             return now, [row for (row,) in rows]
 
@@ -301,7 +304,7 @@ class Catalog:
 
     def snapshot_users(self, key: str) -> int:
         """How many documents use the snapshot `key`."""
-        return int(self._one("SELECT COUNT(*) FROM documents WHERE snapshot_key = ?", key))
+        return self._number("SELECT COUNT(*) FROM documents WHERE snapshot_key = ?", key)
 
     def set_snapshots(self, items: Iterable[tuple[Entry, str | None, int | None]]) -> int:
         """Set snapshot key and tokens of entries, in one transaction; how many were set.
@@ -418,6 +421,9 @@ class Catalog:
         if len(rows) != 1:
             raise CatalogError(f"{self.path} is damaged: found {len(rows)} rows, expected 1")
         return rows[0][0]
+
+    def _number(self, statement: str, *values: object) -> int:
+        return _integer(self._one(statement, *values))
 
     def _all(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         return self._read(lambda sql: sql.execute(statement, values).fetchall())
@@ -628,6 +634,25 @@ def _checkpoint(sql: _Sql) -> None:
         sql.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
 
 
+_VERSION = "SELECT version FROM state"
+
+
+def _version(sql: _Sql) -> int:
+    (found,) = sql.execute(_VERSION).fetchone() or (None,)
+    return _integer(found)
+
+
+def _integer(found: object) -> int:
+    if not isinstance(found, int):
+        raise CatalogError(f"the catalog is damaged: found {found!r}, expected a number")
+    return found
+
+
+def _key(found: object) -> str | None:
+    """A snapshot's key as it is stored; a damaged one is none, and set again by `check`."""
+    return found if isinstance(found, str) and _KEY.fullmatch(found) else None
+
+
 class _Change:
     """The number of the change a transaction makes; counted only if it makes one.
 
@@ -643,8 +668,7 @@ class _Change:
         if self._version is None:
             step = 1 + secrets.randbelow(_STEP)
             self._sql.execute("UPDATE state SET version = version + ?", (step,))
-            (version,) = self._sql.execute("SELECT version FROM state").fetchone()
-            self._version = int(version)
+            self._version = _version(self._sql)
         return self._version
 
 
@@ -714,8 +738,8 @@ def _digest(data: bytes) -> bytes:
 
 
 def _is_sound(blob: bytes | None) -> bool:
-    if blob is None:
-        return True
+    if not isinstance(blob, bytes):
+        return blob is None
     data, digest = bytes(blob[:-8]), bytes(blob[-8:])
     return len(data) > 0 and len(data) % 4 == 0 and digest == _digest(data)
 
@@ -792,7 +816,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
             f"document {id!r} (row {number}) is damaged: its content is not what was written; "
             "delete it and add it again"
         )
-    return Entry(number, document, content_hash, key, tokens, bool(embedded), version)
+    return Entry(number, document, content_hash, _key(key), tokens, bool(embedded), version)
 
 
 def _former(row: tuple[Any, ...]) -> Entry:
@@ -801,7 +825,7 @@ def _former(row: tuple[Any, ...]) -> Entry:
         return _entry(row)
     number, id, _, _, _, content_hash, key, tokens, embedded, version = row
     document = Document("", id=str(id) or "?")
-    return Entry(number, document, content_hash, key, tokens, bool(embedded), version)
+    return Entry(number, document, content_hash, _key(key), tokens, bool(embedded), version)
 
 
 def _entries(rows: Iterable[tuple[Any, ...]], skip_damaged: bool) -> list[Entry]:

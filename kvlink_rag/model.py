@@ -126,7 +126,7 @@ class KVLinkModel:
         """The most tokens a prompt and its answer may have."""
         return self.backbone.window
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 that changes with the weights or anything that shapes a snapshot."""
         return self.backbone.fingerprint

@@ -354,7 +354,12 @@ class KVLinkRAG:
     def check(self, fix: bool = False) -> list[str]:
         """What is wrong in the directory, one line each; with `fix`, mend all that can be."""
         with self.writing():
-            return check_collection(self, fix)
+            try:
+                return check_collection(self, fix)
+            except StorageError:
+                raise
+            except OSError as error:
+                raise StorageError(f"{self.directory} cannot be checked: {error}") from error
 
     def close(self) -> None:
         """Save the index and release the directory. Nothing is lost without it."""
