@@ -340,7 +340,7 @@ class Catalog:
         rows = self._all("SELECT key, value FROM settings ORDER BY key")
         try:
             return {key: json.loads(value) for key, value in rows}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CatalogError(f"{self.path}: found a setting that is not JSON: {error}") from error
 
     def set_settings(self, values: Mapping[str, Any]) -> None:

@@ -76,6 +76,8 @@ class Stats:
     """What a collection holds, and what its store has seen since it was opened.
 
     tokens: of all passages. bytes_per_token: of the stored snapshots; 0.0 where there are none.
+    hits, misses: snapshots asked for and found, or not; corrupt: those refused, which are misses
+    too. encoded: those made for questions because they were missing. evicted: to keep the limit.
     """
 
     documents: int
@@ -88,8 +90,10 @@ class Stats:
     misses: int
     corrupt: int
     evicted: int
+    encoded: int
     prefix_bytes: int
     prefix_hits: int
+    prefix_misses: int
     model: str
     embedder: str
 
@@ -345,8 +349,10 @@ class KVLinkRAG:
             misses=seen.misses,
             corrupt=seen.corrupt,
             evicted=seen.evicted,
+            encoded=self._parts[1].encoded if self._parts else 0,
             prefix_bytes=prefix.nbytes,
             prefix_hits=prefix.hits,
+            prefix_misses=prefix.misses,
             model=self._settings.model_name,
             embedder=self._settings.embedder_name,
         )
@@ -594,7 +600,7 @@ class KVLinkRAG:
         with self._lock:
             if self._parts is None:
                 model = self._settings.model()
-                snapshots = StoredSnapshots(self.store, model.backbone)
+                snapshots = StoredSnapshots(self.store, model.backbone, users=self.catalog.users)
                 reuse = Reuse(snapshots, self._prefix, scope=self.catalog.identity)
                 recogniser = Recogniser(
                     self.catalog,
