@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -122,8 +123,7 @@ class KVLinkRAG:
         self._settings = settings
         self._prefix = PrefixCache(prefix_budget) if prefix_budget else None
         self._lock = threading.RLock()  # parts and index, held briefly
-        self._writer = threading.RLock()  # one writer among this process's threads
-        self._writing = filelock.FileLock(directory / LOCK, thread_local=False, mode=0o600)
+        self._locks = self._new_locks()
         self._index: VectorIndex | None = None
         self._index_version = self._saved_version = 0
         self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser] | None = None
@@ -505,9 +505,12 @@ class KVLinkRAG:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time, among all threads and processes."""
-        with self._writer:
+        if self._locks[0] != os.getpid():
+            self._locks = self._new_locks()  # forked: the others are the parent's
+        _, writer, writing = self._locks
+        with writer:
             try:
-                self._writing.acquire()
+                writing.acquire()
             except OSError as error:
                 raise StorageError(
                     f"{self.directory / LOCK} cannot be locked for writing: {error}"
@@ -515,7 +518,12 @@ class KVLinkRAG:
             try:
                 yield
             finally:
-                self._writing.release()
+                writing.release()
+
+    def _new_locks(self) -> tuple[int, threading.RLock, filelock.BaseFileLock]:
+        """For writers: this process, a lock among its threads, and one among processes."""
+        lock = filelock.FileLock(self.directory / LOCK, thread_local=False, mode=0o600)
+        return os.getpid(), threading.RLock(), lock
 
     def _take(
         self, documents: Iterable[Document], *, embed: bool, show_progress: bool

@@ -149,13 +149,13 @@ def process(directory: Path, name: str, arguments: argparse.Namespace, report: P
         )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=3, help="of each process")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     trust.tiny_model()
     with tempfile.TemporaryDirectory() as root:
         directory, reports = Path(root, "c"), []

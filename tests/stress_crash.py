@@ -314,11 +314,11 @@ class Run:
         return problems
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     chance = random.Random(arguments.seed)
     trust.tiny_model(0), trust.tiny_model(1)
     begun, failures = time.perf_counter(), []

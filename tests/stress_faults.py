@@ -261,11 +261,11 @@ def template(directory: Path) -> Truth:
         return trust.held(rag)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000, help="of damage; a third of each other")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     chance, heard, struck = random.Random(arguments.seed), Heard(), Counter[str]()
     logger = logging.getLogger("kvlink_rag")
     logger.addHandler(heard)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trust
+from stress_crash import ended, fork
 from trust import as_documents, open_tiny
 
 from kvlink_rag import Document, KVLinkRAG
@@ -235,3 +236,19 @@ def test_planted_links_are_refused(directory: Path, tmp_path: Path, name: str) -
 def contents(path: Path) -> dict[str, bytes]:
     paths = [path, *path.rglob("*")] if path.is_dir() else [path]
     return {str(p): p.read_bytes() for p in paths if p.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_can_write(directory: Path) -> None:
+    """A server that forks its workers after opening the collection."""
+    with open_tiny(directory) as rag:
+        rag.add([Document("before", id="before")])
+
+        def work() -> None:
+            rag.add([Document("forked", id="forked")])
+            assert rag.ask("forked?", k=2, max_new_tokens=1).hits[0].document.id == "forked"
+
+        assert ended(fork(work)) == 0
+        assert rag.get(["forked"])[0].text == "forked"
+        rag.add([Document("after", id="after")])
+        assert rag.check() == []
