@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.errors import PassageTooLong, PromptError, PromptTooLong, SpecError
 from kvlink_rag.layout import layout
 from kvlink_rag.loading import BUNDLED_DIRECTORY, load_tokenizer
+from kvlink_rag.readers.files import MAX_BYTES, SourceFile
+from kvlink_rag.readers.pdf import read_pdf
 from kvlink_rag.spec import Spec
 from kvlink_rag.tokens import PartTokenizer
 
@@ -156,12 +159,12 @@ def test_names_with_path_characters_name_no_files(rag: KVLinkRAG, tmp_path: Path
     assert rag.delete(IDS) == len(IDS)
 
 
-def test_a_megabyte_of_one_character(rag: KVLinkRAG) -> None:
+def test_far_too_much_of_one_character(rag: KVLinkRAG) -> None:
     """Ten of them: `test_splitting`, `test_recognition`."""
     with pytest.raises(PassageTooLong, match="split_document"):
-        rag.add([Document("x" * 1_000_000)])
+        rag.add([Document("x" * 300_000)])
     with pytest.raises(PromptTooLong, match="window"):
-        rag.ask("x" * 1_000_000)
+        rag.ask("x" * 300_000)
     assert len(rag) == 1
 
 
@@ -178,3 +181,37 @@ def test_the_fuzzer_runs() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "Done 500 runs" in done.stderr
+
+
+def test_a_pdf_that_unpacks_to_much_more_than_it_is(tmp_path: Path) -> None:
+    """160 MB of blanks in 160 kB: a problem that names the page, not the machine's memory."""
+    pytest.importorskip("pypdf")
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(b" " * (1 << 20)) for _ in range(160)) + packer.flush()
+    path = tmp_path / "bomb.pdf"
+    path.write_bytes(a_pdf(b"/Filter /FlateDecode", packed))
+    found = [str(found) for found in read_pdf(SourceFile(path, "bomb.pdf"), MAX_BYTES)]
+    assert found[0].startswith("bomb.pdf, page 1: cannot be read (LimitReachedError")
+    path.write_bytes(a_pdf(b"", b"BT /F1 12 Tf 72 720 Td (harmless) Tj ET"))
+    (page,) = read_pdf(SourceFile(path, "bomb.pdf"), MAX_BYTES)
+    assert isinstance(page, Document)
+    assert page.text == "harmless"
+
+
+def a_pdf(filters: bytes, stream: bytes) -> bytes:
+    """One page whose content is `stream`."""
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [4 0 R] /Count 1 >>",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 5 0 R"
+        b" /Resources << /Font << /F1 3 0 R >> >> >>",
+        b"<< /Length %d %b >>\nstream\n%b\nendstream" % (len(stream), filters, stream),
+    ]
+    out, places = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        places.append(b"%010d 00000 n \n" % len(out))
+        out += b"%d 0 obj\n%b\nendobj\n" % (number, content)
+    table = b"xref\n0 6\n0000000000 65535 f \n" + b"".join(places)
+    end = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(out)
+    return out + table + end
