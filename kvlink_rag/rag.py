@@ -359,7 +359,8 @@ class KVLinkRAG:
 
     def check(self, fix: bool = False) -> list[str]:
         """What is wrong in the directory, one line each; with `fix`, mend all that can be."""
-        with self.writing():
+        frozen = files.is_read_only(self.directory)  # then nobody writes
+        with contextlib.nullcontext() if frozen and not fix else self.writing():
             try:
                 return check_collection(self, fix)
             except StorageError:
@@ -621,7 +622,7 @@ class KVLinkRAG:
 
     def _settle(self, allow: bool) -> None:
         """Compare what was asked for with what the directory remembers; encode again if told to."""
-        with self.writing():
+        with self.writing() if allow else contextlib.nullcontext():
             if self._settings.settle_model(allow):
                 reencode(self)
                 self._settings.finish_model()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+import storage_workers
 import trust
 from stress_crash import ended, fork
 from trust import as_documents, open_tiny
@@ -252,3 +254,33 @@ def test_a_forked_process_can_write(directory: Path) -> None:
         assert rag.get(["forked"])[0].text == "forked"
         rag.add([Document("after", id="after")])
         assert rag.check() == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_read_only_collection_answers(directory: Path) -> None:
+    """On a file system that nobody can write to: questions, searches and checks, no changes."""
+    lost = next((directory / "snapshots").rglob("*.safetensors"))
+    lost.unlink()
+
+    def work() -> None:
+        storage_workers._mount("--bind", str(directory), str(directory))
+        storage_workers._mount("-o", "remount,bind,ro", str(directory))
+        with open_tiny(directory) as rag:
+            assert trust.wrong_answers(rag, random.Random(0), 3) == []
+            assert rag.ask("harbour?", k=10, max_new_tokens=1).trace.snapshots_encoded == 1
+            assert rag.search("Hux", 1)[0].document.id == "hux"
+            missing, without = rag.check()
+            assert lost.name in missing
+            assert "has none" in without
+            for change in (
+                lambda: rag.add([Document("new", id="new")]),
+                lambda: rag.delete(["hux"]),
+                lambda: rag.check(fix=True),
+            ):
+                with pytest.raises(StorageError, match=r"[Rr]ead-only"):
+                    change()
+
+    code = ended(fork(work))
+    if code == storage_workers.SKIPPED:
+        pytest.skip("mounting is not allowed here")
+    assert code == 0
