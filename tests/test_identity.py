@@ -7,6 +7,7 @@ checked twice: it is not found, and put in its place by force it is refused.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -88,6 +89,30 @@ def file_of(store: SnapshotStore, model: KVLinkModel, document: Document = DOCUM
     key = StoredSnapshots(store, model.backbone).key(model.passage_tokens(document))
     (path,) = store.directory.glob(f"{key[:2]}/{key}-*.safetensors")
     return path
+
+
+@pytest.mark.parametrize("what", ["dtype", "RoPE", "weights"])
+def test_one_directory_of_weights_loaded_otherwise_does_not(tmp_path: Path, what: str) -> None:
+    """Files are told by their digests, so dtype and configuration must enter by themselves."""
+    directory = tmp_path / "model"
+    variant().backbone.model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    (directory / "kvlink.json").write_text(byte_spec().to_json())
+    with SnapshotStore(tmp_path / "s") as store:
+        first = KVLinkModel.from_pretrained(directory, device="cpu")
+        assert fetch(store, first).snapshots_encoded == 1
+        assert fetch(store, KVLinkModel.from_pretrained(directory)).snapshots_found == 1
+        if what == "RoPE":
+            config = json.loads((directory / "config.json").read_text())
+            config["rope_parameters"]["rope_theta"] = 10_000.0
+            (directory / "config.json").write_text(json.dumps(config))
+        elif what == "weights":
+            variant(seed=1).backbone.model.save_pretrained(directory)
+        dtype = "bfloat16" if what == "dtype" else "auto"
+        other = KVLinkModel.from_pretrained(directory, device="cpu", dtype=dtype)
+        assert fetch(store, other).snapshots_encoded == 1
+        shutil.copy(file_of(store, first), file_of(store, other))
+        assert fetch(store, other).snapshots_encoded == 1
 
 
 OTHER_TEXTS: dict[str, tuple[Document, Spec | None]] = {

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import trust
 from stress_crash import ended, fork
 from trust import as_documents, open_tiny
 
-from kvlink_rag import Document, KVLinkRAG
+from kvlink_rag import Document, KVLinkRAG, Text
 from kvlink_rag.errors import CatalogError, SettingsMismatch, StorageError
 
 ROWS = [(name.lower(), name, f"{name} has a harbour and {n} mills.") for n, name in
@@ -284,3 +285,25 @@ def test_a_read_only_collection_answers(directory: Path) -> None:
     if code == storage_workers.SKIPPED:
         pytest.skip("mounting is not allowed here")
     assert code == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_encode_the_same_passages(directory: Path) -> None:
+    """Once, or harmlessly twice: each answer is right, and one snapshot a passage stays."""
+    for path in (directory / "snapshots").rglob("*.safetensors"):
+        path.unlink()
+    start = time.monotonic() + 1
+
+    def work() -> None:
+        with open_tiny(directory) as rag:
+            rag.model.prefill([Text("ready?")])
+            time.sleep(max(0, start - time.monotonic()))
+            answer = rag.ask("harbour?", k=10, max_new_tokens=4)
+            parts = rag.model.prompt([hit.document for hit in answer.hits], "harbour?")
+            assert answer.text == rag.model.generate(parts, mode="masked", max_new_tokens=4)
+
+    assert [ended(child) for child in [fork(work) for _ in range(3)]] == [0, 0, 0]
+    with open_tiny(directory) as rag:
+        assert rag.check() == []
+        assert rag.stats().snapshots == 10
+        assert trust.leaks(rag) == []
