@@ -368,7 +368,10 @@ class Catalog:
         the truth, and only adding the document again mends it.
         """
         problems = self._check_database(fix)
-        return problems + self._check_documents() + self._check_embeddings(fix)
+        try:
+            return problems + self._check_documents() + self._check_embeddings(fix)
+        except CatalogError as error:
+            return [*problems, str(error)]
 
     def close(self) -> None:
         """Close all connections that are not in use."""
@@ -412,8 +415,11 @@ class Catalog:
         statement = f"SELECT {columns} FROM documents WHERE row > ? ORDER BY row LIMIT ?"
         last = 0
         while rows := self._all(statement, last, batch):
-            yield from rows
-            last = rows[-1][0]
+            for row in rows:
+                if row[0] <= last:  # or a damaged tree would go round for ever
+                    raise CatalogError(f"{self.path} is damaged: its rows are not in order")
+                last = row[0]
+                yield row
 
     def _one(self, statement: str, *values: object) -> Any:
         """The one value of a SELECT."""

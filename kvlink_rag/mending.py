@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .catalog import Entry
+from .errors import CatalogError
 from .indexing import (
     BATCH,
     AddReport,
@@ -29,13 +30,18 @@ logger = logging.getLogger(__name__)
 
 def check_collection(rag: KVLinkRAG, fix: bool) -> list[str]:
     """What is wrong, one line each; with `fix`, mend all that can be made again."""
-    return [
-        *(f"catalog: {problem}" for problem in _check_catalog(rag, fix)),
-        *_check_index(rag, fix),
-        *(f"snapshots: {problem}" for problem in rag.store.check(fix)),
-        *_check_unused(rag, fix),
-        *_check_missing(rag, fix),
-    ]
+    problems: list[str] = []
+    try:
+        problems += (f"catalog: {problem}" for problem in _check_catalog(rag, fix))
+        problems += _check_index(rag, fix)
+        problems += (f"snapshots: {problem}" for problem in rag.store.check(fix))
+        problems += _check_unused(rag, fix)
+        problems += _check_missing(rag, fix)
+    except CatalogError as error:
+        if not problems:
+            raise
+        problems.append(f"catalog: the check ends here: {error}")
+    return problems
 
 
 def reencode(rag: KVLinkRAG) -> None:

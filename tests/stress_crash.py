@@ -4,12 +4,12 @@
 
 One collection lives through all kills of a run, and a second one with a size limit, so that damage
 would add up. Each child makes a few changes and notes in a file which were acknowledged. Half of
-the kills strike at a random line of our code or of our libraries' storage code (the child counts
-lines and ends itself), half after a random time (the parent kills it, in C code too). After each:
-the directory opens; every acknowledged change is there, and of the one under way all of its
-batches that were, none by half; answers and searches equal the oracle and brute force; `check`
-finds nothing that `check(fix=True)` does not mend; no file is left that nothing needs. The last
-line is JSON.
+the kills strike at a random line of our code or of our libraries' storage code (the child ends
+itself there; a line that runs once is as likely as any), half after a random time (the parent
+kills it, in C code too). After each: the directory opens; every acknowledged change is there, and
+of the one under way all of its batches that were, none by half; answers and searches equal the
+oracle and brute force; `check` finds nothing that `check(fix=True)` does not mend; no file is left
+that nothing needs. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ TRACED = {str(Path(kvlink_rag.__file__).with_name(f"{name}.py")) for name in MOD
 TRACED |= {diskcache.core.__file__, str(Path(filelock.__file__).with_name("_unix.py"))}
 
 Row = tuple[str, str, str]
+Place = str  # file:line
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +103,24 @@ def child(
         os.write(notes, b".")
 
 
-def count_lines(action: Callable[[], None], most: int | None = None) -> int:
-    """Run `action` and count the lines of `TRACED` it runs; SIGKILL at line `most`."""
-    seen = 0
+def count_lines(
+    action: Callable[[], None], fatal: tuple[Place, int] | None = None
+) -> Counter[Place]:
+    """Run `action` and count how often it comes to each line of `TRACED`.
+
+    fatal: SIGKILL at this line, when it is come to for the n-th time.
+    """
+    seen: Counter[Place] = Counter()
 
     def trace(frame: Any, event: str, argument: object) -> Any:
-        nonlocal seen
-        if frame.f_code.co_filename not in TRACED:
+        name = frame.f_code.co_filename
+        if name not in TRACED:
             return None
-        seen += event == "line"
-        if seen == most:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "line":
+            place = f"{name}:{frame.f_lineno}"
+            seen[place] += 1
+            if fatal is not None and place == fatal[0] and seen[place] == fatal[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
     sys.settrace(trace)
@@ -186,7 +194,7 @@ class Run:
         self.directory, self.limit, self.chance = directory, limit, chance
         self.truth: Truth = {}
         self.pair = (0, "")
-        self.lines: dict[str, int] = {}
+        self.lines: dict[str, dict[Place, int]] = {}
         self.seconds: dict[str, float] = {}
         self.killed: Counter[str] = Counter()
         self.in_flight: Counter[str] = Counter()
@@ -245,7 +253,7 @@ class Run:
         """Lines and seconds of an undisturbed run, on a copy."""
         copy = self.directory.with_name(f"{self.directory.name}-copy")
         shutil.copytree(self.directory, copy)
-        read, write = os.pipe()
+        found = self.directory.with_name("measured")
         quiet = os.open(os.devnull, os.O_WRONLY)
 
         def measured() -> None:
@@ -255,14 +263,13 @@ class Run:
             shutil.rmtree(copy)
             shutil.copytree(self.directory, copy)
             lines = count_lines(lambda: child(changes, copy, self.limit, pair, quiet))
-            os.write(write, json.dumps([seconds, lines]).encode())
+            found.write_text(json.dumps([seconds, lines]))
 
         code = ended(fork(measured))
         if code:
             raise RuntimeError(f"the child that measures {kind} ended with {code}")
-        self.seconds[kind], self.lines[kind] = json.loads(os.read(read, 1000))
-        for fd in (read, write, quiet):
-            os.close(fd)
+        self.seconds[kind], self.lines[kind] = json.loads(found.read_text())
+        os.close(quiet)
         shutil.rmtree(copy)
 
     def _strike(
@@ -270,12 +277,15 @@ class Run:
     ) -> tuple[int, int]:
         """Run the child and kill it: how many changes returned, and how it ended."""
         read, write = os.pipe()
-        line = self.chance.randrange(1, self.lines[kind] + 2) if by_line else None
+        place = self.chance.choice(sorted(self.lines[kind]))  # a rare line as likely as any
+        times = self.chance.randint(1, self.lines[kind][place])
         wait = self.chance.uniform(0, 1.1 * self.seconds[kind])
 
         def task() -> None:
             os.close(read)
-            count_lines(lambda: child(changes, self.directory, self.limit, pair, write), line)
+            count_lines(
+                lambda: child(changes, self.directory, self.limit, pair, write), (place, times)
+            )
 
         process = fork(task if by_line else lambda: child(
             changes, self.directory, self.limit, pair, write

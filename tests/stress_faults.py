@@ -27,6 +27,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -46,9 +47,15 @@ import kvlink_rag.files
 import kvlink_rag.indexing
 from kvlink_rag.errors import KVLinkError
 
+SECONDS = 120  # for one case
 CODES = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE)
 CALLS = ("open", "link", "replace", "rename", "fsync", "unlink", "utime", "lstat", "scandir")
 TRACED = TRACED | {str(Path(os.__file__).with_name("pathlib.py"))}
+
+
+def hung(*_: object) -> None:
+    """A case that takes this long goes round and round."""
+    raise TimeoutError(f"it took more than {SECONDS} s")
 
 
 class Heard(logging.Handler):
@@ -271,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     logger.addHandler(heard)
     logger.propagate = False
     kvlink_rag.indexing.BATCH = BATCH
+    signal.signal(signal.SIGALRM, hung)
     cases = ["damage"] * arguments.cases
     cases += ["errors"] * (arguments.cases // 3) + ["quota"] * (arguments.cases // 3)
     chance.shuffle(cases)
@@ -281,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             directory = Path(root, "case")
             shutil.copytree(Path(root, "template"), directory)
             heard.lines.clear()
+            signal.alarm(SECONDS)
             try:
                 if case == "damage":
                     problems = damage_case(directory, truth, chance, heard)
@@ -291,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
             except Exception as error:
                 logging.getLogger("stress").exception("case %d", number)
                 problems = [f"{type(error).__name__}: {error}"]
+            finally:
+                signal.alarm(0)
             for problem in problems:
                 print(f"FAILED case {number} ({case}): {problem}")
             failures += bool(problems)
