@@ -7,7 +7,8 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo notebooks test lint format bench train-small clean
+.PHONY: help setup demo notebooks test lint format bench stress soak fuzz audit train-small clean
+MINUTES ?= 5
 
 help: ## List the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,6 +47,21 @@ format: setup ## Rewrite to the project's style
 bench: setup ## Time to first token and encoding, with figures (about 15 minutes on two cores)
 	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/encode.py
+
+stress: setup ## Kill -9 300 times, 1,600 faults: what is left must be whole (10 minutes on one core)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_crash.py --kills 300
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_faults.py --cases 1000
+
+soak: setup ## Processes and threads on one collection for MINUTES, every answer compared
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+fuzz: setup ## Fuzz every reader of foreign bytes, a minute each
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py all -max_total_time=60
+
+audit: setup ## Known advisories of what is installed (asks PyPI)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	$(BIN)/python -m pip_audit --skip-editable
 
 train-small: setup ## Train a small pair from a seed, into runs (see docs/experiments_small_model.md)
 	$(BIN)/python -m kvlink_rag.training.small --out runs/small

@@ -9,6 +9,7 @@ come from a `SnapshotSource`, which alone knows whether there is a store.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -21,6 +22,7 @@ from .assembly import Assembled, assemble
 from .backbone import Backbone, LiveCache
 from .documents import Part
 from .encoding import encode_many
+from .errors import DeviceMemoryError
 from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
 from .layout import Layout, Span
 from .prefix import PrefixCache, Run, chain_keys, run_key
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from .model import KVLinkModel
 
 Mode = Literal["reuse", "masked", "full"]
+
+logger = logging.getLogger(__name__)
 
 
 class SnapshotSource(Protocol):
@@ -149,7 +153,25 @@ class PromptRun:
         self._chain: list[str] = []
 
     def start(self, room: int) -> Tensor:
-        """Prefill: logits [vocab] of the first token."""
+        """Prefill: logits [vocab] of the first token.
+
+        A device without memory for it gets it back from the kept runs and is asked once more.
+        Raises `DeviceMemoryError`.
+        """
+        try:
+            return self._start(room)
+        except torch.cuda.OutOfMemoryError as error:
+            logger.warning("the device ran out of memory, kept runs are dropped: %s", error)
+        self.cache = None
+        if self.reuse.prefix is not None:
+            self.reuse.prefix.clear()
+        torch.cuda.empty_cache()
+        try:
+            return self._start(room)
+        except torch.cuda.OutOfMemoryError as error:
+            raise _out_of_memory(len(self.prompt), error) from error
+
+    def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
         assembled = self.assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
@@ -163,7 +185,10 @@ class PromptRun:
         if self.cache is None:
             raise RuntimeError("step before start")
         position = len(self.prompt) + len(self._said)
-        logits = decode_one_token(self.backbone, token_id, position, self.cache)
+        try:
+            logits = decode_one_token(self.backbone, token_id, position, self.cache)
+        except torch.cuda.OutOfMemoryError as error:
+            raise _out_of_memory(position, error) from error
         self._said.append(token_id)
         return logits
 
@@ -216,6 +241,13 @@ class PromptRun:
         none = torch.empty(0, dtype=torch.int64)
         cache = self.backbone.new_cache(none, none, len(self.prompt) + room)
         return Assembled(cache, torch.arange(len(self.prompt)))
+
+
+def _out_of_memory(tokens: int, error: Exception) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"the device ran out of memory for a prompt of {tokens} tokens ({error}); use fewer or "
+        "shorter passages, a smaller dtype or another device"
+    )
 
 
 def _chain_root(backbone: Backbone, scope: str) -> str:

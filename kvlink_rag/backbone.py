@@ -11,7 +11,6 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,30 @@ class Backbone:
         self.window: int = self.config.max_position_embeddings
         self._capture = Capture()
         self._install_hooks()
+        self._parameters = list(self.model.parameters())
+        self._loaded = self._changes()
+        self._known: tuple[int, str] | None = None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights and everything in the configuration that shapes the keys."""
-        weights = weights_digest(self.source) if self.source else module_digest(self.model)
+        """SHA-256 over the weights and everything in the configuration that shapes the keys.
+
+        Computed once, and again where training or `load_state_dict` has changed the weights since.
+        """
+        changes = self._changes()
+        if self._known is None or self._known[0] != changes:
+            self._known = (
+                changes,
+                self._fingerprint(self.source if changes == self._loaded else None),
+            )
+        return self._known[1]
+
+    def _changes(self) -> int:
+        """How often the parameters were changed in place, as torch counts it."""
+        return sum(0 if p.is_inference() else p._version for p in self._parameters)
+
+    def _fingerprint(self, source: Path | None) -> str:
+        weights = weights_digest(source) if source else module_digest(self.model)
         names = [
             "model_type",
             "hidden_size",

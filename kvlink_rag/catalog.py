@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import sqlite3
 import threading
 import uuid
@@ -58,9 +60,11 @@ _COLUMNS = (
     "row, id, title, text, metadata, content_hash, snapshot_key, tokens,"
     " embedding IS NOT NULL, version"
 )
+_KEY = re.compile(r"[0-9a-f]{64}")
 _BUSY_SECONDS = 60
 _AT_ONCE = 500  # values in one IN (...)
 _IDLE_CONNECTIONS = 4
+_STEP = 1 << 31  # the most that a change adds to the version
 
 Array = npt.NDArray[Any]
 _Sql = sqlite3.Connection
@@ -190,15 +194,24 @@ class Catalog:
             for row in rows:
                 sql.execute("DELETE FROM documents WHERE row = ?", (row[0],))
                 sql.execute("INSERT INTO tombstones VALUES (?, ?)", (row[0], change.version()))
-            return [_entry(row, verify=False) for row in rows]
+            return [_former(row) for row in rows]
 
         return self._write(write)
 
-    def get(self, ids: Iterable[str]) -> list[Entry]:
-        """The entries of `ids`, in that order; unknown ids are left out."""
+    def get(self, ids: Iterable[str], *, skip_damaged: bool = False) -> list[Entry]:
+        """The entries of `ids`, in that order; unknown ids are left out.
+
+        Raises `CatalogError` for one that is damaged, unless `skip_damaged` leaves those out too.
+        """
         wanted = list(dict.fromkeys(ids))
         found = {row[1]: row for row in self._read(lambda sql: _select(sql, "id", wanted))}
-        return [_entry(found[id]) for id in wanted if id in found]
+        return _entries((found[id] for id in wanted if id in found), skip_damaged)
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Those of `ids` that the catalog does not hold; a damaged document is held."""
+        wanted = list(dict.fromkeys(ids))
+        found = {row[1] for row in self._read(lambda sql: _select(sql, "id", wanted))}
+        return [id for id in wanted if id not in found]
 
     def by_rows(self, rows: Iterable[int]) -> list[Entry]:
         """The entries of `rows`, in that order; rows that are gone are left out."""
@@ -206,17 +219,30 @@ class Catalog:
         found = {row[0]: row for row in self._read(lambda sql: _select(sql, "row", wanted))}
         return [_entry(found[row]) for row in wanted if row in found]
 
-    def iterate(self, batch: int = 1000) -> Iterator[Entry]:
-        """All entries by row, read `batch` at a time; changes meanwhile may be seen or not."""
-        yield from map(_entry, self._rows(_COLUMNS, batch))
+    def iterate(self, batch: int = 1000, *, skip_damaged: bool = False) -> Iterator[Entry]:
+        """All entries by row, read `batch` at a time; changes meanwhile may be seen or not.
+
+        Raises `CatalogError` for one that is damaged, unless `skip_damaged` leaves those out.
+        """
+        for row in self._rows(_COLUMNS, batch):
+            yield from _entries([row], skip_damaged)
+
+    def snapshots(self) -> list[tuple[str | None, int | None]]:
+        """Snapshot key and tokens of every document, damaged ones too."""
+        rows = self._all("SELECT snapshot_key, CAST(tokens AS INTEGER) FROM documents")
+        return [(_key(key), tokens) for key, tokens in rows]
+
+    def users(self, key: str) -> list[str]:
+        """The ids of the documents that use the snapshot `key`."""
+        return [id for (id,) in self._all("SELECT id FROM documents WHERE snapshot_key = ?", key)]
 
     def count(self) -> int:
         """How many documents there are."""
-        return int(self._one("SELECT COUNT(*) FROM documents"))
+        return self._number("SELECT COUNT(*) FROM documents")
 
     def embedded(self) -> int:
         """How many documents have an embedding: the size of an index that is up to date."""
-        return int(self._one("SELECT COUNT(*) FROM documents WHERE embedding IS NOT NULL"))
+        return self._number("SELECT COUNT(*) FROM documents WHERE embedding IS NOT NULL")
 
     def without_embedding(self) -> set[int]:
         """The rows of documents that have none."""
@@ -225,7 +251,19 @@ class Catalog:
 
     def version(self) -> int:
         """The number of the last change to documents or embeddings, by any process (cheap)."""
-        return int(self._one("SELECT version FROM state"))
+        return self._number(_VERSION)
+
+    def has_had(self, version: int) -> bool:
+        """Whether this catalog was ever at `version`; False also where no row tells any more.
+
+        Numbers are not used again by another history (`_Change`), so an index that was saved
+        before a backup was brought back is told from one that this catalog led to.
+        """
+        known = (
+            "SELECT EXISTS (SELECT 1 FROM documents WHERE version = ?1)"
+            " OR EXISTS (SELECT 1 FROM tombstones WHERE version = ?1)"
+        )
+        return version in (0, self.version()) or bool(self._number(known, version))
 
     def changes_since(self, version: int) -> Changes:
         """What changed after `version` (0: everything), up to one consistent point.
@@ -236,7 +274,7 @@ class Catalog:
         gone = "SELECT row FROM tombstones WHERE version > ? ORDER BY row"
 
         def read(sql: _Sql) -> tuple[int, list[Any], list[Any]]:
-            (now,) = sql.execute("SELECT version FROM state").fetchone()
+            now = _version(sql)
             found = sql.execute(changed, (version,)).fetchall()
             return now, found, sql.execute(gone, (version,)).fetchall()
 
@@ -248,7 +286,7 @@ class Catalog:
         gone = "SELECT row FROM tombstones WHERE version > ?"
 
         def read(sql: _Sql) -> tuple[int, list[int]]:
-            (now,) = sql.execute("SELECT version FROM state").fetchone()
+            now = _version(sql)
             rows = sql.execute(f"{changed} UNION {gone}", (version, version)).fetchall()
             return now, [row for (row,) in rows]
 
@@ -266,7 +304,7 @@ class Catalog:
 
     def snapshot_users(self, key: str) -> int:
         """How many documents use the snapshot `key`."""
-        return int(self._one("SELECT COUNT(*) FROM documents WHERE snapshot_key = ?", key))
+        return self._number("SELECT COUNT(*) FROM documents WHERE snapshot_key = ?", key)
 
     def set_snapshots(self, items: Iterable[tuple[Entry, str | None, int | None]]) -> int:
         """Set snapshot key and tokens of entries, in one transaction; how many were set.
@@ -302,7 +340,7 @@ class Catalog:
         rows = self._all("SELECT key, value FROM settings ORDER BY key")
         try:
             return {key: json.loads(value) for key, value in rows}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CatalogError(f"{self.path}: found a setting that is not JSON: {error}") from error
 
     def set_settings(self, values: Mapping[str, Any]) -> None:
@@ -310,6 +348,13 @@ class Catalog:
         rows = [(key, json.dumps(value, allow_nan=False)) for key, value in values.items()]
         update = "INSERT OR REPLACE INTO settings (key, value) VALUES (?, ?)"
         self._write(lambda sql: sql.executemany(update, rows))
+
+    def set_first(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Set those of `values` that are not set yet, in one transaction; all settings then."""
+        rows = [(key, json.dumps(value, allow_nan=False)) for key, value in values.items()]
+        insert = "INSERT OR IGNORE INTO settings (key, value) VALUES (?, ?)"
+        self._write(lambda sql: sql.executemany(insert, rows))
+        return self.settings()
 
     def set_setting(self, key: str, value: Any) -> None:
         """Set one setting (a JSON value)."""
@@ -323,7 +368,10 @@ class Catalog:
         the truth, and only adding the document again mends it.
         """
         problems = self._check_database(fix)
-        return problems + self._check_documents() + self._check_embeddings(fix)
+        try:
+            return problems + self._check_documents() + self._check_embeddings(fix)
+        except CatalogError as error:
+            return [*problems, str(error)]
 
     def close(self) -> None:
         """Close all connections that are not in use."""
@@ -367,8 +415,11 @@ class Catalog:
         statement = f"SELECT {columns} FROM documents WHERE row > ? ORDER BY row LIMIT ?"
         last = 0
         while rows := self._all(statement, last, batch):
-            yield from rows
-            last = rows[-1][0]
+            for row in rows:
+                if row[0] <= last:  # or a damaged tree would go round for ever
+                    raise CatalogError(f"{self.path} is damaged: its rows are not in order")
+                last = row[0]
+                yield row
 
     def _one(self, statement: str, *values: object) -> Any:
         """The one value of a SELECT."""
@@ -376,6 +427,9 @@ class Catalog:
         if len(rows) != 1:
             raise CatalogError(f"{self.path} is damaged: found {len(rows)} rows, expected 1")
         return rows[0][0]
+
+    def _number(self, statement: str, *values: object) -> int:
+        return _integer(self._one(statement, *values))
 
     def _all(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         return self._read(lambda sql: sql.execute(statement, values).fetchall())
@@ -405,6 +459,7 @@ class _Pool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._file = _identity(path)
         self._idle: list[_Sql] = []
         self._pid = os.getpid()
 
@@ -432,10 +487,24 @@ class _Pool:
         if self._pid != os.getpid():  # forked: SQLite's connections must not be used, nor closed
             _FORKED.append(self._idle)
             self._idle, self._pid = [], os.getpid()
+        if _identity(self._path) != self._file:
+            raise CatalogError(
+                f"the catalog {self._path} was removed or replaced while it was open; bring it "
+                "back from a backup if it is gone, then open the collection again"
+            )
         try:
             return self._idle.pop()
         except IndexError:
             return _connect(self._path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file lies at `path`: an open connection would go on writing to one that was removed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 _FORKED: list[list[_Sql]] = []
@@ -456,6 +525,7 @@ def _connect(path: Path, journal: str = "journal_mode=WAL") -> _Sql:
         isolation_level=None,
         check_same_thread=False,
     )
+    sql.text_factory = _decode
     try:
         for pragma in _PRAGMAS if frozen else (*_PRAGMAS, journal):
             sql.execute(f"PRAGMA {pragma}")
@@ -463,6 +533,11 @@ def _connect(path: Path, journal: str = "journal_mode=WAL") -> _Sql:
         sql.close()
         raise
     return sql
+
+
+def _decode(data: bytes) -> str:
+    """Text as it is stored; of damaged text something, so that its checksum can tell."""
+    return data.decode(errors="backslashreplace")
 
 
 def _refuse_log(path: Path) -> None:
@@ -565,8 +640,31 @@ def _checkpoint(sql: _Sql) -> None:
         sql.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
 
 
+_VERSION = "SELECT version FROM state"
+
+
+def _version(sql: _Sql) -> int:
+    (found,) = sql.execute(_VERSION).fetchone() or (None,)
+    return _integer(found)
+
+
+def _integer(found: object) -> int:
+    if not isinstance(found, int):
+        raise CatalogError(f"the catalog is damaged: found {found!r}, expected a number")
+    return found
+
+
+def _key(found: object) -> str | None:
+    """A snapshot's key as it is stored; a damaged one is none, and set again by `check`."""
+    return found if isinstance(found, str) and _KEY.fullmatch(found) else None
+
+
 class _Change:
-    """The number of the change a transaction makes; counted only if it makes one."""
+    """The number of the change a transaction makes; counted only if it makes one.
+
+    Numbers grow by a random step, so that a catalog brought back from a backup does not use those
+    again that an index or another process has seen before.
+    """
 
     def __init__(self, sql: _Sql) -> None:
         self._sql = sql
@@ -574,9 +672,9 @@ class _Change:
 
     def version(self) -> int:
         if self._version is None:
-            self._sql.execute("UPDATE state SET version = version + 1")
-            (version,) = self._sql.execute("SELECT version FROM state").fetchone()
-            self._version = int(version)
+            step = 1 + secrets.randbelow(_STEP)
+            self._sql.execute("UPDATE state SET version = version + ?", (step,))
+            self._version = _version(self._sql)
         return self._version
 
 
@@ -646,8 +744,8 @@ def _digest(data: bytes) -> bytes:
 
 
 def _is_sound(blob: bytes | None) -> bool:
-    if blob is None:
-        return True
+    if not isinstance(blob, bytes):
+        return blob is None
     data, digest = bytes(blob[:-8]), bytes(blob[-8:])
     return len(data) > 0 and len(data) % 4 == 0 and digest == _digest(data)
 
@@ -659,12 +757,12 @@ def _upsert(sql: _Sql, values: _Values, change: _Change, done: Upserted) -> None
     if found is None:
         _insert(sql, values, change.version())
         done.added.append(values.id)
-    elif found[5] == values.content_hash:
+    elif found[5] == values.content_hash and _is_whole(found):
         _complete(sql, found, values, change)
         done.unchanged.append(values.id)
     else:
         _replace(sql, found[0], values, change.version())
-        done.replaced.append(_entry(found, verify=False))
+        done.replaced.append(_former(found))
 
 
 _CONTENT = ("title", "text", "metadata", "content_hash", "snapshot_key", "tokens", "embedding")
@@ -711,12 +809,12 @@ def _select(sql: _Sql, column: str, values: Sequence[object]) -> list[tuple[Any,
     return rows
 
 
-def _entry(row: tuple[Any, ...], verify: bool = True) -> Entry:
+def _entry(row: tuple[Any, ...]) -> Entry:
     """A row as an entry. Raises `CatalogError` where its content is not what was written."""
     number, id, title, text, metadata, content_hash, key, tokens, embedded, version = row
     try:
         document = Document(text=text, title=title, id=id, metadata=json.loads(metadata))
-        damaged = verify and _content_hash(document) != content_hash
+        damaged = _content_hash(document) != content_hash
     except (ValueError, TypeError):
         damaged = True
     if damaged:
@@ -724,7 +822,29 @@ def _entry(row: tuple[Any, ...], verify: bool = True) -> Entry:
             f"document {id!r} (row {number}) is damaged: its content is not what was written; "
             "delete it and add it again"
         )
-    return Entry(number, document, content_hash, key, tokens, bool(embedded), version)
+    return Entry(number, document, content_hash, _key(key), tokens, bool(embedded), version)
+
+
+def _former(row: tuple[Any, ...]) -> Entry:
+    """A row that is no more, as it was; one that is damaged, without text."""
+    if _is_whole(row):
+        return _entry(row)
+    number, id, _, _, _, content_hash, key, tokens, embedded, version = row
+    document = Document("", id=str(id) or "?")
+    return Entry(number, document, content_hash, _key(key), tokens, bool(embedded), version)
+
+
+def _entries(rows: Iterable[tuple[Any, ...]], skip_damaged: bool) -> list[Entry]:
+    """Rows as entries; with `skip_damaged` only those that are what was written."""
+    return [_entry(row) for row in rows if not skip_damaged or _is_whole(row)]
+
+
+def _is_whole(row: tuple[Any, ...]) -> bool:
+    try:
+        _entry(row)
+    except CatalogError:
+        return False
+    return True
 
 
 def _changes(version: int, changed: list[Any], gone: list[Any]) -> Changes:

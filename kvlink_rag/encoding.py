@@ -5,14 +5,18 @@ Knows tensors; knows no store and no prompt. KVLink, arXiv 2502.16002, section 3
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from .backbone import Backbone, pad_batch
+from .errors import DeviceMemoryError
 from .snapshot import Snapshot
 
 TOKENS_A_BATCH = 4096
+
+logger = logging.getLogger(__name__)
 
 
 def encode_one(backbone: Backbone, token_ids: Sequence[int]) -> Snapshot:
@@ -37,9 +41,13 @@ def encode_many(
 def _encode(backbone: Backbone, passages: Sequence[Sequence[int]]) -> list[Snapshot]:
     try:
         return encode_batch(backbone, passages)
-    except torch.cuda.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError as error:
         if len(passages) == 1:
-            raise
+            raise DeviceMemoryError(
+                f"the device ran out of memory encoding a passage of {len(passages[0])} tokens "
+                f"({error}); split it smaller, or use a smaller dtype or another device"
+            ) from error
+    logger.warning("the device ran out of memory encoding %d passages: halved", len(passages))
     torch.cuda.empty_cache()
     half = len(passages) // 2
     return _encode(backbone, passages[:half]) + _encode(backbone, passages[half:])

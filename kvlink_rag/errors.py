@@ -15,6 +15,7 @@
     │   ├── SnapshotCorrupt      a snapshot whose bytes are not what was written
     │   ├── IndexCorrupt         an index file whose bytes are not what was written
     │   └── CatalogError         the catalog (the truth) is missing or damaged
+    ├── DeviceMemoryError        the GPU's memory does not hold what was asked for
     └── MissingExtra             an optional package is not installed
 
 A message says what was found, what was expected and what to do.
@@ -84,6 +85,10 @@ class IndexCorrupt(StorageError):
 
 class CatalogError(StorageError):
     """The catalog is missing or damaged."""
+
+
+class DeviceMemoryError(KVLinkError, MemoryError):
+    """The GPU's memory does not hold what was asked for; the process can go on."""
 
 
 class MissingExtra(KVLinkError, ImportError):

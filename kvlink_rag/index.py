@@ -43,6 +43,12 @@ class VectorIndex:
     def __contains__(self, id: int) -> bool:
         return id in self._ids
 
+    @property
+    def ids(self) -> set[int]:
+        """All ids."""
+        with self._lock:
+            return set(self._ids)
+
     def add(self, ids: Array | Iterable[int], vectors: Array) -> None:
         """Add vectors (float32 [n, dimension], finite) under `ids` (int64 [n], unique).
 

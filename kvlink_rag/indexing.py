@@ -77,7 +77,7 @@ def index_batch(
     # 1. text → id; of one id given twice, the last one stands
     batch = {str(d.id): d for d in (checked(document) for document in documents)}
     # 2. what the catalog already holds needs no work
-    known = {entry.id: entry for entry in rag.catalog.get(batch)}
+    known = {entry.id: entry for entry in rag.catalog.get(batch, skip_damaged=True)}
     fresh = [d for id, d in batch.items() if not rag.is_indexed(known.get(id), d, embed=embed)]
     # 3. token ids; too long a passage stops the batch before anything of it is stored
     passages = [encodable(rag, document) for document in fresh]

@@ -62,8 +62,13 @@ def find_spec(name: str, directory: Path) -> Spec | None:
 def load_config(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{directory} holds no model: there is no config.json in it")
+    if (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{directory} holds an adapter, which transformers would load over other weights than "
+            "those here; merge it into the model (PEFT: merge_and_unload) and save that"
+        )
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if "model_type" in str(error) or "architecture" in str(error):
             raise ModelNotSupported(f"{directory}: {_first_line(error)}") from error
@@ -73,7 +78,11 @@ def load_config(directory: Path) -> Any:
 def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, attn_implementation=GROUPED
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=GROUPED,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -90,7 +99,7 @@ def load_tokenizer(directory: Path, spec: Spec | None) -> Any:
             spec.tokenizer, bundled="lm", files=["tokenizer*", "*.jinja", "special*"]
         )
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer in {directory}: {_first_line(error)}") from error
 

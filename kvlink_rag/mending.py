@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .catalog import Entry
+from .errors import CatalogError
 from .indexing import (
     BATCH,
     AddReport,
@@ -29,13 +30,18 @@ logger = logging.getLogger(__name__)
 
 def check_collection(rag: KVLinkRAG, fix: bool) -> list[str]:
     """What is wrong, one line each; with `fix`, mend all that can be made again."""
-    return [
-        *(f"catalog: {problem}" for problem in _check_catalog(rag, fix)),
-        *_check_index(rag, fix),
-        *(f"snapshots: {problem}" for problem in rag.store.check(fix)),
-        *_check_unused(rag, fix),
-        *_check_missing(rag, fix),
-    ]
+    problems: list[str] = []
+    try:
+        problems += (f"catalog: {problem}" for problem in _check_catalog(rag, fix))
+        problems += _check_index(rag, fix)
+        problems += (f"snapshots: {problem}" for problem in rag.store.check(fix))
+        problems += _check_unused(rag, fix)
+        problems += _check_missing(rag, fix)
+    except CatalogError as error:
+        if not problems:
+            raise
+        problems.append(f"catalog: the check ends here: {error}")
+    return problems
 
 
 def reencode(rag: KVLinkRAG) -> None:
@@ -70,18 +76,15 @@ def _check_catalog(rag: KVLinkRAG, fix: bool) -> list[str]:
 
 def _check_index(rag: KVLinkRAG, fix: bool) -> list[str]:
     """The index file against its own digest, the index against the catalog."""
-    problems = rag.check_index_file()
-    if len(rag.index) != rag.catalog.embedded():
-        found, expected = len(rag.index), rag.catalog.embedded()
-        problems.append(f"index: found {found} vectors, expected {expected}")
+    problems = list(dict.fromkeys(rag.check_index_file()))
     if problems and fix:
         rag.reset_index()
-    return problems
+    return [f"index: {problem}" for problem in problems]
 
 
 def _check_unused(rag: KVLinkRAG, fix: bool) -> list[str]:
     """Snapshots that no document uses."""
-    used = {str(entry.snapshot_key) for entry in rag.catalog.iterate()}
+    used = {str(key) for key, _ in rag.catalog.snapshots()}
     unused = sorted(set(rag.store.keys()) - used)
     for key in unused if fix else ():
         rag.store.delete(key)
@@ -93,7 +96,7 @@ def _check_missing(rag: KVLinkRAG, fix: bool) -> list[str]:
     if rag.store.size_limit is not None:
         return []
     problems = []
-    for entries in _batches(rag):
+    for entries in batched(rag.catalog.iterate(skip_damaged=True), BATCH):
         lost = [entry for entry in entries if not rag.has_snapshot(entry)]
         problems += [f"snapshots: document {entry.id!r} has none" for entry in lost]
         if lost and fix:

@@ -8,6 +8,7 @@ without one, passages are encoded on the spot.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ class KVLinkModel:
         """The most tokens a prompt and its answer may have."""
         return self.backbone.window
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 that changes with the weights or anything that shapes a snapshot."""
         return self.backbone.fingerprint
@@ -145,13 +146,14 @@ class KVLinkModel:
         Raises `PromptError` where the template drops or repeats a content.
         """
         contents = [_as_parts(message["content"]) for message in messages]
+        roles = [_checked_role(message["role"]) for message in messages]
         if not getattr(self.tokenizer.hf, "chat_template", None):
             preset = self.spec.prompt_preset
             inner = [part for parts in contents for part in parts]
             return [Text(preset.before, special=True), *inner, Text(preset.after, special=True)]
         marks = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in messages]
         rendered = self.tokenizer.hf.apply_chat_template(
-            [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks, strict=True)],
+            [{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)],
             tokenize=False,
             add_generation_prompt=True,
         )
@@ -288,6 +290,13 @@ def _split_at(
         before, _, rendered = rendered.partition(mark)
         parts += [Text(before, special=True), *content]
     return [*parts, Text(rendered, special=True)]
+
+
+def _checked_role(role: object) -> str:
+    """A role stands in the template's own text, so it must not hold a special token."""
+    if not isinstance(role, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,31}", role):
+        raise PromptError(f"a message's role is {role!r}, expected a word such as user")
+    return role
 
 
 def _as_parts(content: Any) -> list[Part]:

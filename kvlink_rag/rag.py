@@ -11,10 +11,11 @@ Puts the parts together. The life of a document stands in `indexing`, that of a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -23,14 +24,23 @@ from types import TracebackType
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from . import files
 from .answering import Reuse, TextStream
 from .catalog import Catalog, Entry
 from .documents import Document, Hit, Part, Passage
 from .embedder import Embedder, Vectors
-from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
+from .errors import (
+    CatalogError,
+    ConfigError,
+    DocumentNotFound,
+    IndexCorrupt,
+    PromptError,
+    StorageError,
+)
 from .fitting import fit
 from .foreign import AnyEmbedder, as_embedder
 from .index import VectorIndex
@@ -67,6 +77,8 @@ class Stats:
     """What a collection holds, and what its store has seen since it was opened.
 
     tokens: of all passages. bytes_per_token: of the stored snapshots; 0.0 where there are none.
+    hits, misses: snapshots asked for and found, or not; corrupt: those refused, which are misses
+    too. encoded: those made for questions because they were missing. evicted: to keep the limit.
     """
 
     documents: int
@@ -79,8 +91,10 @@ class Stats:
     misses: int
     corrupt: int
     evicted: int
+    encoded: int
     prefix_bytes: int
     prefix_hits: int
+    prefix_misses: int
     model: str
     embedder: str
 
@@ -109,8 +123,7 @@ class KVLinkRAG:
         self._settings = settings
         self._prefix = PrefixCache(prefix_budget) if prefix_budget else None
         self._lock = threading.RLock()  # parts and index, held briefly
-        self._writer = threading.RLock()  # one writer among this process's threads
-        self._writing = filelock.FileLock(directory / LOCK, thread_local=False)
+        self._locks = self._new_locks()
         self._index: VectorIndex | None = None
         self._index_version = self._saved_version = 0
         self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser] | None = None
@@ -152,6 +165,7 @@ class KVLinkRAG:
             path = path.resolve(strict=True)
         except OSError as error:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
+        _refuse_links(path)
         catalog = Catalog.open(path / CATALOG, create=create, siblings=[INDEX, SNAPSHOTS])
         settings = Settings(catalog, model, embedder, device=device, dtype=dtype, spec=spec)
         store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
@@ -184,7 +198,7 @@ class KVLinkRAG:
     def update(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
         """Replace documents by id. Raises `DocumentNotFound` before anything is changed."""
         batch = list(documents)
-        self.get([document.identified().id or "" for document in batch])
+        self._require([document.identified().id or "" for document in batch])
         return self.add(batch, show_progress=show_progress)
 
     def delete(self, ids: Iterable[str], *, missing_ok: bool = False) -> int:
@@ -195,7 +209,8 @@ class KVLinkRAG:
         """
         wanted = [ids] if isinstance(ids, str) else list(ids)
         with self.writing():
-            self.get(wanted, missing_ok=missing_ok)
+            if not missing_ok:
+                self._require(wanted)
             gone = self.catalog.delete(wanted)
             self.refresh_index()
             remove_unused(self, gone)
@@ -207,11 +222,15 @@ class KVLinkRAG:
         Raises `DocumentNotFound` where one is not there; with `missing_ok` it is left out.
         """
         wanted = [ids] if isinstance(ids, str) else list(ids)
+        if not missing_ok:
+            self._require(wanted)
         found = {entry.id: entry for entry in self.catalog.get(wanted)}
-        missing = [id for id in wanted if id not in found]
-        if missing and not missing_ok:
-            raise DocumentNotFound(f"no document with id {missing[0]!r} in {self.directory}")
         return [found[id].document for id in wanted if id in found]
+
+    def _require(self, ids: Sequence[str]) -> None:
+        """Raise `DocumentNotFound` where one of `ids` is not there."""
+        if missing := self.catalog.missing(ids):
+            raise DocumentNotFound(f"no document with id {missing[0]!r} in {self.directory}")
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the order they were first added."""
@@ -330,16 +349,24 @@ class KVLinkRAG:
             misses=seen.misses,
             corrupt=seen.corrupt,
             evicted=seen.evicted,
+            encoded=self._parts[1].encoded if self._parts else 0,
             prefix_bytes=prefix.nbytes,
             prefix_hits=prefix.hits,
+            prefix_misses=prefix.misses,
             model=self._settings.model_name,
             embedder=self._settings.embedder_name,
         )
 
     def check(self, fix: bool = False) -> list[str]:
         """What is wrong in the directory, one line each; with `fix`, mend all that can be."""
-        with self.writing():
-            return check_collection(self, fix)
+        frozen = files.is_read_only(self.directory)  # then nobody writes
+        with contextlib.nullcontext() if frozen and not fix else self.writing():
+            try:
+                return check_collection(self, fix)
+            except StorageError:
+                raise
+            except OSError as error:
+                raise StorageError(f"{self.directory} cannot be checked: {error}") from error
 
     def close(self) -> None:
         """Save the index and release the directory. Nothing is lost without it."""
@@ -433,14 +460,31 @@ class KVLinkRAG:
             logger.warning("the index is not saved and will be rebuilt: %s", error)
 
     def check_index_file(self) -> list[str]:
-        """What is wrong with the index file; none is not wrong, it is made when needed."""
+        """What is wrong with the index and its file; none is not wrong, it is made when needed."""
+        path = self.directory / INDEX
+        leftovers = files.abandoned(path.parent, INDEX)
+        problems = [f"leftover temporary file: {leftover.name}" for leftover in leftovers]
         try:
-            VectorIndex.load(self.directory / INDEX, source=self.catalog.identity)
+            saved, version = VectorIndex.load(path, source=self.catalog.identity)
+            if version == self.catalog.version():
+                problems += self._differences(saved)
         except FileNotFoundError:
             pass
         except (IndexCorrupt, OSError) as error:
-            return [f"index: {error}"]
-        return []
+            problems.append(str(error))
+        return problems + self._differences()
+
+    def _differences(self, index: VectorIndex | None = None) -> list[str]:
+        """Whether `index` (None: the one in use) holds other vectors than the catalog."""
+        try:
+            index = self.index if index is None else index
+            expected = self.catalog.changes_since(0)
+        except CatalogError:
+            return []  # a damaged embedding, which `Catalog.check` has told
+        if set(expected.rows.tolist()) != index.ids:
+            return [f"found {len(index)} vectors, expected those of {len(expected.rows)} documents"]
+        same = np.array_equal(index.vectors(expected.rows), expected.vectors)
+        return [] if same or not len(index) else ["found other vectors than the catalog's"]
 
     def reset_index(self) -> None:
         """Make the index anew from the catalog, and its file."""
@@ -459,11 +503,28 @@ class KVLinkRAG:
         """Whether the store holds this entry's snapshot."""
         return entry.snapshot_key is not None and entry.snapshot_key in self.store
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time, among all threads and processes."""
-        with self._writer, self._writing:
-            yield
+        if self._locks[0] != os.getpid():
+            self._locks = self._new_locks()  # forked: the others are the parent's
+        _, writer, writing = self._locks
+        with writer:
+            try:
+                writing.acquire()
+            except OSError as error:
+                raise StorageError(
+                    f"{self.directory / LOCK} cannot be locked for writing: {error}"
+                ) from error
+            try:
+                yield
+            finally:
+                writing.release()
+
+    def _new_locks(self) -> tuple[int, threading.RLock, filelock.BaseFileLock]:
+        """For writers: this process, a lock among its threads, and one among processes."""
+        lock = filelock.FileLock(self.directory / LOCK, thread_local=False, mode=0o600)
+        return os.getpid(), threading.RLock(), lock
 
     def _take(
         self, documents: Iterable[Document], *, embed: bool, show_progress: bool
@@ -475,6 +536,7 @@ class KVLinkRAG:
             self.writing(),
             tqdm(total=total, unit="passage", desc="indexing", disable=not show_progress) as bar,
         ):
+            self._settings.model()  # SettingsMismatch where another process took another model
             return index_documents(self, documents, embed=embed, advance=bar.update)
 
     def _recognised(
@@ -532,9 +594,11 @@ class KVLinkRAG:
             index, version = VectorIndex.load(
                 path, dimension=dimension, source=self.catalog.identity
             )
-            if version <= self.catalog.version():
+            if self.catalog.has_had(version):
                 return index, version
-            logger.warning("the index is newer than the catalog (a backup?) and is rebuilt from it")
+            logger.warning(
+                "the index belongs to another state of the catalog (a backup?) and is rebuilt"
+            )
         except FileNotFoundError:
             pass
         except (IndexCorrupt, OSError) as error:
@@ -545,7 +609,7 @@ class KVLinkRAG:
         with self._lock:
             if self._parts is None:
                 model = self._settings.model()
-                snapshots = StoredSnapshots(self.store, model.backbone)
+                snapshots = StoredSnapshots(self.store, model.backbone, users=self.catalog.users)
                 reuse = Reuse(snapshots, self._prefix, scope=self.catalog.identity)
                 recogniser = Recogniser(
                     self.catalog,
@@ -558,7 +622,7 @@ class KVLinkRAG:
 
     def _settle(self, allow: bool) -> None:
         """Compare what was asked for with what the directory remembers; encode again if told to."""
-        with self.writing():
+        with self.writing() if allow else contextlib.nullcontext():
             if self._settings.settle_model(allow):
                 reencode(self)
                 self._settings.finish_model()
@@ -571,11 +635,21 @@ class KVLinkRAG:
         total = 0
         stored: dict[str, int] = {}
         held = set(self.store.keys())
-        for entry in self.catalog.iterate():
-            total += entry.tokens or 0
-            if entry.snapshot_key in held:
-                stored[str(entry.snapshot_key)] = entry.tokens or 0
+        for key, tokens in self.catalog.snapshots():
+            total += tokens or 0
+            if key in held:
+                stored[str(key)] = tokens or 0
         return total, sum(stored.values())
+
+
+def _refuse_links(directory: Path) -> None:
+    """Raise where a part of the collection is a symbolic link, which may lead anywhere."""
+    for name in (CATALOG, INDEX, SNAPSHOTS, LOCK):
+        if (directory / name).is_symlink():
+            raise StorageError(
+                f"{directory / name} is a symbolic link, which is not followed; remove it, or link "
+                "the directory as a whole"
+            )
 
 
 class AnswerStream(Iterator[str]):

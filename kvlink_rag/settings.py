@@ -81,7 +81,7 @@ class Settings:
 
     def dimension(self) -> int | None:
         """Numbers in a vector; None as long as no process has embedded anything here."""
-        known = self._remembered.get("dimension") or self._catalog.settings().get("dimension")
+        known = self._catalog.settings().get("dimension")
         return int(known) if known else None
 
     def settle_model(self, allow: bool) -> bool:
@@ -142,10 +142,12 @@ class Settings:
         return self._embedder
 
     def _check(self, what: str, identity: str) -> None:
-        remembered = self._remembered.get(f"{what}_identity")
-        if remembered is None:
-            self._remember(what, identity)
-        elif remembered != identity and what not in self._unfinished:
+        """Compare with what is remembered now, by whichever process; the first to come is it."""
+        self._remembered = self._catalog.settings()
+        if f"{what}_identity" not in self._remembered:
+            self._remembered = self._catalog.set_first(self._facts(what, identity))
+        remembered = self._remembered[f"{what}_identity"]
+        if remembered != identity and what not in self._unfinished:
             found, known = getattr(self, f"{what}_name"), self._remembered.get(what)
             raise SettingsMismatch(
                 f"this collection was made with the {what} {known!r}, found {found!r} with other "
@@ -161,10 +163,14 @@ class Settings:
         self._unfinished.add(what)
         return True
 
-    def _remember(self, what: str, identity: str) -> None:
+    def _facts(self, what: str, identity: str) -> dict[str, Any]:
         values: dict[str, Any] = {what: getattr(self, f"{what}_name"), f"{what}_identity": identity}
         if what == "embedder":
             values["dimension"] = self._load_embedder().dimension
+        return values
+
+    def _remember(self, what: str, identity: str) -> None:
+        values = self._facts(what, identity)
         self._catalog.set_settings(values)
         self._remembered.update(values)
         self._unfinished.discard(what)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,6 +179,7 @@ def _check_count(name: str, value: object, *, least: int) -> None:
 def _check_texts(spec: Spec) -> None:
     for name in ("passage_template", "untitled_template"):
         template = getattr(spec, name)
+        _check_fields(name, template)
         try:
             rendered = template.format(title="", text="\0", rank=1)
         except (AttributeError, LookupError, ValueError, TypeError) as error:
@@ -190,6 +193,20 @@ def _check_texts(spec: Spec) -> None:
         raise SpecError(f"preset is {spec.preset!r}, expected one of {sorted(spec.presets)}")
     if not isinstance(spec.notice, str) or not isinstance(spec.tokenizer, str | None):
         raise SpecError("notice and tokenizer must be strings")
+
+
+def _check_fields(name: str, template: object) -> None:
+    """A template names its fields as they are: `{text[0]}` or `{rank:>9999999}` is a mistake."""
+    try:
+        fields = list(string.Formatter().parse(str(template)))
+    except ValueError as error:
+        raise SpecError(f"{name} {template!r} cannot be formatted: {error}") from error
+    for _, found, width, conversion in fields:
+        if width or conversion or re.search(r"[.\[]", found or ""):
+            raise SpecError(
+                f"{name} {template!r} cannot be formatted: expected {{title}}, {{text}} and "
+                f"{{rank}} as they are, found {found!r} with more"
+            )
 
 
 _SYSTEM = (

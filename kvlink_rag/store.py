@@ -22,6 +22,7 @@ later, moves the row there instead: least recently used, paid for by evictions o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -183,7 +184,12 @@ class SnapshotStore:
         unknown is removed, since it can be made again.
         """
         steps = (_check_table, _check_rows, _check_leftovers, _check_unknown, _check_totals)
-        return [line for step in steps for line in step(self, fix)]
+        try:
+            return [line for step in steps for line in step(self, fix)]
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(f"the store {self.directory} cannot be read: {error}") from error
 
     def close(self) -> None:
         """Close this thread's connection; those of other threads close with them."""
@@ -636,6 +642,10 @@ def _row_problem(
         return f"missing file: {name}"
     except SnapshotCorrupt as error:
         return f"corrupt file: {error}"
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise  # its surroundings: too many open files, no permission
+        return f"unreadable file: {error}"
     return None
 
 

@@ -7,7 +7,7 @@ answer. Knows keys and token ids; knows no documents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .backbone import Backbone
 from .encoding import encode_many
@@ -24,11 +24,21 @@ logger = logging.getLogger(__name__)
 class StoredSnapshots:
     """The `SnapshotSource` of a collection.
 
-    keep: whether a snapshot encoded for a question is stored for the next one.
+    keep: whether a snapshot encoded for a question is stored for the next one. users: the ids of
+    the documents of a key, for log lines. encoded: how many the store did not have, so far.
     """
 
-    def __init__(self, store: SnapshotStore, backbone: Backbone, *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        store: SnapshotStore,
+        backbone: Backbone,
+        *,
+        keep: bool = True,
+        users: Callable[[str], list[str]] = lambda key: [],
+    ) -> None:
         self.store, self.backbone, self.keep = store, backbone, keep
+        self.encoded = 0
+        self._users = users
 
     def key(self, token_ids: Sequence[int]) -> str:
         """The key of a passage encoded by this model."""
@@ -48,12 +58,19 @@ class StoredSnapshots:
             with trace.stage("encode", self.backbone.synchronize):
                 found.update(self._encode(missing, keys))
             trace.snapshots_encoded += len(missing)
+            self.encoded += len(missing)
         return [found[ids] for ids in passages]
 
     def _encode(
         self, missing: Sequence[TokenIds], keys: dict[TokenIds, str]
     ) -> dict[TokenIds, Snapshot]:
-        logger.info("encoding %d passages that the store does not hold", len(missing))
+        for key in (keys[ids] for ids in missing):
+            logger.info(
+                "encoding %s now: the store has no sound snapshot %s (lost, evicted, refused or "
+                "never made)",
+                self._named(key),
+                key,
+            )
         made = {missing[i]: s for i, s in encode_many(self.backbone, missing)}
         for ids, snapshot in made.items() if self.keep else ():
             try:
@@ -61,3 +78,10 @@ class StoredSnapshots:
             except StorageError as error:
                 logger.warning("snapshot %s is used but not stored: %s", keys[ids], error)
         return made
+
+    def _named(self, key: str) -> str:
+        """The documents of a key, or that none has it: an application's own passage."""
+        if not logger.isEnabledFor(logging.INFO):
+            return ""
+        ids = self._users(key)
+        return f"document {', '.join(map(repr, ids[:3]))}" if ids else "a passage of no document"
