@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .attention import pack_mask
 from .errors import ModelNotSupported
 from .fingerprint import module_digest, weights_digest
 from .layout import visibility
+from .rope import rotate_into
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -34,9 +36,11 @@ class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a live cache: a buffer filled in place, [1, kv_heads, capacity, head_dim].
 
     Always a full-attention layer: sliding windows are part of the mask, never of the cache.
+    places: int64 [tokens], the entries that `update` writes over instead of appending, or None.
     """
 
     is_sliding = False
+    places: Tensor | None = None
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         super().__init__()
@@ -50,6 +54,10 @@ class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append [1, kv_heads, tokens, head_dim]; return everything so far, as views."""
+        if self.places is not None:
+            self.keys[:, :, self.places] = key_states
+            self.values[:, :, self.places] = value_states
+            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:
             self._grow()
@@ -99,6 +107,26 @@ class LiveCache(Cache):  # type: ignore[misc]
         keys = torch.stack([layer.keys[0].index_select(1, places) for layer in self.layers])
         values = torch.stack([layer.values[0].index_select(1, places) for layer in self.layers])
         return keys, values
+
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the layers of `recompute` take beside the hidden states."""
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+    masks: Any
+
+    def mask(self, config: Any, number: int) -> Tensor | None:
+        """The mask of layer `number`."""
+        masks = self.masks
+        mask: Tensor | None = (
+            masks[config.layer_types[number]] if isinstance(masks, dict) else masks
+        )
+        return mask
 
 
 class Capture(threading.local):
@@ -209,6 +237,60 @@ class Backbone:
         )
         logits: Tensor = output.logits[0].float()
         return logits
+
+    @torch.inference_mode()
+    def recompute(
+        self, token_ids: Tensor, places: Tensor, cache: LiveCache, choose: Choose | None = None
+    ) -> Tensor:
+        """Run causally over tokens that have their entries in `cache`, and write these again.
+
+        token_ids, places: int64 [tokens], in order of position; the entries of `cache` stand in
+        that order too. choose: which of the tokens go on after the first layer (int64 indices, in
+        order, the last one among them), told the second layer's keys after RoPE and values, each
+        [kv_heads, tokens, head_dim]. Returns float32 logits [vocabulary] of the last token.
+        """
+        places = places.to(self.device)
+        hidden = self.model.model.embed_tokens(token_ids.to(self.device)[None])
+        step = self._recomputing(places, cache)
+        for number, layer in enumerate(self.model.model.layers):
+            if choose is not None and number == 1:
+                going = choose(*self._states(layer, hidden, step.rotary)).to(self.device)
+                hidden, places = hidden[:, going], places[going]
+                step = self._recomputing(places, cache)
+            live = cache.layers[number]
+            live.places = places
+            hidden = layer(
+                hidden,
+                attention_mask=step.mask(self.config, number),
+                position_ids=step.positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=step.rotary,
+            )
+            live.places = None
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden[:, -1]))[0].float()
+        return logits
+
+    def _recomputing(self, places: Tensor, cache: LiveCache) -> _Step:
+        at = cache.positions[places]
+        mask = self._masks(
+            at, torch.zeros_like(at), cache.positions, torch.zeros_like(cache.positions)
+        )
+        cos, sin = self.rotary(at)
+        return _Step(at, (cos[None], sin[None]), mask)
+
+    def _states(
+        self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys after RoPE and values that `layer` makes: [kv_heads, tokens, head_dim] each."""
+        attention, states = layer.self_attn, layer.input_layernorm(hidden)[0]
+        shape = (len(states), self.kv_heads, self.head_dim)
+        keys, values = (p(states).view(shape) for p in (attention.k_proj, attention.v_proj))
+        keys = attention.k_norm(keys) if hasattr(attention, "k_norm") else keys
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        turned = torch.empty_like(keys)
+        rotate_into(turned, keys, rotary[0][0], rotary[1][0])
+        return turned, values
 
     @torch.inference_mode()
     def capture(self, token_ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:

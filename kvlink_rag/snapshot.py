@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, SnapshotCorrupt
+from .rope import rotate_into
 from .sealed import Kind, read_sealed, sealed_size, write_sealed
 
 FORMAT_VERSION = 1
@@ -48,6 +49,14 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of the three tensors in memory."""
         return self.keys.nbytes + self.values.nbytes + self.token_ids.nbytes
+
+    def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Write the keys, rotated by `cos` and `sin` [tokens, head_dim], and the values in place.
+
+        keys, values: [layers, kv_heads, tokens, head_dim], of any device.
+        """
+        rotate_into(keys, self.keys.to(keys.device, non_blocking=True), cos, sin)
+        values.copy_(self.values, non_blocking=True)
 
 
 class Codec(Protocol):
