@@ -15,7 +15,7 @@ from torch import Tensor
 from .backbone import Backbone, LiveCache
 from .layout import Layout, Span
 from .prefix import Run
-from .snapshot import Snapshot
+from .snapshot import AnySnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Assembled:
 def assemble(
     backbone: Backbone,
     prompt: Layout,
-    snapshots: Sequence[Snapshot],
+    snapshots: Sequence[AnySnapshot],
     runs: Mapping[int, Run],
     *,
     room: int = 0,

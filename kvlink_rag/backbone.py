@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,30 @@ class _Step:
 
 
 class Capture(threading.local):
-    """Where this thread's hooks put keys before RoPE and values; None when not capturing."""
+    """Where this thread's hooks put keys before RoPE and values; None when not capturing.
+
+    given: what they put in place of those of some tokens, or None.
+    """
 
     keys: list[Tensor] | None = None
     values: list[Tensor] | None = None
+    given: _Given | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Keys before RoPE and values of the tokens at `places`: [layers, kv_heads, n, head_dim]."""
+
+    places: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def instead(self, states: Tensor, output: Tensor) -> Tensor:
+        """`output` of one layer's hook, [1, tokens, …], with `states` of that layer put in."""
+        changed = output.clone()
+        kv_heads, _, head_dim = states.shape
+        changed.view(output.shape[1], kv_heads, head_dim)[self.places] = states.transpose(0, 1)
+        return changed
 
 
 class Backbone:
@@ -305,6 +325,20 @@ class Backbone:
         shape = (*token_ids.shape, self.kv_heads, self.head_dim)
         return [k.view(shape) for k in capture[0]], [v.view(shape) for v in capture[1]]
 
+    @contextmanager
+    def giving(self, places: Tensor, keys: Tensor, values: Tensor) -> Iterator[None]:
+        """Until the end of the block, forwards give the tokens at `places` these keys and values.
+
+        places: int64 [n], indices of the token ids of the forward. keys before RoPE, values:
+        [layers, kv_heads, n, head_dim]. A masked prefill over given states is the oracle of
+        snapshots that are not exact.
+        """
+        self._capture.given = _Given(*(t.to(self.device) for t in (places, keys, values)))
+        try:
+            yield
+        finally:
+            self._capture.given = None
+
     def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor) -> Any:
         """The attention masks [1, 1, queries, keys]: one, or one for each kind of layer."""
         window = self._sliding_window()
@@ -352,18 +386,19 @@ class Backbone:
         """Keys are taken where RoPE is applied to them next: after k_norm if there is one."""
         capture = self._capture
 
-        def keep_keys(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            if capture.keys is not None:
-                capture.keys.append(output)
+        def keep(name: str, number: int, output: Tensor) -> Tensor | None:
+            if (kept := getattr(capture, name)) is not None:
+                kept.append(output)
+            if (given := capture.given) is None:
+                return None
+            return given.instead(getattr(given, name)[number], output)
 
-        def keep_values(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            if capture.values is not None:
-                capture.values.append(output)
-
-        for layer in self.model.model.layers:
+        for number, layer in enumerate(self.model.model.layers):
             attention = layer.self_attn
-            getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_keys)
-            attention.v_proj.register_forward_hook(keep_values)
+            keys = getattr(attention, "k_norm", attention.k_proj)
+            for name, module in (("keys", keys), ("values", attention.v_proj)):
+                hook = partial(keep, name, number)
+                module.register_forward_hook(lambda _, __, output, hook=hook: hook(output))
 
 
 def _is_causal(at: Tensor, seg: Tensor, key_at: Tensor) -> bool:

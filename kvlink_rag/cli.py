@@ -17,6 +17,7 @@ from ._version import __version__
 from .readers import SUFFIXES
 from .splitting import MAX_TOKENS
 
+CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -156,6 +157,7 @@ def _index(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--size-limit", type=_size, metavar="SIZE", help="most bytes of snapshots to keep: 20GB"
     )
+    _add_codec(parser)
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first file or line that cannot be read"
     )
@@ -184,6 +186,16 @@ def _chat(commands: Any) -> argparse.ArgumentParser:
     _add_answering(parser, k=4)
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     return parser
+
+
+def _add_codec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--codec",
+        choices=CODECS,
+        default=None,
+        help="how to keep snapshots: as they are, or smaller at a price that `verify` states "
+        "(the collection's, else exact)",
+    )
 
 
 def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,7 @@ _STATS = (
     "directory",
     "model",
     "embedder",
+    "codec",
     "documents",
     "embedded",
     "tokens",
@@ -53,7 +55,9 @@ def index(arguments: argparse.Namespace) -> int:
     if not files:
         return 1
     with (
-        _open(arguments, create=True, size_limit=arguments.size_limit) as rag,
+        _open(
+            arguments, create=True, size_limit=arguments.size_limit, codec=arguments.codec
+        ) as rag,
         _progress(sum(file.size() for file in files)) as bar,
     ):
         problems.write = bar.write
@@ -161,7 +165,8 @@ def verify(arguments: argparse.Namespace) -> int:
         name, found = model.name, model.verify(model.prompt(_SAMPLES, "Where is it?"))
     if arguments.json:
         fields = ("holds", "difference", "tolerance", "same_top_token", "margin", "message")
-        _print_json({"model": name, **{field: getattr(found, field) for field in fields}})
+        price = {"price": asdict(found.price)} if found.price else {}
+        _print_json({"model": name, **{f: getattr(found, f) for f in fields}, **price})
     else:
         _print_lines([f"{name}: {found.message}"])
     return 0 if found.holds else 1
@@ -202,7 +207,11 @@ def _has_collection(directory: Path) -> bool:
 
 
 def _open(
-    arguments: argparse.Namespace, *, create: bool = False, size_limit: int | None = None
+    arguments: argparse.Namespace,
+    *,
+    create: bool = False,
+    size_limit: int | None = None,
+    codec: str | None = None,
 ) -> KVLinkRAG:
     """The collection; one that is not there yet is made only to index into."""
     directory = _directory(arguments)
@@ -219,6 +228,7 @@ def _open(
         dtype=arguments.dtype,
         reencode=arguments.reencode,
         size_limit=size_limit,
+        codec=codec,
         create=create,
     )
 

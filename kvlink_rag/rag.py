@@ -83,6 +83,7 @@ class Stats:
     prefix_hits: int
     model: str
     embedder: str
+    codec: str
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -127,6 +128,7 @@ class KVLinkRAG:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
+        codec: str | None = None,
         size_limit: int | None = None,
         prefix_budget: int = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
@@ -137,11 +139,14 @@ class KVLinkRAG:
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
         LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
-        pair. size_limit: bytes of snapshots to keep at most. prefix_budget: bytes of computed runs
+        pair. codec: how snapshots are kept, "exact" (the model's dtype), "int8", "int4" or "fp8"
+        (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
+        exact. size_limit: bytes of snapshots to keep at most. prefix_budget: bytes of computed runs
         to keep in memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes
-        for a passage. reencode: where the directory remembers another model or embedder, take the
-        new one and encode again.
-        Raises `SettingsMismatch` (another model or embedder, without `reencode`), `StorageError`.
+        for a passage. reencode: where the directory remembers another model, embedder or codec,
+        take the new one and encode again.
+        Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
+        codec), `StorageError`.
         """
         if not isinstance(embedder, str | Path | None):
             embedder = as_embedder(embedder)
@@ -153,7 +158,9 @@ class KVLinkRAG:
         except OSError as error:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
         catalog = Catalog.open(path / CATALOG, create=create, siblings=[INDEX, SNAPSHOTS])
-        settings = Settings(catalog, model, embedder, device=device, dtype=dtype, spec=spec)
+        settings = Settings(
+            catalog, model, embedder, device=device, dtype=dtype, spec=spec, codec=codec
+        )
         store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
         rag = cls(
             path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
@@ -334,6 +341,7 @@ class KVLinkRAG:
             prefix_hits=prefix.hits,
             model=self._settings.model_name,
             embedder=self._settings.embedder_name,
+            codec=self._settings.codec,
         )
 
     def check(self, fix: bool = False) -> list[str]:
@@ -545,8 +553,10 @@ class KVLinkRAG:
         with self._lock:
             if self._parts is None:
                 model = self._settings.model()
-                snapshots = StoredSnapshots(self.store, model.backbone)
-                reuse = Reuse(snapshots, self._prefix, scope=self.catalog.identity)
+                codec = self._settings.codec
+                snapshots = StoredSnapshots(self.store, model.backbone, codec=codec)
+                # kept runs come from what was read, so they depend on the codec
+                reuse = Reuse(snapshots, self._prefix, scope=f"{self.catalog.identity} {codec}")
                 recogniser = Recogniser(
                     self.catalog,
                     model.tokenizer,

@@ -41,6 +41,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
