@@ -20,6 +20,7 @@ from tqdm import tqdm
 from . import terminal
 from .conversation import Conversation
 from .documents import Document
+from .embedder import ContrieverEmbedder
 from .errors import ConfigError, DocumentNotFound
 from .fingerprint import cache_directory
 from .ingest import IngestReport, gone, ids_from, ingest
@@ -73,6 +74,32 @@ def index(arguments: argparse.Namespace) -> int:
         bar.close()
         report.gone = gone(rag, arguments.paths)
         _show_report(rag, report, as_json=arguments.json)
+    return 1 if problems.skipped else 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what `index` would take; 1 if anything would have to be skipped."""
+    from .planning import plan as make
+
+    problems = _Problems(strict=False)
+    files = find(arguments.paths, problems)
+    if not files:
+        return 1
+    with _progress(sum(file.size() for file in files), "reading") as bar:
+        problems.write = bar.write
+        made = make(
+            files,
+            _opener(arguments),
+            on_problem=problems,
+            advance=bar.update,
+            max_tokens=arguments.passage_tokens,
+            max_bytes=arguments.max_file_size or MAX_BYTES,
+            seconds=arguments.seconds,
+        )
+    if arguments.json:
+        _print_json(made.to_dict())
+    else:
+        _print_lines(terminal.plan(made.to_dict()))
     return 1 if problems.skipped else 0
 
 
@@ -233,6 +260,25 @@ def _open(
     )
 
 
+def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
+    """Opens empty collections like the one that `index` would make; models are loaded once."""
+    known: dict[str, str] = {}
+    if _has_collection(_directory(arguments)):
+        with KVLinkRAG.open(_directory(arguments), create=False) as rag:
+            known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
+    _hush(arguments)
+    model = KVLinkModel.from_pretrained(
+        arguments.model or known.get("model", BUNDLED),
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    embedder = ContrieverEmbedder.from_pretrained(
+        arguments.embedder or known.get("embedder", BUNDLED), device=arguments.device
+    )
+    codec = arguments.codec or known.get("codec")
+    return lambda path: KVLinkRAG.open(path, model=model, embedder=embedder, codec=codec)
+
+
 def _require_documents(rag: KVLinkRAG) -> None:
     if not len(rag):
         raise ConfigError(f"{rag.directory} holds no documents; add some: kvlink-rag index PATH")
@@ -274,9 +320,9 @@ class _Problems:
         self.write(terminal.visible(f"kvlink-rag: {kind}: {problem}"), file=sys.stderr)
 
 
-def _progress(total: int) -> Any:
+def _progress(total: int, what: str = "indexing") -> Any:
     """A bar over the bytes of the files, on a terminal only."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc="indexing", disable=None)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 def _show_notice(rag: KVLinkRAG, write: Any = None) -> None:

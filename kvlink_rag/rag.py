@@ -394,6 +394,16 @@ class KVLinkRAG:
         return self._settings.model_name
 
     @property
+    def embedder_name(self) -> str:
+        """The embedder's name, without loading it."""
+        return self._settings.embedder_name
+
+    @property
+    def codec(self) -> str:
+        """How snapshots are kept."""
+        return self._settings.codec
+
+    @property
     def snapshots(self) -> StoredSnapshots:
         """Where this collection's snapshots come from."""
         return self._loaded()[1]

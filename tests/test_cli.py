@@ -464,6 +464,22 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert cli.CODECS == snapshot.CODECS
 
 
+def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    ran = here("--dir", "new", *pair, "plan", "docs", "--passage-tokens", "200", "--json",
+               cwd=tmp_path)  # fmt: skip
+    assert ran.code == 0, ran.err
+    stats = here("--dir", "col", "stats", "--json", cwd=collection).json
+    assert ran.json["passages"] == stats["documents"]
+    assert ran.json["snapshot_bytes"] == stats["snapshot_bytes"]
+    assert not (tmp_path / "new").exists()
+    remembered = here("--dir", "col", "plan", "docs", "--codec", "int8", cwd=collection)
+    assert remembered.code == 0
+    assert "tokens as int8\n" in remembered.out
+    assert pair[1] in remembered.out
+    assert here("--dir", "new", *pair, "plan", "nowhere", cwd=tmp_path).code == 1
+
+
 def test_another_model_is_refused(collection: Path, tmp_path: Path) -> None:
     random_model("llama", torch.float32, seed=1).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
