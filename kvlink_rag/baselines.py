@@ -16,9 +16,11 @@
     epic         naive, and the first `first_tokens` tokens of each passage are computed again
                  (EPIC's LegoLink, Hu et al., arXiv 2410.15332)
 
-All five take the same prompt: the spec's templates without link tokens and memory markers. At
-`fraction=1.0`, or more `first_tokens` than a passage has, the last two are `full`. Written from the
-papers; knows the engine and one model, no collection.
+All five take the same prompt: the spec's templates without link tokens and memory markers. The
+last three keep the text before the first passage (the system prompt) for prompts that begin alike,
+as reuse with link tokens does. At `fraction=1.0`, or more `first_tokens` than a passage has, the
+last two give what `full` gives. Written from the papers; knows the engine and one model, no
+collection.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +91,7 @@ class Baselines:
         self.fraction, self.first_tokens = fraction, first_tokens
         self._spec = plain_spec(model.spec)
         self._kept: list[tuple[Ids, Run]] = []  # earlier prompts of "prefix", the latest last
+        self._head: tuple[Ids, Run] | None = None  # the latest text before a first passage
 
     def layout(self, parts: Iterable[Part]) -> Layout:
         """The prompt that all methods take: without link tokens and memory markers."""
@@ -103,10 +107,14 @@ class Baselines:
         if method not in METHODS:
             raise ConfigError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
         cache = self._side_by_side(prompt, room)
+        known = self._take_head(prompt, cache)
         if method == "cacheblend":
-            return self._cacheblend(prompt, cache)
-        first = self.first_tokens if method == "epic" else 0
-        return self._recomputed(prompt, cache, _first_of_each(prompt, first))
+            started = self._cacheblend(prompt, cache, known)
+        else:
+            first = self.first_tokens if method == "epic" else 0
+            started = self._recomputed(prompt, cache, _first_of_each(prompt, first, known))
+        self._keep_head(started)
+        return started
 
     def generate(self, method: Method, parts: Iterable[Part], *, max_new_tokens: int = 64) -> str:
         """The greedy answer; an end is ruled out until something visible was said."""
@@ -127,8 +135,9 @@ class Baselines:
         return text + pieces.finish()
 
     def forget(self) -> None:
-        """Drop the prompts that "prefix" has kept."""
+        """Drop the prompts that "prefix" has kept, and the text before a first passage."""
         self._kept.clear()
+        self._head = None
 
     # The ways
 
@@ -169,33 +178,55 @@ class Baselines:
                 snapshot.fill(keys[:, :, at], values[:, :, at], cos[at], sin[at])
         return cache
 
+    def _take_head(self, prompt: Layout, cache: LiveCache) -> int:
+        """Put the kept text before the first passage in its place: how many tokens are known."""
+        ids = prompt.token_ids[: _head(prompt)].numpy()
+        if self._head is None or not np.array_equal(self._head[0], ids):
+            return 0
+        keys, values = cache.buffers
+        keys[:, :, : len(ids)] = self._head[1].keys
+        values[:, :, : len(ids)] = self._head[1].values
+        return len(ids)
+
+    def _keep_head(self, started: Started) -> None:
+        """Keep it for the next prompt: it sees nothing but itself."""
+        count = _head(started.prompt)
+        if count:
+            run = Run(*started.cache.entries(torch.arange(count, device=self.backbone.device)))
+            self._head = started.prompt.token_ids[:count].numpy(), run
+
     def _recomputed(self, prompt: Layout, cache: LiveCache, computed: Tensor) -> Started:
         """Compute the tokens at `computed` (int64, sorted) with full attention."""
         logits = self.backbone.recompute(prompt.token_ids[computed], computed, cache)
         return Started(prompt, cache, logits, len(computed))
 
-    def _cacheblend(self, prompt: Layout, cache: LiveCache) -> Started:
+    def _cacheblend(self, prompt: Layout, cache: LiveCache, known: int) -> Started:
         """All tokens through the first layer, the text and those that deviate through the rest."""
         if self.backbone.layers < 2:
             raise ConfigError("found a model of one layer, expected two: the second one chooses")
-        everything = torch.arange(len(prompt))
+        left = torch.arange(known, len(prompt))
         count = math.ceil(self.fraction * prompt.reused_tokens)
-        choose = _most_deviating(prompt, cache, count)
-        logits = self.backbone.recompute(prompt.token_ids, everything, cache, choose)
-        text = len(prompt) - prompt.reused_tokens
-        return Started(prompt, cache, logits, text + count)
+        choose = _most_deviating(prompt, cache, count, known)
+        logits = self.backbone.recompute(prompt.token_ids[left], left, cache, choose)
+        return Started(prompt, cache, logits, len(left) - prompt.reused_tokens + count)
 
 
-def _most_deviating(prompt: Layout, cache: LiveCache, count: int) -> Choose:
+def _head(prompt: Layout) -> int:
+    """Tokens before the first passage; 0 where there is none."""
+    return prompt.passages[0].start if prompt.passages else 0
+
+
+def _most_deviating(prompt: Layout, cache: LiveCache, count: int, known: int) -> Choose:
     """All text, and the `count` passage tokens whose keys and values differ most from the cache's.
 
+    Told of all tokens but the `known` first ones.
     The deviation of a token is the squared distance over all heads, keys and values together.
     """
     layer = cache.layers[1]
-    passage = (prompt.segments != 0).to(cache.positions.device)
+    passage = (prompt.segments[known:] != 0).to(cache.positions.device)
 
     def choose(keys: Tensor, values: Tensor) -> Tensor:
-        held = layer.keys[0, :, : len(prompt)], layer.values[0, :, : len(prompt)]
+        held = (states[0, :, known : len(prompt)] for states in (layer.keys, layer.values))
         moved = [
             (new.float() - old.float()).square().sum(dim=(0, 2))
             for new, old in zip((keys, values), held, strict=True)
@@ -208,9 +239,10 @@ def _most_deviating(prompt: Layout, cache: LiveCache, count: int) -> Choose:
     return choose
 
 
-def _first_of_each(prompt: Layout, count: int) -> Tensor:
-    """Indices of all text and of the first `count` tokens of each passage, sorted."""
+def _first_of_each(prompt: Layout, count: int, known: int) -> Tensor:
+    """Indices of the text after `known` and of the first `count` tokens of each passage, sorted."""
     taken = prompt.segments == 0
+    taken[:known] = False
     for span in prompt.passages:
         taken[span.start : min(span.stop, span.start + count)] = True
     return taken.nonzero()[:, 0]

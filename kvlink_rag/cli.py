@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvlink-rag {__version__}")
     _add_common(parser, {})
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_index, _plan, _ask, _chat, _stats, _check, _delete, _verify, _demo):
+    for add in (_index, _plan, _ask, _chat, _stats, _check, _delete, _verify, _bench, _demo):
         _add_common(add(commands), {"default": argparse.SUPPRESS})
     return parser
 
@@ -276,6 +276,18 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("-k", type=_count, default=4, help="passages to compare (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _bench(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure on this machine",
+        description="Run a benchmark: `kvlink-rag bench ttft --help` shows its options. Without a "
+        "name, list them. Each prints tables and, last, one JSON object.",
+    )
+    parser.add_argument("name", nargs="?", help="ttft, quality, …")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own options")
     return parser
 
 

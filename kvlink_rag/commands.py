@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -197,6 +198,38 @@ def verify(arguments: argparse.Namespace) -> int:
     else:
         _print_lines([f"{name}: {found.message}"])
     return 0 if found.holds else 1
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run a benchmark in a process of its own, or list them; its exit code."""
+    found = find_benchmarks()
+    if arguments.name is None:
+        width = max(map(len, found))
+        _print_lines(f"{name:{width}}  {_first_line(path)}" for name, path in found.items())
+        return 0
+    if arguments.name not in found:
+        raise ConfigError(f"no benchmark {arguments.name!r}, expected one of {', '.join(found)}")
+    command = [sys.executable, str(found[arguments.name]), *arguments.rest]
+    return subprocess.run(command, check=False).returncode
+
+
+def find_benchmarks() -> dict[str, Path]:
+    """The benchmarks by name: the repository's, else those that came with the package.
+
+    Raises `ConfigError` where there are none.
+    """
+    package = Path(__file__).parent
+    for folder in (package.parent / "benchmarks", package / "benchmarks"):
+        scripts = sorted(folder.glob("*.py"))
+        found = {p.stem: p for p in scripts if '__name__ == "__main__"' in p.read_text("utf-8")}
+        if "ttft" in found:
+            return found
+    raise ConfigError("this installation came without its benchmarks; install it from a wheel")
+
+
+def _first_line(path: Path) -> str:
+    """Of the docstring."""
+    return path.read_text("utf-8").lstrip().removeprefix('"""').splitlines()[0]
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import torch
 from conftest import FAMILIES, ModelMaker
 from test_oracle import difference, documents, rule_logits
 
-from kvlink_rag import KVLinkModel, Passage
+from kvlink_rag import KVLinkModel, Passage, Text
 from kvlink_rag.baselines import BLOCK, METHODS, Baselines
 from kvlink_rag.encoding import encode_one
 from kvlink_rag.errors import ConfigError
@@ -103,6 +103,7 @@ def test_recomputing_all_is_the_full_prefill(make_model: ModelMaker, family: str
     ways = Baselines(model, fraction=1.0, first_tokens=1000)
     expected = plain_logits(model, ways.layout(parts))
     for method in ("full", "prefix", "cacheblend", "epic"):
+        ways.forget()
         started = ways.start(method, parts)
         assert difference(started.logits, expected) < TOLERANCE[F32], method
         assert started.computed_tokens == len(started.prompt), method
@@ -187,6 +188,26 @@ def test_prefix_caching_is_exact_and_reuses_whole_blocks(
     assert difference(other.logits, plain_logits(model, other.prompt)) < TOLERANCE[F32]
     ways.forget()
     assert ways.start("prefix", parts).computed_tokens == len(again.prompt)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_text_before_the_passages_is_kept(make_model: ModelMaker, family: str) -> None:
+    """The second question computes that much less and gives what it gave without."""
+    model = make_model(family, F32)
+    docs = documents(4, seed=1, longest=14)
+    head = Text("You are an assistant; the documents follow.")
+    one, two = ([head, *map(Passage, docs), Text(q)] for q in ("what is it?", "and who is that?"))
+    ways = Baselines(model, fraction=0.3, first_tokens=3)
+    for method in ("naive", "cacheblend", "epic"):
+        ways.forget()
+        fresh = ways.start(method, two)
+        ways.forget()
+        ways.start(method, one)
+        again = ways.start(method, two)
+        assert again.computed_tokens == fresh.computed_tokens - len(again.prompt.spans[0])
+        assert difference(again.logits, fresh.logits) < TOLERANCE[F32], method
+        other = ways.start(method, [Text("Another head."), *two[1:]])
+        assert other.computed_tokens > again.computed_tokens
 
 
 @pytest.mark.parametrize("method", METHODS)
