@@ -109,7 +109,8 @@ def _cell(value: Any) -> str:
 
 def finish(arguments: argparse.Namespace, rows: Sequence[Row], **more: Any) -> None:
     """The last line: one JSON object."""
-    given = {k: v for k, v in vars(arguments).items() if k not in ("scratch", "figure")}
+    hidden = {"scratch", "figure", *(["shape"] if getattr(arguments, "model", None) else [])}
+    given = {k: v for k, v in vars(arguments).items() if k not in hidden}
     print(json.dumps({"machine": machine(), "arguments": given, "rows": rows, **more}))
 
 

@@ -43,7 +43,7 @@ def last_line(script: str, *arguments: str) -> dict[str, Any]:
 def test_ttft(tmp_path: Path) -> None:
     figure = tmp_path / "figure"
     found = last_line(
-        *("ttft.py", "--shape", "tiny", "--dtype", "bfloat16", "--rounds", "2"),
+        *("ttft.py", "--shape", "tiny", "--dtype", "bfloat16", "--rounds", "1"),
         *("--sizes", "2x16", "3x24", "--codecs", "exact", "int8", "--places", "cold", "ram"),
         *("--ways", "full", "prefix", "naive", "cacheblend", "epic", "--figure", str(figure)),
         *("--scratch", str(tmp_path)),
@@ -133,6 +133,60 @@ def test_the_command_line_finds_and_runs_benchmarks(capfd: pytest.CaptureFixture
     assert "--random-weights" in capfd.readouterr().out
     assert main(["bench", "nope"]) == 1
     assert "expected one of" in capfd.readouterr().err
+
+
+TINY = ("--shape", "tiny", "--dtype", "float32", "--rounds", "1")
+
+
+def test_quality() -> None:
+    rows = last_line("quality.py", "--questions", "2", "--tokens", "3", "--ways", "epic")["rows"]
+    mine = {f"{row['way']} {row['codec']}": row for row in rows}
+    assert list(mine) == ["reuse exact", "reuse int8", "reuse int4", "reuse fp8", "full exact",
+                          "epic exact"]  # fmt: skip
+    assert all(row["questions"] == 2 and 2 <= row["places"] <= 8 for row in rows)
+    assert (mine["full exact"]["divergence"], mine["full exact"]["top1"]) == (0, 1)
+    assert 0 < mine["reuse int8"]["divergence"] < mine["reuse int4"]["divergence"] < 1
+    assert mine["reuse int8"]["reference"] == "reuse exact"
+    assert mine["epic exact"]["divergence"] > 0
+
+
+def test_load(tmp_path: Path) -> None:
+    rows = last_line("load.py", *TINY, "--sizes", "2x16", "--scratch", str(tmp_path))["rows"]
+    assert [(row["codec"], row["place"]) for row in rows] == [
+        (codec, place) for codec in ("exact", "int8") for place in ("cached", "cold")
+    ]
+    for row in rows:
+        assert (
+            row["cache_bytes"] == 2 * 16 * 2 * 2 * 32 * 4
+        )  # tokens, k and v, layers, dim, float32
+        assert row["both_ms"] > 0
+        assert row["over_memcpy"] == pytest.approx(row["both_ms"] / row["memcpy_ms"], rel=0.2)
+
+
+def test_decode(tmp_path: Path) -> None:
+    found = last_line("decode.py", *TINY, "--sizes", "2x16", "--new-tokens", "3")
+    row = found["rows"][0]
+    assert row["new_tokens"] == 3
+    assert row["reuse_tokens_per_s"] > 0
+    assert row["full_tokens_per_s"] > 0
+
+
+def test_throughput() -> None:
+    arguments = ["--sizes", "2x16", "--askers", "1", "2", "--questions", "3", "--codec", "int8"]
+    rows = last_line("throughput.py", *TINY, *arguments)["rows"]
+    assert [(row["askers"], row["questions"]) for row in rows] == [(1, 3), (2, 3)]
+    assert all(0 < row["ttft_p50_s"] <= row["ttft_p95_s"] for row in rows)
+
+
+def test_retrieval_and_scale() -> None:
+    arguments = ["--counts", "500", "2000", "--dimension", "16", "--queries", "5"]
+    rows = last_line("retrieval.py", *arguments)["rows"]
+    assert [(row["count"], row["recall_at_10"]) for row in rows] == [(500, 1.0), (2000, 1.0)]
+    arguments = ["--passages", "600", "--dimension", "16", "--queries", "5", "--snapshots"]
+    row = last_line("scale.py", *arguments)["rows"][0]
+    assert row["passages"] == 600
+    assert row["search_p50_ms"] > 0
+    assert row["most_files_in_a_folder"] <= 256 + 1  # 256 folders, and tmp
 
 
 def test_encode() -> None:
