@@ -3,7 +3,8 @@
     python benchmarks/retrieval.py --counts 10000 100000 1000000 --dimension 768
 
 Vectors lie around random centres, as those of texts do, and so do the queries: uniform ones have no
-near neighbours, and nothing could tell them apart. Recall@10 is the share of the ten largest inner
+near neighbours, and nothing could tell them apart. Each number of vectors is searched exactly, and
+in lists. Recall@10 is the share of the ten largest inner
 products, computed here with numpy, that the index names. Memory is what the process grew by. The
 last line is one JSON object.
 """
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 from measuring import Row, finish, median, percentile, show
 
-from kvlink_rag.index import VectorIndex
+from kvlink_rag.index import SEARCHES, VectorIndex
 
 NEAREST = 10
-COLUMNS = ("count", "dimension", "build_s", "save_s", "load_s", "memory_mb", "search_p50_ms",
-           "search_p95_ms", "recall_at_10")  # fmt: skip
+COLUMNS = ("count", "dimension", "search", "build_s", "save_s", "load_s", "memory_mb",
+           "search_p50_ms", "search_p95_ms", "recall_at_10")  # fmt: skip
 
 
 def main() -> None:
@@ -36,22 +37,25 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
         for count in arguments.counts:
-            rows.append(measure(count, Path(directory) / "index", arguments))
-            show(rows[-1:], COLUMNS)
+            for search in arguments.search:
+                rows.append(measure(count, search, Path(directory) / "index", arguments))
+                show(rows[-1:], COLUMNS)
     finish(arguments, rows)
 
 
-def measure(count: int, path: Path, arguments: argparse.Namespace) -> Row:
-    """One number of vectors."""
-    vectors, queries = around_centres(count, arguments.dimension, arguments.queries)
+def measure(count: int, search: str, path: Path, arguments: argparse.Namespace) -> Row:
+    """One number of vectors, searched in one way."""
+    vectors, queries = around_centres(
+        count, arguments.dimension, arguments.queries, arguments.spread
+    )
     before = resident()
-    index = VectorIndex(arguments.dimension)
+    index = VectorIndex(arguments.dimension, search)
     build = timed(lambda: index.add(np.arange(count), vectors))
     grown = resident() - before
     save = timed(lambda: index.save(path, 1))
     del index
-    load = timed(lambda: VectorIndex.load(path))
-    index, _ = VectorIndex.load(path)
+    load = timed(lambda: VectorIndex.load(path, search=search))
+    index, _ = VectorIndex.load(path, search=search)
     index.search(queries[0], NEAREST)
     taken, recalls = [], []
     for query in queries:
@@ -62,6 +66,7 @@ def measure(count: int, path: Path, arguments: argparse.Namespace) -> Row:
         recalls.append(len({id for id, _ in found} & set(exact.tolist())) / NEAREST)
     return {
         "count": count,
+        "search": search,
         "dimension": arguments.dimension,
         "build_s": round(build, 3),
         "save_s": round(save, 3),
@@ -73,7 +78,9 @@ def measure(count: int, path: Path, arguments: argparse.Namespace) -> Row:
     }
 
 
-def around_centres(count: int, dimension: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
+def around_centres(
+    count: int, dimension: int, queries: int, spread: float
+) -> tuple[np.ndarray, np.ndarray]:
     """float32 unit vectors [count, dimension] around sqrt(count) centres, and queries likewise."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((max(1, int(count**0.5)), dimension), dtype=np.float32)
@@ -81,7 +88,7 @@ def around_centres(count: int, dimension: int, queries: int) -> tuple[np.ndarray
     for start in range(0, len(rows), 65536):
         part = rows[start : start + 65536]
         part[:] = centres[random.integers(len(centres), size=len(part))]
-        part += 0.7 * random.standard_normal(part.shape, dtype=np.float32)
+        part += spread * random.standard_normal(part.shape, dtype=np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     return rows[:count], rows[count:]
 
@@ -102,6 +109,8 @@ def resident() -> int:
 def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--counts", nargs="+", type=int, default=[10_000, 100_000])
+    options.add_argument("--search", nargs="+", default=["exact", "ivf"], choices=SEARCHES)
+    options.add_argument("--spread", type=float, default=0.7, help="around a centre; 1: as wide")
     options.add_argument("--dimension", type=int, default=768)
     options.add_argument("--queries", type=int, default=100)
     options.add_argument("--threads", type=int, default=os.cpu_count())

@@ -29,12 +29,13 @@ from retrieval import resident
 
 from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.catalog import Record
+from kvlink_rag.index import SEARCHES
 from kvlink_rag.rag import SNAPSHOTS
 from kvlink_rag.snapshot import Snapshot, snapshot_key
 
 BATCH, NEAREST = 4096, 10
-COLUMNS = ("passages", "dimension", "fill_s", "open_s", "first_search_ms", "search_p50_ms",
-           "search_p95_ms", "memory_mb", "most_files_in_a_folder", "bytes")  # fmt: skip
+COLUMNS = ("passages", "dimension", "search", "fill_s", "open_s", "first_search_ms",
+           "search_p50_ms", "search_p95_ms", "memory_mb", "most_files_in_a_folder", "bytes")  # fmt: skip
 
 
 class GivenVectors:
@@ -63,7 +64,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> Row:
     """Fill, close, open, search."""
     embedder = GivenVectors(arguments.dimension)
     start = time.perf_counter()
-    with KVLinkRAG.open(directory, embedder=embedder) as rag:
+    with KVLinkRAG.open(directory, embedder=embedder, search=arguments.search) as rag:
         rag.embedder  # noqa: B018 (from here on the collection knows the dimension)
         fill(rag, arguments)
         rag.save_index()
@@ -72,6 +73,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> Row:
     with KVLinkRAG.open(directory, embedder=embedder) as rag:
         held = len(rag.index)
         opened = time.perf_counter() - start
+        exact = rag.index.is_exact
         if held != arguments.passages:
             refuse(f"the index holds {held} vectors of {arguments.passages}")
         taken = [search(rag, arguments.dimension, seed) for seed in range(arguments.queries)]
@@ -79,6 +81,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> Row:
     return {
         "passages": arguments.passages,
         "dimension": arguments.dimension,
+        "search": "exact" if exact else "ivf",
         "fill_s": round(filled, 2),
         "open_s": round(opened, 3),
         "first_search_ms": round(taken[0], 3),
@@ -143,6 +146,7 @@ def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--passages", type=int, default=100_000)
     options.add_argument("--dimension", type=int, default=768)
+    options.add_argument("--search", default="auto", choices=SEARCHES)
     options.add_argument("--words", type=int, default=120)
     options.add_argument("--queries", type=int, default=200)
     options.add_argument("--snapshots", action="store_true", help="one in the store for each")

@@ -18,6 +18,7 @@ from .readers import SUFFIXES
 from .splitting import MAX_TOKENS
 
 CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
+SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -146,6 +147,13 @@ def _index(commands: Any) -> argparse.ArgumentParser:
     _add_reading(parser)
     parser.add_argument(
         "--size-limit", type=_size, metavar="SIZE", help="most bytes of snapshots to keep: 20GB"
+    )
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default=None,
+        help="how passages are found: exact, in lists (ivf: sooner, may miss one), or by size "
+        "(the collection's, else auto)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first file or line that cannot be read"

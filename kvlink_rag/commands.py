@@ -58,7 +58,11 @@ def index(arguments: argparse.Namespace) -> int:
         return 1
     with (
         _open(
-            arguments, create=True, size_limit=arguments.size_limit, codec=arguments.codec
+            arguments,
+            create=True,
+            size_limit=arguments.size_limit,
+            codec=arguments.codec,
+            search=arguments.search,
         ) as rag,
         _progress(sum(file.size() for file in files)) as bar,
     ):
@@ -272,6 +276,7 @@ def _open(
     create: bool = False,
     size_limit: int | None = None,
     codec: str | None = None,
+    search: str | None = None,
 ) -> KVLinkRAG:
     """The collection; one that is not there yet is made only to index into."""
     directory = _directory(arguments)
@@ -289,6 +294,7 @@ def _open(
         reencode=arguments.reencode,
         size_limit=size_limit,
         codec=codec,
+        search=search,
         create=create,
     )
 

@@ -33,7 +33,7 @@ from .embedder import Embedder, Vectors
 from .errors import ConfigError, DocumentNotFound, IndexCorrupt, PromptError, StorageError
 from .fitting import fit
 from .foreign import AnyEmbedder, as_embedder
-from .index import VectorIndex
+from .index import VectorIndex, check_search
 from .indexing import AddReport, index_documents, remove_unused
 from .mending import check_collection, reembed, reencode
 from .model import KVLinkModel, Verification
@@ -129,6 +129,7 @@ class KVLinkRAG:
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
         codec: str | None = None,
+        search: str | None = None,
         size_limit: int | None = None,
         prefix_budget: int = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
@@ -141,10 +142,11 @@ class KVLinkRAG:
         LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
         pair. codec: how snapshots are kept, "exact" (the model's dtype), "int8", "int4" or "fp8"
         (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
-        exact. size_limit: bytes of snapshots to keep at most. prefix_budget: bytes of computed runs
-        to keep in memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes
-        for a passage. reencode: where the directory remembers another model, embedder or codec,
-        take the new one and encode again.
+        exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
+        size (see `VectorIndex`); None: as the directory remembers, else auto. size_limit: bytes of
+        snapshots to keep at most. prefix_budget: bytes of computed runs to keep in memory; 0 keeps
+        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
+        the directory remembers another model, embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
@@ -165,6 +167,8 @@ class KVLinkRAG:
         rag = cls(
             path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
         )
+        if search is not None:
+            catalog.set_settings({"search": check_search(search)})
         try:
             rag._settle(reencode)
         except BaseException:
@@ -463,7 +467,7 @@ class KVLinkRAG:
     def reset_index(self) -> None:
         """Make the index anew from the catalog, and its file."""
         with self._lock:
-            self._index, self._index_version = VectorIndex(self._dimension()), 0
+            self._index, self._index_version = VectorIndex(self._dimension(), self._search()), 0
             self._saved_version = -1
             self.save_index()
 
@@ -548,7 +552,10 @@ class KVLinkRAG:
         path = self.directory / INDEX
         try:
             index, version = VectorIndex.load(
-                path, dimension=dimension, source=self.catalog.identity
+                path,
+                dimension=dimension,
+                source=self.catalog.identity,
+                search=self._search(),
             )
             if version <= self.catalog.version():
                 return index, version
@@ -557,7 +564,11 @@ class KVLinkRAG:
             pass
         except (IndexCorrupt, OSError) as error:
             logger.warning("the index is rebuilt from the catalog: %s", error)
-        return VectorIndex(dimension), 0
+        return VectorIndex(dimension, self._search()), 0
+
+    def _search(self) -> str:
+        """How the nearest passages are found."""
+        return check_search(str(self.catalog.settings().get("search", "auto")))
 
     def _loaded(self) -> tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser]:
         with self._lock:

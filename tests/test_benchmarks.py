@@ -179,12 +179,17 @@ def test_throughput() -> None:
 
 
 def test_retrieval_and_scale() -> None:
-    arguments = ["--counts", "500", "2000", "--dimension", "16", "--queries", "5"]
+    arguments = ["--counts", "2000", "--dimension", "16", "--queries", "5"]
     rows = last_line("retrieval.py", *arguments)["rows"]
-    assert [(row["count"], row["recall_at_10"]) for row in rows] == [(500, 1.0), (2000, 1.0)]
+    assert [(row["count"], row["search"]) for row in rows] == [(2000, "exact"), (2000, "ivf")]
+    assert rows[0]["recall_at_10"] == 1
+    assert rows[1]["recall_at_10"] > 0.8
+    arguments = ["--passages", "1200", "--dimension", "16", "--queries", "5", "--search", "ivf"]
+    row = last_line("scale.py", *arguments)["rows"][0]
+    assert (row["passages"], row["search"]) == (1200, "ivf")
     arguments = ["--passages", "600", "--dimension", "16", "--queries", "5", "--snapshots"]
     row = last_line("scale.py", *arguments)["rows"][0]
-    assert row["passages"] == 600
+    assert (row["passages"], row["search"]) == (600, "exact")
     assert row["search_p50_ms"] > 0
     assert row["most_files_in_a_folder"] <= 256 + 1  # 256 folders, and tmp
 

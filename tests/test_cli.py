@@ -24,7 +24,7 @@ import torch
 from conftest import byte_spec, byte_tokenizer, random_model
 from transformers import BertConfig, BertModel
 
-from kvlink_rag import cli, snapshot, terminal
+from kvlink_rag import cli, index, snapshot, terminal
 from kvlink_rag.cli import main
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -462,6 +462,7 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     other = here("--dir", "col", "index", "docs", "--codec", "int8", cwd=tmp_path)
     assert "--reencode" in the_error(other)
     assert cli.CODECS == snapshot.CODECS
+    assert cli.SEARCHES == index.SEARCHES
 
 
 def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:
