@@ -35,7 +35,8 @@ from kvlink_rag.snapshot import Snapshot, snapshot_key
 
 BATCH, NEAREST = 4096, 10
 COLUMNS = ("passages", "dimension", "search", "fill_s", "open_s", "first_search_ms",
-           "search_p50_ms", "search_p95_ms", "memory_mb", "most_files_in_a_folder", "bytes")  # fmt: skip
+           "search_p50_ms", "search_p95_ms", "memory_mb", "most_files_in_a_folder",
+           "bytes")  # fmt: skip
 
 
 class GivenVectors:

@@ -26,6 +26,7 @@ from .attention import pack_mask
 from .errors import ModelNotSupported
 from .fingerprint import module_digest, weights_digest
 from .layout import visibility
+from .pages import prefer_huge
 from .rope import rotate_into
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -226,6 +227,8 @@ class Backbone:
         """A live cache whose first entries, at these positions, are still to be filled."""
         shape = (self.layers, self.kv_heads, max(capacity, len(positions)), self.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+        for buffer in (keys, values):
+            prefer_huge(buffer)
         return LiveCache(keys, values, positions.to(self.device), segments.to(self.device))
 
     @torch.inference_mode()
