@@ -1,136 +1,204 @@
-"""Time to first token: reuse of stored snapshots against a full prefill of the same prompt.
+"""Time to first token: reuse of snapshots against full prefill and other ways to reuse.
 
-    python benchmarks/ttft.py --shape llama-3.2-1b --sizes 10x200 10x500 --rounds 9
+    python benchmarks/ttft.py --sizes 10x200 10x500 --rounds 15
+    python benchmarks/ttft.py --codecs exact int8 --places cold cached ram --ways full cacheblend
 
 Each round asks a new question of 12 tokens over the same passages and times, one after the other:
-    reuse   first `next()` of the stream: layout, snapshots read from the store (page cache warm),
-            assembly with position re-encoding, prefill of link tokens and question, sampling
-    full    transformers' own forward over the whole prompt, causal attention (no mask in memory),
-            logits of the last token only
-    floor   transformers' own forward of reuse's computed tokens over a cache that stands in memory
-            (`DynamicCache`, attention implementation "sdpa", the mask given)
-Retrieval is not part of it. The system prompt's keys and values are kept between questions, as the
-library does by default; link tokens, mem_end, question and assistant header are computed every
-time. Before any figure is printed, reuse is compared with the masked full
-prefill of the same prompt, and refused where they differ. The last line is one JSON object.
+    reuse       for each codec and place: first `next()` of the stream, that is layout, snapshots
+                read, assembly with position re-encoding, prefill of link tokens and question,
+                sampling. Places: cold (files whose pages were dropped, which mincore confirms),
+                cached (files in the page cache), ram (tensors of the process)
+    floor       transformers' own forward of reuse's computed tokens over a cache that stands in
+                memory (`DynamicCache`, attention implementation "sdpa", the mask given)
+and, as `--ways` says, on the prompt without link tokens (`kvlink_rag.baselines`):
+    full        transformers' own forward over the whole prompt, "sdpa", causal (no mask in memory),
+                logits of the last token only
+    prefix      prefix caching: the prompt before it had the same system prompt and the same first
+                passage (`--shared-passages`), and then others
+    naive       snapshots side by side without link tokens
+    cacheblend  naive, 15 % of the passages' tokens computed again
+    epic        naive, the first 16 tokens of each passage computed again
+The last three read exact snapshots that are in the page cache, and keep the system prompt, as reuse
+does. Retrieval is not part of it. Link tokens, mem_end, question and assistant header are computed
+every time.
+
+No figure without proof: before each size reuse is compared with the masked full prefill of the
+same prompt, for each codec and place; each timed run must have read all its snapshots and computed
+as many tokens as it claims; prefix must give full's logits. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import AFTER_WORDS, SHAPES, machine, random_model, words
+from measuring import Row, draw, finish, load, median, parser, percentile, refuse, show, timed
+from shapes import words
 from transformers import DynamicCache
+from ways import PLACES, Laid, check, first_token
 
 from kvlink_rag import Document, KVLinkModel, Layout, Part, Trace
 from kvlink_rag.answering import PromptRun, Reuse
-from kvlink_rag.encoding import encode_many
+from kvlink_rag.baselines import METHODS, Baselines, Started
 from kvlink_rag.layout import visibility
-from kvlink_rag.prefix import PrefixCache
-from kvlink_rag.store import SnapshotStore
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.model import TOLERANCE, compare
+from kvlink_rag.snapshot import CODECS, EXACT
 
 QUESTION_TOKENS = 12
+STAGES = ("layout", "read", "assembly", "prefill")
+COLUMNS = ("size", "way", "codec", "place", "ttft_p50_s", "ttft_p95_s", "over_full", "over_floor",
+           "read_ms", "assembly_ms", "prefill_ms", "computed_tokens")  # fmt: skip
+
+Seconds = dict[str, list[float]]  # of each way, one a round
 
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    model = random_model(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
-    rows = []
+    model = load(arguments)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
         for size in arguments.sizes:
             passages, tokens = (int(n) for n in size.split("x"))
-            rows.append(measure(model, directory, passages, tokens, arguments))
-            show(rows[-1])
-    print(json.dumps({"machine": machine(), "rounds": arguments.rounds, "rows": rows}))
+            rows += Size(model, Path(directory) / size, passages, tokens, arguments).measure()
+            show([row for row in rows if row["size"] == size], COLUMNS)
+    draw(
+        arguments.figure, lambda axes: plot(axes, rows), title=f"Time to first token, {model.name}"
+    )
+    finish(arguments, rows)
 
 
-def measure(
-    model: KVLinkModel, directory: str, passages: int, tokens: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Medians of interleaved rounds for one prompt size."""
-    generator = torch.Generator().manual_seed(passages * tokens)
-    documents = [Document(words(tokens, generator)) for _ in range(passages)]
-    with SnapshotStore(f"{directory}/{passages}x{tokens}") as store:
-        source = StoredSnapshots(store, model.backbone)
-        fill(model, store, source, documents)
-        questions = [words(QUESTION_TOKENS, generator) for _ in range(arguments.rounds + 1)]
-        prompts = [model.prompt(documents, question) for question in questions]
-        check(model, prompts[0], system_prompt_kept(model, source))
-        rounds = [
-            one_round(model, prompt, system_prompt_kept(model, source)) for prompt in prompts[1:]
-        ]
-    return summary(model, passages, tokens, rounds)
+class Size:
+    """All ways on one prompt size."""
+
+    def __init__(
+        self,
+        model: KVLinkModel,
+        directory: Path,
+        passages: int,
+        tokens: int,
+        arguments: argparse.Namespace,
+    ) -> None:
+        generator = torch.Generator().manual_seed(passages * tokens)
+        self.model, self.arguments = model, arguments
+        self.passages, self.tokens = passages, tokens
+        self.documents = [Document(words(tokens, generator)) for _ in range(passages)]
+        self.questions = [words(QUESTION_TOKENS, generator) for _ in range(arguments.rounds + 1)]
+        needed = dict.fromkeys([EXACT, *arguments.codecs])  # floor and baselines need exact ones
+        self.laid = {c: Laid(model, directory / c, self.documents, c) for c in needed}
+        self.baselines = Baselines(model, self.laid[EXACT].source)
+        self.seconds: Seconds = {}
+        self.facts: dict[str, Row] = {}
+        self.stages: dict[str, list[Trace]] = {}
+
+    def measure(self) -> list[Row]:
+        """Check, then rounds; one row a way."""
+        first, *others = (self.model.prompt(self.documents, q) for q in self.questions)
+        for codec in self.arguments.codecs:
+            for place in self.arguments.places:
+                check(self.model, first, self.laid[codec].at(place))
+        self.one_round(first)  # to warm up
+        self.seconds.clear()
+        self.stages.clear()
+        for prompt in others:
+            self.one_round(prompt)
+        for laid in self.laid.values():
+            laid.close()
+        return [self.row(name) for name in self.seconds]
+
+    def one_round(self, prompt: list[Part]) -> None:
+        """Each way once, on one new question."""
+        exact = self.laid[EXACT]
+        bare = floor(self.model, self.model.layout(prompt), exact.at("cached"))
+        self.note("floor", "floor", bare)
+        for codec in self.arguments.codecs:
+            for place in self.arguments.places:
+                reuse = self.laid[codec].at(place)
+                trace = first_token(self.model, prompt, reuse)
+                name = f"reuse {codec} {place}"
+                self.note(name, "reuse", trace.first_token_ms / 1e3, codec=codec, place=place,
+                          computed_tokens=trace.computed_tokens,
+                          reused_tokens=trace.reused_tokens,
+                          snapshot_bytes=self.laid[codec].nbytes)  # fmt: skip
+                self.stages.setdefault(name, []).append(trace)
+        logits: dict[str, torch.Tensor] = {}
+        for way in self.arguments.ways:
+            logits[way] = self.baseline(way, prompt)
+        if "prefix" in logits and "full" in logits:
+            same(self.model, logits["prefix"], logits["full"])
+
+    def baseline(self, way: str, prompt: list[Part]) -> torch.Tensor:
+        """One of the ways of `Baselines`; full by transformers' own forward."""
+        if way == "full":
+            laid = self.baselines.layout(prompt)
+            seconds, logits = full_prefill(self.model, laid)
+            self.note(way, way, seconds, computed_tokens=len(laid))
+            return logits
+        self.baselines.forget()
+        if way != "prefix":
+            self.laid[EXACT].at("cached")
+        self.baselines.start(way, self.earlier())  # type: ignore[arg-type]
+        found: list[Started] = []
+        seconds = timed(self.model, lambda: found.append(self.baselines.start(way, prompt)))  # type: ignore[arg-type]
+        reads = {} if way == "prefix" else {"codec": EXACT, "place": "cached"}
+        self.note(way, way, seconds, computed_tokens=found[0].computed_tokens, **reads)
+        if way == "prefix" and found[0].computed_tokens >= len(found[0].prompt):
+            refuse("prefix caching reused nothing")
+        return found[0].logits.cpu()
+
+    def earlier(self) -> list[Part]:
+        """The prompt before: the same system prompt and first passages, then another one."""
+        shared = self.documents[: self.arguments.shared_passages]
+        return self.model.prompt([*shared, Document("w1 w2 w3")], "w1")
+
+    def note(self, name: str, way: str, seconds: float, **facts: Any) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+        self.facts[name] = {"way": way, **facts}
+
+    def row(self, name: str) -> Row:
+        """Percentiles of one way, and the medians of its ratios within each round."""
+        taken = self.seconds[name]
+        row: Row = {
+            "model": self.model.name,
+            "size": f"{self.passages}x{self.tokens}",
+            "passages": self.passages,
+            "tokens_per_passage": self.tokens,
+            "dtype": str(self.model.backbone.dtype).removeprefix("torch."),
+            **self.facts[name],
+            "ttft_p50_s": round(median(taken), 5),
+            "ttft_p95_s": round(percentile(taken, 0.95), 5),
+        }
+        for other in ("full", "floor"):
+            if other in self.seconds:
+                ratios = (a / b for a, b in zip(taken, self.seconds[other], strict=True))
+                row[f"over_{other}"] = round(median(ratios), 4)
+        if traces := self.stages.get(name):
+            row |= {
+                f"{s}_ms": round(median(getattr(t, f"{s}_ms") for t in traces), 3) for s in STAGES
+            }
+        return row
 
 
-def fill(
-    model: KVLinkModel, store: SnapshotStore, source: StoredSnapshots, documents: list[Document]
-) -> None:
-    """Encode and store every passage, then read each once, so that the page cache is warm."""
-    ids = [model.passage_tokens(document) for document in documents]
-    for index, snapshot in encode_many(model.backbone, ids):
-        store.put(source.key(ids[index]), snapshot)
-    source.fetch(ids, Trace())
-
-
-def system_prompt_kept(model: KVLinkModel, source: StoredSnapshots) -> Reuse:
-    """What an earlier question over other passages leaves: the system prompt's run, no more.
-
-    With the same passages in the same order their link tokens would be kept too: exact, and faster
-    than what is timed here.
-    """
-    reuse = Reuse(source, PrefixCache())
-    model.prefill(model.prompt([Document("w1 w2 w3")], "w4"), reuse=reuse)
-    return reuse
-
-
-def check(model: KVLinkModel, prompt: list[Part], reuse: Reuse) -> None:
-    """Warm up, and refuse to time a path that does not give the masked prefill's answer."""
-    verdict = model.verify(prompt, reuse=reuse)
+def same(model: KVLinkModel, logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse where a way that must be exact is not."""
+    verdict = compare(logits, expected, TOLERANCE[model.backbone.dtype])
     if not verdict.holds:
-        raise SystemExit(f"no figures: {verdict.message}")
-    print(f"# {verdict.message}")
-    first_piece(model, prompt, reuse)
+        refuse(f"prefix caching does not give the full prefill's logits ({verdict.difference:.2e})")
 
 
-def one_round(model: KVLinkModel, prompt: list[Part], reuse: Reuse) -> dict[str, float]:
-    """Seconds of each way to the first token of one new question, and reuse's stages."""
-    laid = model.layout(prompt)
-    bare = floor(model, laid, reuse)  # first: the stream keeps runs that would spare it work
-    trace, took = first_piece(model, prompt, reuse)
-    passages, links = trace.passages, model.spec.links_per_passage
-    expected = passages * links + 1 + QUESTION_TOKENS + AFTER_WORDS
-    if trace.snapshots_found != passages or trace.computed_tokens != expected:
-        raise SystemExit(f"no figures: reuse did not take the path it claims ({trace})")
-    row = {"ttft_reuse_s": took, "ttft_full_s": full_prefill(model, laid)}
-    row["ttft_floor_s"] = bare
-    stages = ("layout", "read", "assembly", "prefill")
-    row |= {f"{stage}_ms": getattr(trace, f"{stage}_ms") for stage in stages}
-    return row | {"computed_tokens": trace.computed_tokens, "reused_tokens": trace.reused_tokens}
-
-
-def first_piece(model: KVLinkModel, prompt: list[Part], reuse: Reuse) -> tuple[Trace, float]:
-    """Seconds to the first token through the public stream."""
-    stream = model.stream(prompt, max_new_tokens=1, reuse=reuse)
-    for _ in stream:
-        pass
-    return stream.trace, stream.trace.first_token_ms / 1e3
-
-
-def full_prefill(model: KVLinkModel, laid: Layout) -> float:
-    """Seconds of transformers' own forward over the whole prompt."""
+def full_prefill(model: KVLinkModel, laid: Layout) -> tuple[float, torch.Tensor]:
+    """Seconds and logits of transformers' own forward over the whole prompt."""
     ids = laid.token_ids[None].to(model.backbone.device)
-    hf = model.backbone.model
-    return timed(model, lambda: hf(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax())
+    found: list[torch.Tensor] = []
+
+    def call() -> None:
+        output = model.backbone.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output.logits.argmax().item()
+        found.append(output.logits[0, -1].float().cpu())
+
+    return plainly(model, call), found[0]
 
 
 def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
@@ -157,66 +225,49 @@ def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
         "position_ids": at[None].to(device),
         "attention_mask": mask[None, None].to(device),
     }
-    ours = backbone.config._attn_implementation
-    backbone.config._attn_implementation = "sdpa"
-    try:
-        return timed(
-            model,
-            lambda: backbone.model(
-                past_key_values=cache, logits_to_keep=1, **inputs
-            ).logits.argmax(),
-        )
-    finally:
-        backbone.config._attn_implementation = ours
-
-
-def timed(model: KVLinkModel, call: Callable[[], torch.Tensor]) -> float:
-    """Seconds of `call`, device included."""
-    with torch.inference_mode():
-        model.backbone.synchronize()
-        start = time.perf_counter()
-        call().item()
-        return time.perf_counter() - start
-
-
-def summary(
-    model: KVLinkModel, passages: int, tokens: int, rounds: list[dict[str, float]]
-) -> dict[str, Any]:
-    medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-    full_ratio = statistics.median(r["ttft_reuse_s"] / r["ttft_full_s"] for r in rounds)
-    floor_ratio = statistics.median(r["ttft_reuse_s"] / r["ttft_floor_s"] for r in rounds)
-    return {
-        "model": model.name,
-        "passages": passages,
-        "tokens_per_passage": tokens,
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "source": "disk, page cache warm",
-        **{name: round(value, 4) for name, value in medians.items()},
-        "reuse_over_full": round(full_ratio, 4),
-        "reuse_over_floor": round(floor_ratio, 4),
-    }
-
-
-def show(row: dict[str, Any]) -> None:
-    print(
-        f"{row['passages']:3d} x {row['tokens_per_passage']:4d}  reuse {row['ttft_reuse_s']:.3f} s"
-        f"  full {row['ttft_full_s']:.3f} s  floor {row['ttft_floor_s']:.3f} s"
-        f"  reuse/full {row['reuse_over_full']:.2%}  reuse/floor {row['reuse_over_floor']:.3f}"
-        f"  read {row['read_ms']:.0f} ms  assembly {row['assembly_ms']:.0f} ms",
-        flush=True,
+    return plainly(
+        model,
+        lambda: (
+            backbone.model(past_key_values=cache, logits_to_keep=1, **inputs).logits.argmax().item()
+        ),
     )
 
 
+def plainly(model: KVLinkModel, call: Any) -> float:
+    """Seconds of `call` with transformers' own attention."""
+    config = model.backbone.config
+    ours, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        return timed(model, call)
+    finally:
+        config._attn_implementation = ours
+
+
+def label(row: Row) -> str:
+    return " ".join(str(row[part]) for part in ("way", "codec", "place") if part in row)
+
+
+def plot(axes: Any, rows: list[Row]) -> None:
+    """TTFT over context tokens, a line for each way."""
+    for name in dict.fromkeys(map(label, rows)):
+        mine = [row for row in rows if label(row) == name]
+        mine.sort(key=lambda row: row["passages"] * row["tokens_per_passage"])
+        tokens = [row["passages"] * row["tokens_per_passage"] for row in mine]
+        axes.plot(tokens, [row["ttft_p50_s"] for row in mine], marker="o", label=name)
+    axes.set_xlabel("context tokens")
+    axes.set_ylabel("seconds to first token (median)")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--sizes", nargs="+", default=["10x200", "10x500"], metavar="PxT")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--scratch", default=None, help="folder for the snapshots")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--sizes", nargs="+", default=["10x200", "10x500"], metavar="PxT")
+    options.add_argument("--codecs", nargs="+", default=[EXACT], choices=CODECS)
+    options.add_argument("--places", nargs="+", default=["cached"], choices=PLACES)
+    options.add_argument("--ways", nargs="*", default=["full"], choices=METHODS)
+    options.add_argument("--shared-passages", type=int, default=1, help="with the prompt before")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

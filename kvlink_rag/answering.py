@@ -26,7 +26,7 @@ from .errors import DeviceMemoryError
 from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
 from .layout import Layout, Span
 from .prefix import PrefixCache, Run, chain_keys, run_key
-from .snapshot import Snapshot
+from .snapshot import EXACT, AnySnapshot, check_codec, in_codec
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -40,22 +40,26 @@ logger = logging.getLogger(__name__)
 class SnapshotSource(Protocol):
     """Where the snapshots of a prompt's passages come from."""
 
-    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[Snapshot]:
+    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[AnySnapshot]:
         """One snapshot a passage (token ids), in order; times and counts go into `trace`."""
         ...
 
 
 class EncodeNow:
-    """The source that keeps nothing: every passage is encoded when asked for, once a prompt."""
+    """The source that keeps nothing: every passage is encoded when asked for, once a prompt.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    codec: what the snapshots go through, as those of a collection with this codec would.
+    """
 
-    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[Snapshot]:
+    def __init__(self, backbone: Backbone, codec: str = EXACT) -> None:
+        self.backbone, self.codec = backbone, check_codec(codec)
+
+    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[AnySnapshot]:
         """See `SnapshotSource`."""
         unique = list(dict.fromkeys(passages))
         with trace.stage("encode", self.backbone.synchronize):
-            made = {unique[i]: s for i, s in encode_many(self.backbone, unique)}
+            encoded = encode_many(self.backbone, unique)
+            made = {unique[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
         trace.snapshots_encoded += len(unique)
         return [made[ids] for ids in passages]
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from .backbone import Backbone, LiveCache
 from .layout import Layout, Span
 from .prefix import Run
-from .rope import rotate_into
-from .snapshot import Snapshot
+from .snapshot import AnySnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Assembled:
 def assemble(
     backbone: Backbone,
     prompt: Layout,
-    snapshots: Sequence[Snapshot],
+    snapshots: Sequence[AnySnapshot],
     runs: Mapping[int, Run],
     *,
     room: int = 0,
@@ -55,10 +54,8 @@ def assemble(
     cos, sin = backbone.rotary(prompt.positions[taken])
     at = 0
     for snapshot in snapshots:
-        stop = at + snapshot.keys.shape[2]
-        moved = snapshot.keys.to(backbone.device, non_blocking=True)
-        rotate_into(keys[:, :, at:stop], moved, cos[at:stop], sin[at:stop])
-        values[:, :, at:stop].copy_(snapshot.values, non_blocking=True)
+        stop = at + len(snapshot.token_ids)
+        snapshot.fill(keys[:, :, at:stop], values[:, :, at:stop], cos[at:stop], sin[at:stop])
         at = stop
     for run in runs.values():
         stop = at + len(run)

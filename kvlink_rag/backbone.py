@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from .attention import pack_mask
 from .errors import ModelNotSupported
 from .fingerprint import module_digest, weights_digest
 from .layout import visibility
+from .pages import prefer_huge
+from .rope import rotate_into
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -33,9 +37,11 @@ class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a live cache: a buffer filled in place, [1, kv_heads, capacity, head_dim].
 
     Always a full-attention layer: sliding windows are part of the mask, never of the cache.
+    places: int64 [tokens], the entries that `update` writes over instead of appending, or None.
     """
 
     is_sliding = False
+    places: Tensor | None = None
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         super().__init__()
@@ -49,6 +55,10 @@ class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append [1, kv_heads, tokens, head_dim]; return everything so far, as views."""
+        if self.places is not None:
+            self.keys[:, :, self.places] = key_states
+            self.values[:, :, self.places] = value_states
+            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:
             self._grow()
@@ -100,11 +110,51 @@ class LiveCache(Cache):  # type: ignore[misc]
         return keys, values
 
 
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the layers of `recompute` take beside the hidden states."""
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+    masks: Any
+
+    def mask(self, config: Any, number: int) -> Tensor | None:
+        """The mask of layer `number`."""
+        masks = self.masks
+        mask: Tensor | None = (
+            masks[config.layer_types[number]] if isinstance(masks, dict) else masks
+        )
+        return mask
+
+
 class Capture(threading.local):
-    """Where this thread's hooks put keys before RoPE and values; None when not capturing."""
+    """Where this thread's hooks put keys before RoPE and values; None when not capturing.
+
+    given: what they put in place of those of some tokens, or None.
+    """
 
     keys: list[Tensor] | None = None
     values: list[Tensor] | None = None
+    given: _Given | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Keys before RoPE and values of the tokens at `places`: [layers, kv_heads, n, head_dim]."""
+
+    places: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def instead(self, states: Tensor, output: Tensor) -> Tensor:
+        """`output` of one layer's hook, [1, tokens, …], with `states` of that layer put in."""
+        changed = output.clone()
+        kv_heads, _, head_dim = states.shape
+        changed.view(output.shape[1], kv_heads, head_dim)[self.places] = states.transpose(0, 1)
+        return changed
 
 
 class Backbone:
@@ -196,6 +246,8 @@ class Backbone:
         """A live cache whose first entries, at these positions, are still to be filled."""
         shape = (self.layers, self.kv_heads, max(capacity, len(positions)), self.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+        for buffer in (keys, values):
+            prefer_huge(buffer)
         return LiveCache(keys, values, positions.to(self.device), segments.to(self.device))
 
     @torch.inference_mode()
@@ -229,6 +281,60 @@ class Backbone:
         return logits
 
     @torch.inference_mode()
+    def recompute(
+        self, token_ids: Tensor, places: Tensor, cache: LiveCache, choose: Choose | None = None
+    ) -> Tensor:
+        """Run causally over tokens that have their entries in `cache`, and write these again.
+
+        token_ids, places: int64 [tokens], in order of position; the entries of `cache` stand in
+        that order too. choose: which of the tokens go on after the first layer (int64 indices, in
+        order, the last one among them), told the second layer's keys after RoPE and values, each
+        [kv_heads, tokens, head_dim]. Returns float32 logits [vocabulary] of the last token.
+        """
+        places = places.to(self.device)
+        hidden = self.model.model.embed_tokens(token_ids.to(self.device)[None])
+        step = self._recomputing(places, cache)
+        for number, layer in enumerate(self.model.model.layers):
+            if choose is not None and number == 1:
+                going = choose(*self._states(layer, hidden, step.rotary)).to(self.device)
+                hidden, places = hidden[:, going], places[going]
+                step = self._recomputing(places, cache)
+            live = cache.layers[number]
+            live.places = places
+            hidden = layer(
+                hidden,
+                attention_mask=step.mask(self.config, number),
+                position_ids=step.positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=step.rotary,
+            )
+            live.places = None
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden[:, -1]))[0].float()
+        return logits
+
+    def _recomputing(self, places: Tensor, cache: LiveCache) -> _Step:
+        at = cache.positions[places]
+        mask = self._masks(
+            at, torch.zeros_like(at), cache.positions, torch.zeros_like(cache.positions)
+        )
+        cos, sin = self.rotary(at)
+        return _Step(at, (cos[None], sin[None]), mask)
+
+    def _states(
+        self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys after RoPE and values that `layer` makes: [kv_heads, tokens, head_dim] each."""
+        attention, states = layer.self_attn, layer.input_layernorm(hidden)[0]
+        shape = (len(states), self.kv_heads, self.head_dim)
+        keys, values = (p(states).view(shape) for p in (attention.k_proj, attention.v_proj))
+        keys = attention.k_norm(keys) if hasattr(attention, "k_norm") else keys
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        turned = torch.empty_like(keys)
+        rotate_into(turned, keys, rotary[0][0], rotary[1][0])
+        return turned, values
+
+    @torch.inference_mode()
     def capture(self, token_ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Keys before RoPE and values of a batch of passages, each alone from position 0.
 
@@ -240,6 +346,20 @@ class Backbone:
             self.model.model(input_ids=token_ids.to(self.device), use_cache=False)
         shape = (*token_ids.shape, self.kv_heads, self.head_dim)
         return [k.view(shape) for k in capture[0]], [v.view(shape) for v in capture[1]]
+
+    @contextmanager
+    def giving(self, places: Tensor, keys: Tensor, values: Tensor) -> Iterator[None]:
+        """Until the end of the block, forwards give the tokens at `places` these keys and values.
+
+        places: int64 [n], indices of the token ids of the forward. keys before RoPE, values:
+        [layers, kv_heads, n, head_dim]. A masked prefill over given states is the oracle of
+        snapshots that are not exact.
+        """
+        self._capture.given = _Given(*(t.to(self.device) for t in (places, keys, values)))
+        try:
+            yield
+        finally:
+            self._capture.given = None
 
     def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor) -> Any:
         """The attention masks [1, 1, queries, keys]: one, or one for each kind of layer."""
@@ -288,18 +408,19 @@ class Backbone:
         """Keys are taken where RoPE is applied to them next: after k_norm if there is one."""
         capture = self._capture
 
-        def keep_keys(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            if capture.keys is not None:
-                capture.keys.append(output)
+        def keep(name: str, number: int, output: Tensor) -> Tensor | None:
+            if (kept := getattr(capture, name)) is not None:
+                kept.append(output)
+            if (given := capture.given) is None:
+                return None
+            return given.instead(getattr(given, name)[number], output)
 
-        def keep_values(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            if capture.values is not None:
-                capture.values.append(output)
-
-        for layer in self.model.model.layers:
+        for number, layer in enumerate(self.model.model.layers):
             attention = layer.self_attn
-            getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_keys)
-            attention.v_proj.register_forward_hook(keep_values)
+            keys = getattr(attention, "k_norm", attention.k_proj)
+            for name, module in (("keys", keys), ("values", attention.v_proj)):
+                hook = partial(keep, name, number)
+                module.register_forward_hook(lambda _, __, output, hook=hook: hook(output))
 
 
 def _is_causal(at: Tensor, seg: Tensor, key_at: Tensor) -> bool:

@@ -17,6 +17,8 @@ from ._version import __version__
 from .readers import SUFFIXES
 from .splitting import MAX_TOKENS
 
+CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
+SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvlink-rag {__version__}")
     _add_common(parser, {})
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_index, _ask, _chat, _stats, _check, _delete, _verify, _demo):
+    for add in (_index, _plan, _ask, _chat, _stats, _check, _delete, _verify, _bench, _demo):
         _add_common(add(commands), {"default": argparse.SUPPRESS})
     return parser
 
@@ -142,19 +144,16 @@ def _index(commands: Any) -> argparse.ArgumentParser:
         "brought up to date; what is unchanged costs nothing. An interrupted run is finished by "
         "repeating it. What cannot be read is reported and skipped; the exit code is then 1.",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a file or folder")
-    parser.add_argument(
-        "--passage-tokens",
-        type=_count,
-        default=MAX_TOKENS,
-        metavar="N",
-        help="the most tokens of a passage (%(default)s)",
-    )
-    parser.add_argument(
-        "--max-file-size", type=_size, default=None, metavar="SIZE", help="per file or line (64MB)"
-    )
+    _add_reading(parser)
     parser.add_argument(
         "--size-limit", type=_size, metavar="SIZE", help="most bytes of snapshots to keep: 20GB"
+    )
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default=None,
+        help="how passages are found: exact, in lists (ivf: sooner, may miss one), or by size "
+        "(the collection's, else auto)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first file or line that cannot be read"
@@ -184,6 +183,45 @@ def _chat(commands: Any) -> argparse.ArgumentParser:
     _add_answering(parser, k=4)
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     return parser
+
+
+def _plan(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="what index would take: passages, tokens, bytes, time",
+        description="Read and split files as `index` would, into an empty collection, and say what "
+        "it would take. Model, embedder and codec are those given, else the collection's. Bytes of "
+        "snapshots are exact; time, and the bytes beside them, come from a sample that is indexed "
+        "and thrown away.",
+    )
+    _add_reading(parser)
+    parser.add_argument(
+        "--seconds", type=_count, default=5, metavar="N", help="for the sample, about (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """What is read, and what becomes of it."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a file or folder")
+    parser.add_argument(
+        "--passage-tokens",
+        type=_count,
+        default=MAX_TOKENS,
+        metavar="N",
+        help="the most tokens of a passage (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-file-size", type=_size, default=None, metavar="SIZE", help="per file or line (64MB)"
+    )
+    parser.add_argument(
+        "--codec",
+        choices=CODECS,
+        default=None,
+        help="how to keep snapshots: as they are, or smaller at a price that `verify` states "
+        "(the collection's, else exact)",
+    )
 
 
 def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:
@@ -246,6 +284,18 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("-k", type=_count, default=4, help="passages to compare (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _bench(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure on this machine",
+        description="Run a benchmark: `kvlink-rag bench ttft --help` shows its options. Without a "
+        "name, list them. Each prints tables and, last, one JSON object.",
+    )
+    parser.add_argument("name", nargs="?", help="ttft, quality, …")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own options")
     return parser
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from . import terminal
 from .conversation import Conversation
 from .documents import Document
+from .embedder import ContrieverEmbedder
 from .errors import ConfigError, DocumentNotFound
 from .fingerprint import cache_directory
 from .ingest import IngestReport, gone, ids_from, ingest
@@ -37,6 +40,7 @@ _STATS = (
     "directory",
     "model",
     "embedder",
+    "codec",
     "documents",
     "embedded",
     "tokens",
@@ -53,7 +57,13 @@ def index(arguments: argparse.Namespace) -> int:
     if not files:
         return 1
     with (
-        _open(arguments, create=True, size_limit=arguments.size_limit) as rag,
+        _open(
+            arguments,
+            create=True,
+            size_limit=arguments.size_limit,
+            codec=arguments.codec,
+            search=arguments.search,
+        ) as rag,
         _progress(sum(file.size() for file in files)) as bar,
     ):
         problems.write = bar.write
@@ -69,6 +79,32 @@ def index(arguments: argparse.Namespace) -> int:
         bar.close()
         report.gone = gone(rag, arguments.paths)
         _show_report(rag, report, as_json=arguments.json)
+    return 1 if problems.skipped else 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what `index` would take; 1 if anything would have to be skipped."""
+    from .planning import plan as make
+
+    problems = _Problems(strict=False)
+    files = find(arguments.paths, problems)
+    if not files:
+        return 1
+    with _progress(sum(file.size() for file in files), "reading") as bar:
+        problems.write = bar.write
+        made = make(
+            files,
+            _opener(arguments),
+            on_problem=problems,
+            advance=bar.update,
+            max_tokens=arguments.passage_tokens,
+            max_bytes=arguments.max_file_size or MAX_BYTES,
+            seconds=arguments.seconds,
+        )
+    if arguments.json:
+        _print_json(made.to_dict())
+    else:
+        _print_lines(terminal.plan(made.to_dict()))
     return 1 if problems.skipped else 0
 
 
@@ -161,10 +197,43 @@ def verify(arguments: argparse.Namespace) -> int:
         name, found = model.name, model.verify(model.prompt(_SAMPLES, "Where is it?"))
     if arguments.json:
         fields = ("holds", "difference", "tolerance", "same_top_token", "margin", "message")
-        _print_json({"model": name, **{field: getattr(found, field) for field in fields}})
+        price = {"price": asdict(found.price)} if found.price else {}
+        _print_json({"model": name, **{f: getattr(found, f) for f in fields}, **price})
     else:
         _print_lines([f"{name}: {found.message}"])
     return 0 if found.holds else 1
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run a benchmark in a process of its own, or list them; its exit code."""
+    found = find_benchmarks()
+    if arguments.name is None:
+        width = max(map(len, found))
+        _print_lines(f"{name:{width}}  {_first_line(path)}" for name, path in found.items())
+        return 0
+    if arguments.name not in found:
+        raise ConfigError(f"no benchmark {arguments.name!r}, expected one of {', '.join(found)}")
+    command = [sys.executable, str(found[arguments.name]), *arguments.rest]
+    return subprocess.run(command, check=False).returncode
+
+
+def find_benchmarks() -> dict[str, Path]:
+    """The benchmarks by name: the repository's, else those that came with the package.
+
+    Raises `ConfigError` where there are none.
+    """
+    package = Path(__file__).parent
+    for folder in (package.parent / "benchmarks", package / "benchmarks"):
+        scripts = sorted(folder.glob("*.py"))
+        found = {p.stem: p for p in scripts if '__name__ == "__main__"' in p.read_text("utf-8")}
+        if "ttft" in found:
+            return found
+    raise ConfigError("this installation came without its benchmarks; install it from a wheel")
+
+
+def _first_line(path: Path) -> str:
+    """Of the docstring."""
+    return path.read_text("utf-8").lstrip().removeprefix('"""').splitlines()[0]
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -202,7 +271,12 @@ def _has_collection(directory: Path) -> bool:
 
 
 def _open(
-    arguments: argparse.Namespace, *, create: bool = False, size_limit: int | None = None
+    arguments: argparse.Namespace,
+    *,
+    create: bool = False,
+    size_limit: int | None = None,
+    codec: str | None = None,
+    search: str | None = None,
 ) -> KVLinkRAG:
     """The collection; one that is not there yet is made only to index into."""
     directory = _directory(arguments)
@@ -219,8 +293,29 @@ def _open(
         dtype=arguments.dtype,
         reencode=arguments.reencode,
         size_limit=size_limit,
+        codec=codec,
+        search=search,
         create=create,
     )
+
+
+def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
+    """Opens empty collections like the one that `index` would make; models are loaded once."""
+    known: dict[str, str] = {}
+    if _has_collection(_directory(arguments)):
+        with KVLinkRAG.open(_directory(arguments), create=False) as rag:
+            known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
+    _hush(arguments)
+    model = KVLinkModel.from_pretrained(
+        arguments.model or known.get("model", BUNDLED),
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    embedder = ContrieverEmbedder.from_pretrained(
+        arguments.embedder or known.get("embedder", BUNDLED), device=arguments.device
+    )
+    codec = arguments.codec or known.get("codec")
+    return lambda path: KVLinkRAG.open(path, model=model, embedder=embedder, codec=codec)
 
 
 def _require_documents(rag: KVLinkRAG) -> None:
@@ -264,9 +359,9 @@ class _Problems:
         self.write(terminal.visible(f"kvlink-rag: {kind}: {problem}"), file=sys.stderr)
 
 
-def _progress(total: int) -> Any:
+def _progress(total: int, what: str = "indexing") -> Any:
     """A bar over the bytes of the files, on a terminal only."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc="indexing", disable=None)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 def _show_notice(rag: KVLinkRAG, write: Any = None) -> None:

@@ -104,7 +104,7 @@ def encode_missing(rag: KVLinkRAG, passages: Sequence[Encodable], report: AddRep
     missing = {p.key: p for p in passages if p.key not in rag.store}
     waiting = list(missing.values())
     for index, snapshot in encode_many(rag.model.backbone, [p.token_ids for p in waiting]):
-        rag.store.put(waiting[index].key, snapshot)
+        rag.snapshots.put(waiting[index].key, snapshot)
         report.encoded += 1
         report.tokens += len(waiting[index].token_ids)
 

@@ -15,7 +15,7 @@ from typing import Any
 from .documents import Document
 from .rag import KVLinkRAG
 from .readers import MAX_BYTES, OnProblem, Problem, SourceFile, read_file
-from .splitting import MAX_TOKENS, split_document
+from .splitting import MAX_TOKENS, Encoder, split_document
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ def ingest(
     """
     start = time.perf_counter()
     known = _sources(rag)
-    intake = _Intake(rag, files, on_problem, advance, max_tokens, max_bytes)
+    intake = Intake(rag.model.tokenizer, files, on_problem, advance, max_tokens, max_bytes)
     done = rag.add(intake.passages())
     stale = [id for source, ids in intake.read.items() for id in known.get(source, set()) - ids]
     report = intake.report
@@ -106,12 +106,12 @@ def _is_below(source: Path, root: Path) -> bool:
     return source.is_relative_to(root) or (root == Path() and inside)
 
 
-class _Intake:
+class Intake:
     """Passages of files on their way in, counted."""
 
     def __init__(
         self,
-        rag: KVLinkRAG,
+        encoder: Encoder,
         files: Sequence[SourceFile],
         on_problem: OnProblem,
         advance: Callable[[int], object],
@@ -120,7 +120,7 @@ class _Intake:
     ) -> None:
         self.report = IngestReport(files=len(files))
         self.read: dict[str, set[str]] = {}  # ids of the passages of each file read to its end
-        self._encoder = rag.model.tokenizer
+        self._encoder = encoder
         self._files, self._on_problem, self._advance = files, on_problem, advance
         self._max_tokens, self._max_bytes = max_tokens, max_bytes
 

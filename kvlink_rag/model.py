@@ -37,6 +37,7 @@ from .loading import (
     resolve,
 )
 from .prefix import PrefixCache
+from .snapshot import EXACT, AnySnapshot
 from .spec import PLAIN_PRESET, PromptPreset, Spec
 from .tokens import PartTokenizer
 from .trace import Trace
@@ -63,7 +64,8 @@ class Verification:
     """Whether reuse equals the masked full prefill on this model and prompt.
 
     difference: largest difference of logits over the largest logit of the masked run. margin: how
-    far apart the two best logits of the masked run lie, on the same scale.
+    far apart the two best logits of the masked run lie, on the same scale. Where the snapshots are
+    quantised, the masked run has their keys and values, and `price` is what the codec costs.
     """
 
     holds: bool
@@ -72,6 +74,22 @@ class Verification:
     same_top_token: bool
     margin: float
     message: str
+    price: CodecPrice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CodecPrice:
+    """How far reuse of quantised snapshots is from the masked prefill without quantisation.
+
+    difference: largest difference of logits over the largest logit. divergence: Kullback-Leibler,
+    in nats, from the exact distribution of the next token. same_top_token: whether the best token
+    is the same.
+    """
+
+    codec: str
+    difference: float
+    divergence: float
+    same_top_token: bool
 
 
 class KVLinkModel:
@@ -217,14 +235,32 @@ class KVLinkModel:
         return "".join(self.stream(parts, **arguments))
 
     def verify(self, parts: Iterable[Part], *, reuse: Reuse | None = None) -> Verification:
-        """Compare reuse with the masked full prefill on this model and this prompt."""
+        """Compare reuse with the masked full prefill on this model and this prompt.
+
+        Quantised snapshots are compared with the masked prefill over their own keys and values,
+        which must be equal, and with the exact one, which says what the codec costs.
+        """
         parts = list(parts)
         fresh = replace(reuse or self.reuse, prefix=None)
-        return compare(
-            self.prefill(parts, "reuse", reuse=fresh).logits,
-            self.prefill(parts, "masked").logits,
-            TOLERANCE.get(self.backbone.dtype, 6e-2),
-        )
+        logits = self.prefill(parts, "reuse", reuse=fresh).logits
+        masked = self.prefill(parts, "masked").logits
+        tolerance = TOLERANCE.get(self.backbone.dtype, 6e-2)
+        prompt = self.layout(parts)
+        passages = [prompt.passage_ids(span) for span in prompt.passages]
+        snapshots = fresh.snapshots.fetch(passages, Trace()) if passages else []
+        codec = next((s.codec for s in snapshots if s.codec != EXACT), None)
+        if codec is None:
+            return compare(logits, masked, tolerance)
+        given = self._masked_over(prompt, snapshots)
+        return _with_price(compare(logits, given, tolerance), codec_price(codec, logits, masked))
+
+    def _masked_over(self, prompt: Layout, snapshots: Sequence[AnySnapshot]) -> Tensor:
+        """Logits of the masked prefill whose passages have the keys and values of `snapshots`."""
+        states = [snapshot.exact(self.backbone.dtype) for snapshot in snapshots]
+        keys, values = (torch.cat(each, dim=2) for each in zip(*states, strict=True))
+        run = PromptRun(self.backbone, prompt, Trace(mode="masked"), self.reuse)
+        with self.backbone.giving(prompt.segments.nonzero()[:, 0], keys, values):
+            return run.start(room=0).cpu()
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -259,6 +295,30 @@ def compare(logits: Tensor, expected: Tensor, tolerance: float) -> Verification:
     )
     message = f"{verdict} (largest difference {difference:.2e}, tolerance {tolerance:.0e})"
     return Verification(holds, difference, tolerance, same, margin, message)
+
+
+def codec_price(codec: str, logits: Tensor, exact: Tensor) -> CodecPrice:
+    """What float32 `logits` [vocab] from snapshots of `codec` lose against the `exact` ones."""
+    found = compare(logits, exact, 0.0)
+    exact_log, log = exact.log_softmax(-1), logits.log_softmax(-1)
+    divergence = float((exact_log.exp() * (exact_log - log)).sum())
+    return CodecPrice(codec, found.difference, max(0.0, divergence), found.same_top_token)
+
+
+def _with_price(found: Verification, price: CodecPrice) -> Verification:
+    """`found` over the quantised keys and values, with what quantising them costs."""
+    over = f"masked full prefill over the same {price.codec} keys and values"
+    message = found.message.replace("masked full prefill", over)
+    same = "the same" if price.same_top_token else "ANOTHER"
+    message += (
+        f"; against exact ones {price.codec} moves the logits by {price.difference:.2e} of the "
+        f"largest, the distribution by {price.divergence:.2e} nats, and gives {same} first token"
+    )
+    if found.holds:
+        message = message.replace(
+            "answers from snapshots are the model's own", "what differs from them is the codec's"
+        )
+    return replace(found, message=message, price=price)
 
 
 def default_spec(tokenizer: Any) -> Spec:

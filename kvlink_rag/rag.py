@@ -43,7 +43,7 @@ from .errors import (
 )
 from .fitting import fit
 from .foreign import AnyEmbedder, as_embedder
-from .index import VectorIndex
+from .index import VectorIndex, check_search
 from .indexing import AddReport, index_documents, remove_unused
 from .mending import check_collection, reembed, reencode
 from .model import KVLinkModel, Verification
@@ -97,6 +97,7 @@ class Stats:
     prefix_misses: int
     model: str
     embedder: str
+    codec: str
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -140,6 +141,8 @@ class KVLinkRAG:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
+        codec: str | None = None,
+        search: str | None = None,
         size_limit: int | None = None,
         prefix_budget: int = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
@@ -150,11 +153,15 @@ class KVLinkRAG:
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
         LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
-        pair. size_limit: bytes of snapshots to keep at most. prefix_budget: bytes of computed runs
-        to keep in memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes
-        for a passage. reencode: where the directory remembers another model or embedder, take the
-        new one and encode again.
-        Raises `SettingsMismatch` (another model or embedder, without `reencode`), `StorageError`.
+        pair. codec: how snapshots are kept, "exact" (the model's dtype), "int8", "int4" or "fp8"
+        (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
+        exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
+        size (see `VectorIndex`); None: as the directory remembers, else auto. size_limit: bytes of
+        snapshots to keep at most. prefix_budget: bytes of computed runs to keep in memory; 0 keeps
+        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
+        the directory remembers another model, embedder or codec, take the new one and encode again.
+        Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
+        codec), `StorageError`.
         """
         if not isinstance(embedder, str | Path | None):
             embedder = as_embedder(embedder)
@@ -167,11 +174,15 @@ class KVLinkRAG:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
         _refuse_links(path)
         catalog = Catalog.open(path / CATALOG, create=create, siblings=[INDEX, SNAPSHOTS])
-        settings = Settings(catalog, model, embedder, device=device, dtype=dtype, spec=spec)
+        settings = Settings(
+            catalog, model, embedder, device=device, dtype=dtype, spec=spec, codec=codec
+        )
         store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
         rag = cls(
             path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
         )
+        if search is not None:
+            catalog.set_settings({"search": check_search(search)})
         try:
             rag._settle(reencode)
         except BaseException:
@@ -355,6 +366,7 @@ class KVLinkRAG:
             prefix_misses=prefix.misses,
             model=self._settings.model_name,
             embedder=self._settings.embedder_name,
+            codec=self._settings.codec,
         )
 
     def check(self, fix: bool = False) -> list[str]:
@@ -411,6 +423,16 @@ class KVLinkRAG:
     def model_name(self) -> str:
         """The language model's name, without loading it."""
         return self._settings.model_name
+
+    @property
+    def embedder_name(self) -> str:
+        """The embedder's name, without loading it."""
+        return self._settings.embedder_name
+
+    @property
+    def codec(self) -> str:
+        """How snapshots are kept."""
+        return self._settings.codec
 
     @property
     def snapshots(self) -> StoredSnapshots:
@@ -489,7 +511,7 @@ class KVLinkRAG:
     def reset_index(self) -> None:
         """Make the index anew from the catalog, and its file."""
         with self._lock:
-            self._index, self._index_version = VectorIndex(self._dimension()), 0
+            self._index, self._index_version = VectorIndex(self._dimension(), self._search()), 0
             self._saved_version = -1
             self.save_index()
 
@@ -592,7 +614,10 @@ class KVLinkRAG:
         path = self.directory / INDEX
         try:
             index, version = VectorIndex.load(
-                path, dimension=dimension, source=self.catalog.identity
+                path,
+                dimension=dimension,
+                source=self.catalog.identity,
+                search=self._search(),
             )
             if self.catalog.has_had(version):
                 return index, version
@@ -603,14 +628,22 @@ class KVLinkRAG:
             pass
         except (IndexCorrupt, OSError) as error:
             logger.warning("the index is rebuilt from the catalog: %s", error)
-        return VectorIndex(dimension), 0
+        return VectorIndex(dimension, self._search()), 0
+
+    def _search(self) -> str:
+        """How the nearest passages are found."""
+        return check_search(str(self.catalog.settings().get("search", "auto")))
 
     def _loaded(self) -> tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser]:
         with self._lock:
             if self._parts is None:
                 model = self._settings.model()
-                snapshots = StoredSnapshots(self.store, model.backbone, users=self.catalog.users)
-                reuse = Reuse(snapshots, self._prefix, scope=self.catalog.identity)
+                codec = self._settings.codec
+                snapshots = StoredSnapshots(
+                    self.store, model.backbone, codec=codec, users=self.catalog.users
+                )
+                # kept runs come from what was read, so they depend on the codec
+                reuse = Reuse(snapshots, self._prefix, scope=f"{self.catalog.identity} {codec}")
                 recogniser = Recogniser(
                     self.catalog,
                     model.tokenizer,

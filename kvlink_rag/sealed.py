@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import json
 import math
 import os
 import stat
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from .errors import StorageError
 from .files import write_all
+from .pages import find_madvise
 
 MAX_HEADER = 1 << 16  # bytes; ours are below 1 KiB
 ALIGNMENT = 64  # bytes: where the second tensor starts (the first one is small)
@@ -41,6 +40,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -153,21 +153,12 @@ def _populate(mapped: Tensor, path: Path) -> None:
 
     Linux 5.14 and later; elsewhere the pages come in when they are touched.
     """
-    if (madvise := _madvise()) is None:
+    if (madvise := find_madvise()) is None:
         return
     if madvise(mapped.data_ptr(), len(mapped), _MADV_POPULATE_READ) != 0:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, f"cannot be read ({os.strerror(code)})", os.fspath(path))
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None, use_errno=True).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
 
 
 def _raw_header(mapped: Tensor) -> bytes:

@@ -20,6 +20,7 @@ from .foreign import AnyEmbedder, ForeignEmbedder
 from .loading import BUNDLED
 from .model import KVLinkModel
 from .outline import ModelOutline, outline
+from .snapshot import EXACT, check_codec
 from .spec import Spec
 
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
@@ -28,7 +29,8 @@ UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that wa
 class Settings:
     """The model and embedder of one collection, loaded once, checked against what it remembers.
 
-    model, embedder: what the caller asked for; None: what is remembered, else the bundled pair.
+    model, embedder, codec: what the caller asked for; None: what is remembered, else the bundled
+    pair and exact snapshots.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Settings:
         device: str,
         dtype: str | torch.dtype,
         spec: Spec | None,
+        codec: str | None = None,
     ) -> None:
         self._catalog, self._device, self._dtype, self._spec = catalog, device, dtype, spec
         self._remembered = catalog.settings()
@@ -47,13 +50,19 @@ class Settings:
         self._asked = {"model": model is not None, "embedder": embedder is not None}
         self._model = model if isinstance(model, KVLinkModel) else None
         self._embedder = None if isinstance(embedder, str | Path) else embedder
+        self._codec = None if codec is None else check_codec(codec)
         self.model_name = self._name("model", model)
         self.embedder_name = self._name("embedder", embedder)
+
+    @property
+    def codec(self) -> str:
+        """How snapshots are kept."""
+        return self._codec or str(self._remembered.get("codec", EXACT))
 
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""
         model = self._load_model()
-        self._check("model", model_identity(model))
+        self._check("model", model_identity(model, self.codec))
         return model
 
     def embedder(self) -> Embedder:
@@ -85,13 +94,18 @@ class Settings:
         return int(known) if known else None
 
     def settle_model(self, allow: bool) -> bool:
-        """Check a model that was asked for; True where it is new and `allow` takes it."""
-        if not self._asked["model"] or "model_identity" not in self._remembered:
+        """Check model and codec that were asked for; True where one is new and `allow` takes it."""
+        if "model_identity" not in self._remembered:
+            return False
+        if not allow:
+            self._check_codec()
+        unfinished = self._remembered["model_identity"] == UNFINISHED
+        if not self._asked["model"] and not (allow and (self._codec or unfinished)):
             return False
         if not allow:
             self.model()
             return False
-        return self._begin("model", model_identity(self._load_model()))
+        return self._begin("model", model_identity(self._load_model(), self.codec))
 
     def settle_embedder(self, allow: bool) -> bool:
         """Check an embedder that was asked for; True where it is new and `allow` takes it."""
@@ -104,7 +118,7 @@ class Settings:
 
     def finish_model(self) -> None:
         """Remember the model now set: every document is encoded for it."""
-        self._remember("model", model_identity(self._load_model()))
+        self._remember("model", model_identity(self._load_model(), self.codec))
 
     def finish_embedder(self) -> None:
         """Remember the embedder now set: every document is embedded by it."""
@@ -148,11 +162,25 @@ class Settings:
             self._remembered = self._catalog.set_first(self._facts(what, identity))
         remembered = self._remembered[f"{what}_identity"]
         if remembered != identity and what not in self._unfinished:
+            if remembered == UNFINISHED:
+                raise SettingsMismatch(
+                    "encoding this collection again was interrupted; open it with reencode=True "
+                    "(kvlink-rag: --reencode) to finish it"
+                )
             found, known = getattr(self, f"{what}_name"), self._remembered.get(what)
             raise SettingsMismatch(
                 f"this collection was made with the {what} {known!r}, found {found!r} with other "
                 f"weights or settings; open it with that {what}, in another directory, or with "
                 "reencode=True (kvlink-rag: --reencode) to encode it again"
+            )
+
+    def _check_codec(self) -> None:
+        known = str(self._remembered.get("codec", EXACT))
+        if self._codec not in (None, known):
+            raise SettingsMismatch(
+                f"this collection keeps its snapshots as {known!r}, found codec {self._codec!r}; "
+                f"open it without a codec, in another directory, or with reencode=True "
+                "(kvlink-rag: --reencode) to encode it again"
             )
 
     def _begin(self, what: str, identity: str) -> bool:
@@ -165,6 +193,8 @@ class Settings:
 
     def _facts(self, what: str, identity: str) -> dict[str, Any]:
         values: dict[str, Any] = {what: getattr(self, f"{what}_name"), f"{what}_identity": identity}
+        if what == "model":
+            values["codec"] = self.codec
         if what == "embedder":
             values["dimension"] = self._load_embedder().dimension
         return values
@@ -176,12 +206,13 @@ class Settings:
         self._unfinished.discard(what)
 
 
-def model_identity(model: KVLinkModel) -> str:
-    """What a collection's snapshots depend on: weights, dtype, and how passages are rendered.
+def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:
+    """What a collection's snapshots depend on: weights, dtype, codec, how passages are rendered.
 
     Not the link tokens: a snapshot does not depend on them.
     """
     spec = model.spec
     rendering = [spec.passage_template, spec.untitled_template, spec.rank]
     facts = [model.fingerprint, str(model.backbone.dtype), rendering]
+    facts += [codec] if codec != EXACT else []  # as in collections older than codecs
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

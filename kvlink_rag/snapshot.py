@@ -13,17 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import quantised
 from .errors import ConfigError, SnapshotCorrupt
+from .quantised import Quantised, Shape, quantise
+from .rope import rotate_into
 from .sealed import Kind, read_sealed, sealed_size, write_sealed
 
 FORMAT_VERSION = 1
 KIND = Kind("kvlink-snapshot", FORMAT_VERSION, SnapshotCorrupt)
+EXACT = "exact"  # the codec of keys and values as they are, in the model's dtype
 EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,44 +49,56 @@ class Snapshot:
             raise ConfigError(f"not a snapshot: {problem}")
 
     @property
+    def codec(self) -> str:
+        """Its codec: none."""
+        return EXACT
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written, in order."""
+        return {"token_ids": self.token_ids, "keys": self.keys, "values": self.values}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the three tensors in memory."""
         return self.keys.nbytes + self.values.nbytes + self.token_ids.nbytes
 
+    def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values in `dtype`."""
+        return self.keys.to(dtype), self.values.to(dtype)
 
-class Codec(Protocol):
-    """How a snapshot's tensors are laid down. A quantising codec is one more of these."""
+    def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Write the keys, rotated by `cos` and `sin` [tokens, head_dim], and the values in place.
 
-    def pack(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """The tensors to write, `token_ids` first."""
-        ...
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Snapshot:
-        """The snapshot of what `pack` gave. Raises `ConfigError` where they cannot be that."""
-        ...
-
-
-class _Exact:
-    """Keys and values as they are."""
-
-    def pack(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        return {
-            "token_ids": snapshot.token_ids,
-            "keys": snapshot.keys,
-            "values": snapshot.values,
-        }
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Snapshot:
-        if list(tensors) != ["token_ids", "keys", "values"]:
-            raise ConfigError(f"found tensors {list(tensors)}, expected token_ids, keys, values")
-        return Snapshot(tensors["keys"], tensors["values"], tensors["token_ids"])
+        keys, values: [layers, kv_heads, tokens, head_dim], of any device.
+        """
+        rotate_into(keys, self.keys.to(keys.device, non_blocking=True), cos, sin)
+        values.copy_(self.values, non_blocking=True)
 
 
-CODECS: Mapping[str, Codec] = {"exact": _Exact()}
+AnySnapshot: TypeAlias = Snapshot | Quantised
+CODECS = (EXACT, *quantised.CODECS)
+
+
+def check_codec(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such codec."""
+    if name not in CODECS:
+        raise ConfigError(
+            f"found codec {name!r}, expected one of {', '.join(CODECS)} "
+            f"({EXACT} keeps the model's dtype, such as bfloat16)"
+        )
+    return name
+
+
+def in_codec(snapshot: Snapshot, codec: str) -> AnySnapshot:
+    """`snapshot` as `codec` keeps it. Raises `ConfigError`, see `quantise`."""
+    if check_codec(codec) == EXACT:
+        return snapshot
+    return quantise(codec, snapshot.keys, snapshot.values, snapshot.token_ids)
 
 
 def snapshot_key(
-    fingerprint: str, token_ids: Sequence[int], *, dtype: torch.dtype, codec: str = "exact"
+    fingerprint: str, token_ids: Sequence[int], *, dtype: torch.dtype, codec: str = EXACT
 ) -> str:
     """The identity of a snapshot: 64 hexadecimal digits of SHA-256.
 
@@ -95,23 +111,34 @@ def snapshot_key(
     return hashlib.sha256(head + b"\n" + ids).hexdigest()
 
 
-def write_snapshot(file: FileIO, snapshot: Snapshot, key: str, *, codec: str = "exact") -> int:
+def write_snapshot(file: FileIO, snapshot: AnySnapshot, key: str) -> int:
     """Write `snapshot` to an unbuffered `file` and return the bytes written.
 
     Contiguous CPU tensors are written from their own memory. Raises `OSError` where the file
     cannot be written.
     """
-    return write_sealed(file, KIND, CODECS[codec].pack(snapshot), _facts(key, codec))
+    return write_sealed(file, KIND, snapshot.tensors, _facts(key, snapshot.codec))
 
 
-def snapshot_size(snapshot: Snapshot, key: str, *, codec: str = "exact") -> int:
+def snapshot_size(snapshot: AnySnapshot, key: str) -> int:
     """The bytes that `write_snapshot` would write."""
-    return sealed_size(CODECS[codec].pack(snapshot), KIND, _facts(key, codec))
+    return sealed_size(snapshot.tensors, KIND, _facts(key, snapshot.codec))
+
+
+def planned_size(shape: Shape, dtype: torch.dtype, codec: str) -> int:
+    """The bytes of a snapshot of `shape` (layers, kv_heads, tokens, head_dim) yet to be made."""
+    if check_codec(codec) == EXACT:
+        sizes = {"token_ids": (torch.int64, [shape[2]])}
+        sizes |= dict.fromkeys(("keys", "values"), (dtype, list(shape)))
+    else:
+        sizes = quantised.CODECS[codec].layout(shape)
+    tensors = {n: torch.empty(size, dtype=kind, device="meta") for n, (kind, size) in sizes.items()}
+    return sealed_size(tensors, KIND, _facts("0" * 64, codec))
 
 
 def read_snapshot(
     path: Path, *, key: str | None = None, token_ids: Sequence[int] | None = None
-) -> Snapshot:
+) -> AnySnapshot:
     """The snapshot at `path`, verified: checksum, key, and the real token ids where given.
 
     The tensors are views of a private mapping: nothing is copied, and they stay valid after the
@@ -121,12 +148,11 @@ def read_snapshot(
     tensors, facts = read_sealed(path, KIND)
     if key is not None and facts.get("key") != key:
         raise SnapshotCorrupt(f"{path}: found key {facts.get('key')!r}, expected {key!r}")
-    codec = CODECS.get(facts.get("codec", ""))
-    if codec is None:
-        found = facts.get("codec")
-        raise SnapshotCorrupt(f"{path}: found codec {found!r}, expected one of {sorted(CODECS)}")
+    codec = facts.get("codec", "")
+    if codec not in CODECS:
+        raise SnapshotCorrupt(f"{path}: found codec {codec!r}, expected one of {sorted(CODECS)}")
     try:
-        snapshot = codec.unpack(tensors)
+        snapshot = _exact(tensors) if codec == EXACT else Quantised(codec, tensors)
     except ConfigError as error:
         raise SnapshotCorrupt(f"{path}: {error}") from error
     if token_ids is not None and not _same_ids(snapshot.token_ids, token_ids):
@@ -135,6 +161,13 @@ def read_snapshot(
             f"({len(token_ids)})"
         )
     return snapshot
+
+
+def _exact(tensors: Mapping[str, Tensor]) -> Snapshot:
+    """The snapshot of what `Snapshot.tensors` gave. Raises `ConfigError`."""
+    if list(tensors) != ["token_ids", "keys", "values"]:
+        raise ConfigError(f"found tensors {list(tensors)}, expected token_ids, keys, values")
+    return Snapshot(tensors["keys"], tensors["values"], tensors["token_ids"])
 
 
 def _facts(key: str, codec: str) -> dict[str, str]:

@@ -44,7 +44,7 @@ import diskcache
 
 from . import files
 from .errors import ConfigError, SnapshotCorrupt, StorageError
-from .snapshot import Snapshot, read_snapshot, snapshot_size, write_snapshot
+from .snapshot import AnySnapshot, read_snapshot, snapshot_size, write_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class SnapshotStore:
         except OSError as error:
             raise StorageError(f"the store {directory} cannot be opened: {error}") from error
 
-    def get(self, key: str, token_ids: Sequence[int]) -> Snapshot | None:
+    def get(self, key: str, token_ids: Sequence[int]) -> AnySnapshot | None:
         """The snapshot of `key`, or None where it is missing or not what was written.
 
         Its real token ids must be `token_ids`. A corrupt file is logged, counted and removed. The
@@ -122,7 +122,7 @@ class SnapshotStore:
         self._count("misses" if snapshot is None else "hits")
         return snapshot
 
-    def put(self, key: str, snapshot: Snapshot) -> bool:
+    def put(self, key: str, snapshot: AnySnapshot) -> bool:
         """Store `snapshot` under `key`, in place of what was there.
 
         False where it alone is larger than `size_limit`. Raises `StorageError` where the file or
@@ -215,7 +215,7 @@ class SnapshotStore:
             logger.warning("snapshot %s cannot be looked up: %s", key, error)
             return None
 
-    def _read(self, key: str, path: Path, token_ids: Sequence[int]) -> Snapshot | None:
+    def _read(self, key: str, path: Path, token_ids: Sequence[int]) -> AnySnapshot | None:
         try:
             snapshot = read_snapshot(path, key=key, token_ids=token_ids)
             _touch(path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from .backbone import Backbone
 from .encoding import encode_many
 from .errors import StorageError
-from .snapshot import Snapshot, snapshot_key
+from .snapshot import EXACT, AnySnapshot, Snapshot, check_codec, in_codec, snapshot_key
 from .store import SnapshotStore
 from .trace import Trace
 
@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 class StoredSnapshots:
     """The `SnapshotSource` of a collection.
 
-    keep: whether a snapshot encoded for a question is stored for the next one. users: the ids of
-    the documents of a key, for log lines. encoded: how many the store did not have, so far.
+    codec: of the snapshots it keeps. keep: whether a snapshot encoded for a question is stored for
+    the next one. users: the ids of the documents of a key, for log lines. encoded: how many the
+    store did not have, so far.
     """
 
     def __init__(
@@ -33,19 +34,27 @@ class StoredSnapshots:
         store: SnapshotStore,
         backbone: Backbone,
         *,
+        codec: str = EXACT,
         keep: bool = True,
         users: Callable[[str], list[str]] = lambda key: [],
     ) -> None:
         self.store, self.backbone, self.keep = store, backbone, keep
+        self.codec = check_codec(codec)
         self.encoded = 0
         self._users = users
 
     def key(self, token_ids: Sequence[int]) -> str:
-        """The key of a passage encoded by this model."""
+        """The key of a passage encoded by this model and kept by this codec."""
         backbone = self.backbone
-        return snapshot_key(backbone.fingerprint, token_ids, dtype=backbone.dtype)
+        return snapshot_key(backbone.fingerprint, token_ids, dtype=backbone.dtype, codec=self.codec)
 
-    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[Snapshot]:
+    def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
+        """Store a snapshot just encoded, in the codec; what was stored. Raises `StorageError`."""
+        kept = in_codec(snapshot, self.codec)
+        self.store.put(key, kept)
+        return kept
+
+    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[AnySnapshot]:
         """One snapshot a passage, in order, from the store or encoded now."""
         keys = {ids: self.key(ids) for ids in passages}
         with trace.stage("read"):
@@ -63,7 +72,7 @@ class StoredSnapshots:
 
     def _encode(
         self, missing: Sequence[TokenIds], keys: dict[TokenIds, str]
-    ) -> dict[TokenIds, Snapshot]:
+    ) -> dict[TokenIds, AnySnapshot]:
         for key in (keys[ids] for ids in missing):
             logger.info(
                 "encoding %s now: the store has no sound snapshot %s (lost, evicted, refused or "
@@ -71,7 +80,8 @@ class StoredSnapshots:
                 self._named(key),
                 key,
             )
-        made = {missing[i]: s for i, s in encode_many(self.backbone, missing)}
+        encoded = encode_many(self.backbone, missing)
+        made = {missing[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
         for ids, snapshot in made.items() if self.keep else ():
             try:
                 self.store.put(keys[ids], snapshot)

@@ -49,6 +49,23 @@ def number(count: float, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def plan(fields: Mapping[str, Any]) -> list[str]:
+    """A plan for people."""
+    exact = "" if fields["codec"] == "exact" else f" as {fields['codec']}"
+    seconds = fields["seconds"]
+    long = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:,.0f} s"
+    return [
+        f"{number(fields['files'], 'file')}, {number(fields['documents'], 'document')}, "
+        f"{number(fields['passages'], 'passage')}: {number(fields['snapshots'], 'snapshot')} of "
+        f"{number(fields['tokens'], 'token')}{exact}",
+        f"{size(fields['total_bytes'])}: snapshots {size(fields['snapshot_bytes'])}, catalog and "
+        f"index {size(fields['other_bytes'])}",
+        f"about {long} with {fields['model']!r} and {fields['embedder']!r}, at "
+        f"{fields['tokens_per_second']:,.0f} tokens a second "
+        f"({number(fields['sample_passages'], 'passage')} tried)",
+    ]
+
+
 def place(document: Document) -> str:
     """Where a document is from, and its id."""
     source, page = document.metadata.get("source"), document.metadata.get("page")

@@ -2,56 +2,200 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
+import mmap
+import os
+import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import ModelMaker
+
+import kvlink_rag.backbone
+from kvlink_rag import Document
+from kvlink_rag.cli import main
+from kvlink_rag.commands import find_benchmarks
+from kvlink_rag.prefix import PrefixCache
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TTFT_KEYS = {
-    "model",
-    "passages",
-    "tokens_per_passage",
-    "dtype",
-    "source",
-    "ttft_reuse_s",
-    "ttft_full_s",
-    "ttft_floor_s",
-    "layout_ms",
-    "read_ms",
-    "assembly_ms",
-    "prefill_ms",
-}
+sys.path.insert(0, str(BENCHMARKS))
+import measuring  # noqa: E402
+import ways  # noqa: E402
 
 
-def last_line(script: str, *arguments: str) -> dict[str, object]:
-    command = [sys.executable, str(BENCHMARKS / script), "--threads", "1", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def last_line(script: str, *arguments: str) -> dict[str, Any]:
+    """Run a benchmark in this process, which has torch loaded already; its JSON."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [script, *arguments, "--threads", "1"])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    found = json.loads(out.getvalue().splitlines()[-1])
     assert isinstance(found, dict)
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ttft(dtype: str) -> None:
-    sizes = ["--sizes", "2x16", "3x8"]
-    found = last_line("ttft.py", "--shape", "tiny", "--dtype", dtype, "--rounds", "2", *sizes)
+def test_ttft(tmp_path: Path) -> None:
+    figure = tmp_path / "figure"
+    found = last_line(
+        *("ttft.py", "--shape", "tiny", "--dtype", "bfloat16", "--rounds", "1"),
+        *("--sizes", "2x16", "3x24", "--codecs", "exact", "int8", "--places", "cold", "ram"),
+        *("--ways", "full", "prefix", "naive", "cacheblend", "epic", "--figure", str(figure)),
+        *("--scratch", str(tmp_path)),
+    )
     rows = found["rows"]
-    assert isinstance(rows, list)
-    assert [(r["passages"], r["tokens_per_passage"]) for r in rows] == [(2, 16), (3, 8)]
+    for size, passages, tokens in (("2x16", 2, 16), ("3x24", 3, 24)):
+        mine = {row_name(row): row for row in rows if row["size"] == size}
+        reused = [f"reuse {c} {place}" for c in ("exact", "int8") for place in ("cold", "ram")]
+        exact = [f"{way} exact cached" for way in ("naive", "cacheblend", "epic")]
+        assert list(mine) == ["floor", *reused, "full", "prefix", *exact]
+        for name in reused:
+            row = mine[name]
+            assert row["reused_tokens"] == passages * tokens
+            # 5 link tokens a passage, mem_end, the question, the assistant header
+            assert row["computed_tokens"] == 5 * passages + 1 + 12 + 5
+            assert row.keys() >= {"layout_ms", "read_ms", "assembly_ms", "prefill_ms", "over_full"}
+        context = 43 + passages * tokens + 12 + 5
+        assert mine["full"]["computed_tokens"] == context
+        assert mine["prefix"]["computed_tokens"] == context - (43 + tokens) // 16 * 16
+        assert mine["naive exact cached"]["computed_tokens"] == 12 + 5
+        blended = -(-15 * passages * tokens // 100)
+        assert mine["cacheblend exact cached"]["computed_tokens"] == 12 + 5 + blended
+        assert mine["epic exact cached"]["computed_tokens"] == 12 + 5 + 16 * passages
+        assert mine["full"]["over_full"] == mine["floor"]["over_floor"] == 1
+    sizes = {row["codec"]: row["snapshot_bytes"] for row in rows if row["way"] == "reuse"}
+    assert sizes["int8"] < sizes["exact"]
+    assert figure.with_suffix(".png").stat().st_size > 1000
+    assert "<svg" in figure.with_suffix(".svg").read_text()
+
+
+def row_name(row: dict[str, str]) -> str:
+    return " ".join(row[part] for part in ("way", "codec", "place") if part in row)
+
+
+def test_cold_files_are_cold(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(20 * mmap.PAGESIZE + 5))
+    assert measuring.resident_pages(path) == 21
+    measuring.make_cold([path])
+    assert measuring.resident_pages(path) == 0
+    path.read_bytes()
+    assert measuring.resident_pages(path) == 21
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) >= 0  # a page that is mapped cannot be dropped
+        with pytest.raises(SystemExit, match="no figures: 1 of 1 files stay in memory"):
+            measuring.make_cold([path])
+
+
+def test_no_figures_where_reuse_is_wrong(
+    make_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", torch.float32)
+    documents = [Document("The harbour of Orvale."), Document("The cranes of Tarn.")]
+    prompt = model.prompt(documents, "where?")
+    laid = ways.Laid(model, tmp_path / "s", documents, "exact")
+    ways.check(model, prompt, laid.at("cached"))
+    assert ways.first_token(model, prompt, laid.at("ram")).snapshots_found == 2
+    plain = kvlink_rag.backbone.Backbone.rotary
+    with monkeypatch.context() as patch:
+        patch.setattr(kvlink_rag.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 1))
+        with pytest.raises(SystemExit, match="no figures: reuse does NOT equal"):
+            ways.check(model, prompt, laid.at("cached"))
+    laid.store.delete(laid.source.key(laid.passages[0]))
+    with pytest.raises(SystemExit, match="no figures: a snapshot was encoded, not read"):
+        ways.first_token(model, prompt, replace(laid.at("ram"), snapshots=laid.source))
+    reuse = replace(laid.at("ram"), prefix=PrefixCache())
+    ways.first_token(model, prompt, laid.at("ram"))
+    with pytest.raises(SystemExit, match="no figures: reuse did not take the path it claims"):
+        ways.first_token(model, prompt, reuse)
+
+
+def test_percentiles() -> None:
+    values = [float(n) for n in range(1, 101)]
+    assert measuring.percentile(values, 0.95) == 95
+    assert measuring.percentile(values, 1.0) == 100
+    assert measuring.percentile([3.0], 0.5) == 3
+    assert measuring.percentile([2.0, 1.0], 0.5) == 1
+
+
+def test_the_command_line_finds_and_runs_benchmarks(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    listed = capfd.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(find_benchmarks())
+    assert "ttft" in listed
+    assert "shapes" not in listed
+    assert main(["bench", "ttft", "--help"]) == 0
+    assert "--random-weights" in capfd.readouterr().out
+    assert main(["bench", "nope"]) == 1
+    assert "expected one of" in capfd.readouterr().err
+
+
+TINY = ("--shape", "tiny", "--dtype", "float32", "--rounds", "1")
+
+
+def test_quality() -> None:
+    rows = last_line("quality.py", "--questions", "2", "--tokens", "3", "--ways", "epic")["rows"]
+    mine = {f"{row['way']} {row['codec']}": row for row in rows}
+    assert list(mine) == ["reuse exact", "reuse int8", "reuse int4", "reuse fp8", "full exact",
+                          "epic exact"]  # fmt: skip
+    assert all(row["questions"] == 2 and 2 <= row["places"] <= 8 for row in rows)
+    assert (mine["full exact"]["divergence"], mine["full exact"]["top1"]) == (0, 1)
+    assert 0 < mine["reuse int8"]["divergence"] < mine["reuse int4"]["divergence"] < 1
+    assert mine["reuse int8"]["reference"] == "reuse exact"
+    assert mine["epic exact"]["divergence"] > 0
+
+
+def test_load(tmp_path: Path) -> None:
+    rows = last_line("load.py", *TINY, "--sizes", "2x16", "--scratch", str(tmp_path))["rows"]
+    assert [(row["codec"], row["place"]) for row in rows] == [
+        (codec, place) for codec in ("exact", "int8") for place in ("cached", "cold")
+    ]
     for row in rows:
-        assert row.keys() >= TTFT_KEYS
-        assert row["reused_tokens"] == row["passages"] * row["tokens_per_passage"]
-        # 5 link tokens a passage, mem_end, the question, the assistant header
-        assert row["computed_tokens"] == 5 * row["passages"] + 1 + 12 + 5
-        assert "random weights" in row["model"]
+        assert (
+            row["cache_bytes"] == 2 * 16 * 2 * 2 * 32 * 4
+        )  # tokens, k and v, layers, dim, float32
+        assert row["both_ms"] > 0
+        assert row["over_memcpy"] == pytest.approx(row["both_ms"] / row["memcpy_ms"], rel=0.2)
+
+
+def test_decode(tmp_path: Path) -> None:
+    found = last_line("decode.py", *TINY, "--sizes", "2x16", "--new-tokens", "3")
+    row = found["rows"][0]
+    assert row["new_tokens"] == 3
+    assert row["reuse_tokens_per_s"] > 0
+    assert row["full_tokens_per_s"] > 0
+
+
+def test_throughput() -> None:
+    arguments = ["--sizes", "2x16", "--askers", "1", "2", "--questions", "3", "--codec", "int8"]
+    rows = last_line("throughput.py", *TINY, *arguments)["rows"]
+    assert [(row["askers"], row["questions"]) for row in rows] == [(1, 3), (2, 3)]
+    assert all(0 < row["ttft_p50_s"] <= row["ttft_p95_s"] for row in rows)
+
+
+def test_retrieval_and_scale() -> None:
+    arguments = ["--counts", "2000", "--dimension", "16", "--queries", "5"]
+    rows = last_line("retrieval.py", *arguments)["rows"]
+    assert [(row["count"], row["search"]) for row in rows] == [(2000, "exact"), (2000, "ivf")]
+    assert rows[0]["recall_at_10"] == 1
+    assert rows[1]["recall_at_10"] > 0.8
+    arguments = ["--passages", "1200", "--dimension", "16", "--queries", "5", "--search", "ivf"]
+    row = last_line("scale.py", *arguments)["rows"][0]
+    assert (row["passages"], row["search"]) == (1200, "ivf")
+    arguments = ["--passages", "600", "--dimension", "16", "--queries", "5", "--snapshots"]
+    row = last_line("scale.py", *arguments)["rows"][0]
+    assert (row["passages"], row["search"]) == (600, "exact")
+    assert row["search_p50_ms"] > 0
+    assert row["most_files_in_a_folder"] <= 256 + 1  # 256 folders, and tmp
 
 
 def test_encode() -> None:
     arguments = ["--passages", "4", "--tokens", "16", "--rounds", "1", "--many", "50"]
     found = last_line("encode.py", "--shape", "tiny", *arguments)
-    assert found["memory"]["passages"] == 50  # type: ignore[index]
-    assert found["rows"][0]["encode_over_plain"] > 0  # type: ignore[index]
+    assert found["memory"]["passages"] == 50
+    assert found["rows"][0]["encode_over_plain"] > 0

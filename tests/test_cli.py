@@ -24,7 +24,7 @@ import torch
 from conftest import byte_spec, byte_tokenizer, random_model
 from transformers import BertConfig, BertModel
 
-from kvlink_rag import terminal
+from kvlink_rag import cli, index, snapshot, terminal
 from kvlink_rag.cli import main
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -442,6 +442,43 @@ def test_verify(collection: Path, pair: list[str], tmp_path: Path) -> None:
     assert alone.code == 0
     assert "reuse equals the masked full prefill" in alone.out
     assert not (tmp_path / "none").exists()
+
+
+def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "exact", *pair, "index", "docs", cwd=tmp_path)
+    here("--dir", "col", *pair, "index", "docs", "--codec", "int4", cwd=tmp_path)
+    small, exact = (
+        here("--dir", d, "stats", "--json", cwd=tmp_path).json for d in ("col", "exact")
+    )
+    assert (small["codec"], exact["codec"]) == ("int4", "exact")
+    assert small["documents"] == exact["documents"]
+    assert small["snapshot_bytes"] < exact["snapshot_bytes"] / 2
+    assert "\ncodec            int4\n" in here("--dir", "col", "stats", cwd=tmp_path).out
+    ran = here("--dir", "col", "verify", "--json", cwd=tmp_path)
+    assert (ran.code, ran.json["price"]["codec"]) == (0, "int4")
+    assert ran.json["difference"] <= ran.json["tolerance"] < ran.json["price"]["difference"]
+    assert "int4 moves the logits" in here("--dir", "col", "verify", cwd=tmp_path).out
+    other = here("--dir", "col", "index", "docs", "--codec", "int8", cwd=tmp_path)
+    assert "--reencode" in the_error(other)
+    assert cli.CODECS == snapshot.CODECS
+    assert cli.SEARCHES == index.SEARCHES
+
+
+def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    ran = here("--dir", "new", *pair, "plan", "docs", "--passage-tokens", "200", "--json",
+               cwd=tmp_path)  # fmt: skip
+    assert ran.code == 0, ran.err
+    stats = here("--dir", "col", "stats", "--json", cwd=collection).json
+    assert ran.json["passages"] == stats["documents"]
+    assert ran.json["snapshot_bytes"] == stats["snapshot_bytes"]
+    assert not (tmp_path / "new").exists()
+    remembered = here("--dir", "col", "plan", "docs", "--codec", "int8", cwd=collection)
+    assert remembered.code == 0
+    assert "tokens as int8\n" in remembered.out
+    assert pair[1] in remembered.out
+    assert here("--dir", "new", *pair, "plan", "nowhere", cwd=tmp_path).code == 1
 
 
 def test_another_model_is_refused(collection: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import kvlink_rag.index
 from kvlink_rag.errors import ConfigError, IndexCorrupt
 from kvlink_rag.index import VectorIndex
 
@@ -226,6 +227,140 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(IndexCorrupt, match=r"found .*expected|metadata"):
             VectorIndex.load(path)
+
+
+# Lists.
+
+
+def around(count: int, dimension: int = 16, seed: int = 0) -> np.ndarray:
+    """Vectors around 40 centres, as texts lie around topics."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).standard_normal((40, dimension))
+    rows = centres[rng.integers(40, size=count)] + 0.6 * rng.standard_normal((count, dimension))
+    return rows.astype(np.float32)
+
+
+def nearest(rows: np.ndarray, query: np.ndarray, k: int) -> list[int]:
+    scores = rows @ query
+    return np.lexsort((np.arange(len(rows)), -scores))[:k].tolist()
+
+
+def test_lists_find_nearly_all_of_the_nearest_with_their_scores() -> None:
+    rows, queries = around(4000), around(50, seed=1)
+    index = VectorIndex(16, "ivf")
+    index.add(range(4000), rows)
+    assert not index.is_exact
+    shares = []
+    for query in queries:
+        found = index.search(query, 10)
+        assert [score for _, score in found] == sorted((s for _, s in found), reverse=True)
+        for id, score in found:
+            assert score == pytest.approx(float(rows[id] @ query), rel=1e-5, abs=1e-5)
+        shares.append(len({id for id, _ in found} & set(nearest(rows, query, 10))) / 10)
+    assert 0.9 <= sum(shares) / len(shares) <= 1
+    everything = index.search(queries[0], 4000)  # asked for all, lists must all be read
+    assert sorted(id for id, _ in everything) == list(range(4000))
+
+
+def test_lists_follow_changes_and_are_made_anew_when_they_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    plain = kvlink_rag.index._centroids
+    monkeypatch.setattr(
+        kvlink_rag.index, "_centroids", lambda rows: made.append(len(rows)) or plain(rows)
+    )
+    held: dict[int, np.ndarray] = {}
+    index, rng = VectorIndex(16, "ivf"), random.Random(0)
+    for step in range(12):
+        ids = rng.sample(range(9000), 700)
+        rows = around(700, seed=step)
+        index.add(ids, rows)
+        held.update(zip(ids, rows, strict=True))
+        gone = rng.sample(range(9000), 100)
+        assert index.remove(gone) == sum(held.pop(id, None) is not None for id in gone)
+        assert len(index) == len(held)
+        order = sorted(held)
+        query = around(1, seed=100 + step)[0]
+        found = index.search(query, len(held))
+        assert sorted(id for id, _ in found) == order
+        expected = np.sort(np.stack([held[id] for id in order]) @ query)[::-1]
+        assert np.allclose([score for _, score in found], expected, rtol=1e-4, atol=1e-4)
+        assert np.array_equal(index.vectors(order[:9]), np.stack([held[i] for i in order[:9]]))
+        index.save(tmp_path / "index", step)
+        index, version = VectorIndex.load(tmp_path / "index", search="ivf")
+        assert version == step
+    assert made[0] >= 1000
+    assert len(made) == 2
+    assert made[1] >= 3.5 * made[0]
+
+
+def test_lists_go_by_size_and_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = around(1500)
+
+    def exact(search: str, count: int = 1500) -> bool:
+        index = VectorIndex(16, search)
+        index.add(range(count), rows[:count])
+        return index.is_exact
+
+    assert exact("auto")
+    assert not exact("ivf")
+    assert exact("ivf", count=900)
+    monkeypatch.setattr(kvlink_rag.index, "LARGE", 1200 * 16 * 4)
+    assert exact("auto", count=1199)
+    assert not exact("auto", count=1200)
+    assert exact("exact")
+    with pytest.raises(ConfigError, match="expected one of auto, exact, ivf"):
+        VectorIndex(16, "hnsw")
+
+
+def test_saved_lists_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = VectorIndex(16, "ivf")
+    index.add(range(1500), around(1500))
+    index.save(tmp_path / "lists", 1)
+    plain = VectorIndex(16, "exact")
+    plain.add(range(1500), around(1500))
+    plain.save(tmp_path / "plain", 1)
+    query = around(1, seed=5)[0]
+    assert not VectorIndex.load(tmp_path / "plain", search="ivf")[0].is_exact
+
+    def fail(rows: np.ndarray) -> np.ndarray:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(kvlink_rag.index, "_centroids", fail)
+    loaded, _ = VectorIndex.load(tmp_path / "lists")
+    assert not loaded.is_exact
+    assert loaded.search(query, 10) == index.search(query, 10)
+    exact, _ = VectorIndex.load(tmp_path / "lists", search="exact")
+    assert exact.is_exact
+    assert exact.search(query, 10) == plain.search(query, 10)
+
+
+def test_forged_lists_are_refused(tmp_path: Path) -> None:
+    from kvlink_rag.index import KIND
+    from kvlink_rag.sealed import write_sealed
+
+    ids, rows = torch.arange(3), torch.from_numpy(vectors(3))
+    good = {"ids": ids, "vectors": rows, "centroids": rows[:2], "lists": torch.tensor([0, 1, 1])}
+    wrong = [
+        {**good, "lists": torch.tensor([0, 1, 2])},
+        {**good, "lists": torch.tensor([0, 1, -1])},
+        {**good, "lists": torch.tensor([0, 1])},
+        {**good, "lists": torch.tensor([0.0, 1, 1])},
+        {**good, "centroids": rows[:2, :3]},
+        {**good, "centroids": rows[:0]},
+        {**good, "centroids": rows[:2] / 0},
+        {**good, "more": ids},
+        {n: t for n, t in good.items() if n != "lists"},
+        {n: good[n] for n in ("ids", "vectors", "lists", "centroids")},
+    ]
+    for number, tensors in enumerate([good, *wrong]):
+        with open(tmp_path / str(number), "xb", buffering=0) as file:
+            write_sealed(file, KIND, tensors, {"catalog_version": "1"})
+    assert len(VectorIndex.load(tmp_path / "0")[0]) == 3
+    for number in range(1, len(wrong) + 1):
+        with pytest.raises(IndexCorrupt, match="expected"):
+            VectorIndex.load(tmp_path / str(number))
 
 
 def test_a_kill_while_saving_leaves_the_old_or_the_new(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ModelMaker, WordEmbedder
 
+import kvlink_rag.index
 import kvlink_rag.indexing
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.errors import (
@@ -63,6 +64,30 @@ def test_add_and_ask(rag: KVLinkRAG) -> None:
     assert all(stage > 0 for stage in stages)
     assert sum(stages) <= trace.first_token_ms <= trace.total_ms
     assert answers_equal_oracle(rag, "Which town is Marnik?")
+
+
+def test_search_in_lists_is_remembered_and_finds_enough(
+    tmp_path: Path, embedder: WordEmbedder, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvlink_rag.index, "LEAST", 30)
+    words = [f"word{n}" for n in range(40)]
+    docs = [Document(f"{a} {b} {a}", id=f"{a} {b}") for a in words[:8] for b in words[8:16]]
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, search="ivf") as rag:
+        rag.add(docs)
+        assert not rag.index.is_exact
+        rag.delete([docs[0].id or ""])
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        assert not rag.index.is_exact
+        assert rag.search("word3 word9 word3", 1)[0].document.id == "word3 word9"
+        # a filter that few pass: every list must be read before fewer than k are handed over
+        few = rag.search("word1 word2", 8, where=lambda d: d.text.endswith("word7"))
+        assert len(few) == 8
+        assert rag.check() == []
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, search="exact") as rag:
+        assert rag.index.is_exact
+        assert len(rag.index) == len(docs) - 1
+    with pytest.raises(ConfigError, match="expected one of auto, exact, ivf"):
+        KVLinkRAG.open(tmp_path, model=model, embedder=embedder, search="hnsw")
 
 
 def test_adding_again_does_no_work(rag: KVLinkRAG, embedder: WordEmbedder) -> None:
