@@ -188,6 +188,17 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measure answers on a data set, or put several measurements in one table."""
+    from .evaluation.command import report, run
+
+    if arguments.compare:
+        return report(arguments.compare, arguments.out or arguments.compare[0])
+    if arguments.set is None or arguments.out is None:
+        raise ConfigError("name a data set and --out DIR, or directories with --compare")
+    return run(arguments, _load_model(arguments))
+
+
 # ── opening ──────────────────────────────────────────────────────────────────────────────────
 
 
