@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvlink-rag {__version__}")
     _add_common(parser, {})
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_index, _ask, _chat, _stats, _check, _delete, _verify, _demo, _eval):
+    for add in (_index, _ask, _chat, _stats, _check, _delete, _verify, _demo, _eval, _train):
         _add_common(add(commands), {"default": argparse.SUPPRESS})
     return parser
 
@@ -315,6 +315,27 @@ def _eval(commands: Any) -> argparse.ArgumentParser:
     parser.set_defaults(
         command="evaluate", interrupted="interrupted; run the same command again to go on from here"
     )
+    return parser
+
+
+def _train(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="tune a model to link tokens, the KVLink paper's recipe",
+        description="Tune a model as a config says. An interrupted run goes on from its last "
+        "checkpoint. Several devices: torchrun --nproc-per-node N -m kvlink_rag train CONFIG. "
+        "Needs kvlink-rag[train].",
+    )
+    parser.add_argument("config", help="a YAML file, or a bundled one such as llama-3.2-1b")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say examples, tokens, memory and time"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=300.0, metavar="N", help="a device's, for --dry-run (300)"
+    )
+    parser.add_argument("--resume", metavar="DIR", help="a checkpoint other than the last")
+    parser.add_argument("--json", action="store_true", help="print JSON (--dry-run)")
+    parser.set_defaults(interrupted="interrupted; run the same command again to go on from here")
     return parser
 
 

@@ -199,6 +199,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return run(arguments, _load_model(arguments))
 
 
+def train(arguments: argparse.Namespace) -> int:
+    """Tune a model, or say what that would take."""
+    from .training.finetune.command import run
+
+    _hush(arguments)
+    return run(arguments)
+
+
 # ── opening ──────────────────────────────────────────────────────────────────────────────────
 
 
