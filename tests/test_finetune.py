@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import byte_spec, byte_tokenizer, random_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kvlink_rag import Document, KVLinkModel, Text
@@ -326,3 +329,33 @@ def test_a_batch_that_does_not_divide_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"times processes \(3\)"):
         arguments(config, cpu=True)
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_with_sharded_weights_learn_what_one_learns(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    """FSDP over gloo; the losses and the result of one process are the reference."""
+    short = dataclasses.replace(config, steps=2)
+    one = finetune(short, device="cpu")
+    two = dataclasses.replace(
+        short, out=str(tmp_path / "two"), device_batch=1, fsdp="full_shard auto_wrap"
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(two)))))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "kvlink_rag", "train", str(path), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(two) == pytest.approx(losses(short), rel=1e-4)
+    found, wanted = (load_file(d / "model.safetensors") for d in (Path(two.out) / "model", one))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3)
