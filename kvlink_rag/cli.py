@@ -273,7 +273,7 @@ def _eval(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "set",
         nargs="?",
-        help="nq, 2wikimultihopqa, triviaqa, hotpotqa, musique, multinews or samsum",
+        help="nq, 2wikimultihopqa, triviaqa, hotpotqa, musique, multinews, samsum or generated",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where answers and table go")
     parser.add_argument(

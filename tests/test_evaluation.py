@@ -23,6 +23,7 @@ from kvlink_rag.evaluation.scores import scorer
 from kvlink_rag.evaluation.summary import agreement, bootstrap, summarize, table
 from kvlink_rag.examples.schemas import Example
 from kvlink_rag.spec import KVLINK5_LLAMA32
+from kvlink_rag.training.held_out import write as write_held_out
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,17 @@ def test_modes_side_by_side(
     placed = [r for r in read(out) if r.key == "1@2" and r.mode == "reuse"]
     assert [r.gold_at for r in placed] == [2]
     assert placed[0].scores["contained"] == float("builder1" in placed[0].prediction.lower())
+
+
+def test_bfloat16_differs_only_where_two_tokens_are_as_good(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The code would be 1 if an answer differed elsewhere; random weights tie often."""
+    options = ["--data", data, "--documents", 3, "--dtype", "bfloat16", "--modes", "masked,reuse"]
+    assert run("nq", "--model", model, "--out", tmp_path, *options) == 0
+    seen = summary(tmp_path)["agreement"]
+    assert seen["tolerance"] == 6e-2
+    assert seen["identical"] + seen["ties"] == seen["compared"] == 4
 
 
 def test_an_interrupted_run_goes_on_and_other_settings_are_refused(
@@ -193,6 +205,26 @@ def test_rouge_by_hand_and_without_its_package(monkeypatch: pytest.MonkeyPatch) 
     score = scorer("rouge")
     assert score("the black cat sat", ["dogs", "the cat sat"])["rouge_l"] == pytest.approx(6 / 7)
     assert score("cats", ["the cat"])["rouge_l"] == pytest.approx(2 / 3)  # stemmed
+
+
+def test_held_out_questions_differ_in_distractors_only(tmp_path: Path) -> None:
+    paths = write_held_out(tmp_path, 6, [2, 4], seed=0)
+    assert [path.name for path in paths[:2]] == ["one-hop-2.jsonl", "one-hop-4.jsonl"]
+    rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in paths}
+    for kind, gold in (("one-hop", 1), ("two-hop", 2), ("absent", 0)):
+        few, many = rows[f"{kind}-2"], rows[f"{kind}-4"]
+        assert [r["question"] for r in few] == [r["question"] for r in many]
+        assert {r["kind"] for r in few} == {kind}
+        assert {len(r["ctxs"]) for r in many} == {4}
+        for row in [*few, *many]:
+            assert sum(c["isgold"] for c in row["ctxs"]) == gold
+    assert run("generated", "--out", tmp_path / "none") == 1
+    options = ["--data", paths[0], "--limit", 2, "--gold-at", "0,1", "--modes", "masked,reuse"]
+    assert run("generated", "--out", tmp_path / "out", *options) == 0
+    assert list(summary(tmp_path / "out")["lines"][0]["scores"]) == ["final"]
+    score = scorer("final")
+    assert score("Ann Bell, whose birthplace is Marnik.", ["It is Marnik."]) == {"final": 1.0}
+    assert score("It is Tarn.", ["It is Marnik."]) == {"final": 0.0}
 
 
 def record(mode: str, key: str, score: float, **fields: object) -> Record:

@@ -123,3 +123,17 @@ def test_a_contender_leaves_the_model_as_it_was(make_model: ModelMaker) -> None:
     assert without.model.backbone is model.backbone
     parts = model.prompt(documents(1), "?")
     assert len(model.layout(parts)) == len(without.model.layout(parts)) + 5
+
+
+@pytest.mark.parametrize("mode", ["naive", "cacheblend", "epic"])
+def test_baselines_say_what_they_say_by_themselves(make_model: ModelMaker, mode: str) -> None:
+    baselines = pytest.importorskip("kvlink_rag.baselines", reason="no baselines in this tree")
+    model = make_model("llama")
+    found = decode(model, started(model, mode), MOST)
+    for i, question in enumerate(QUESTIONS):
+        parts = model.prompt(documents(1 + 2 * i), question)
+        ways = baselines.Baselines(model)
+        assert found[i].text == ways.generate(mode, parts, max_new_tokens=MOST)
+    traces = [each.trace for each in started(model, mode)]
+    assert all(trace.reused_tokens > 0 and trace.first_token_ms > 0 for trace in traces)
+    assert all(trace.snapshots_encoded == 0 for trace in traces)

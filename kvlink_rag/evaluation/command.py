@@ -116,6 +116,8 @@ def _spec(model: KVLinkModel, arguments: argparse.Namespace) -> Any:
 def _cases(arguments: argparse.Namespace, data_set: DataSet, skipped: Skipped) -> list[Case]:
     """Examples, filled up or over retrieved documents, with the gold one at each place wanted."""
     source = data_set.source
+    if not (arguments.data or source.path):
+        raise ConfigError(f"the set {data_set.name} is on no hub; give its rows with --data")
     if arguments.data:
         source = Source(arguments.data, None, arguments.split or source.split)
     elif arguments.split:
