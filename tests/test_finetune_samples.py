@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -363,8 +364,6 @@ def test_a_config_file_that_is_none(tmp_path: Path) -> None:
 
 
 def files(tmp_path: Path) -> tuple[Part, Part]:
-    import json
-
     (tmp_path / "qa.jsonl").write_text(
         "".join(json.dumps({**ROWS["qa"], "answers": [f"a{i}"]}) + "\n" for i in range(9))
         + "{\n"
@@ -396,6 +395,31 @@ def test_the_mixture_follows_weights_and_seed(tmp_path: Path) -> None:
     assert answers[:9] != answers[9:18]  # another order each time
     assert set(mixture.skipped.reasons) == {"qa: ExampleError"}
     assert list(zip(range(5), mixture, strict=False))  # as a loader reads it
+
+
+def test_an_oracle_file_is_filled_up_from_its_own_rows(tmp_path: Path) -> None:
+    """Rows 2 to 8 only, four passages a question, of which one holds the answer."""
+    rows = [
+        {"question": f"q{i}", "answers": [f"answer{i}"], "ctxs": [{"text": f"Is answer{i}."}]}
+        for i in range(12)
+    ]
+    path = tmp_path / "oracle.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = Part("qa", str(path), fill=4, first=2, last=9)
+    mixture = Mixture(config(data=(part,)), ENCODER, FORM)
+    found = [sample for _, sample in zip(range(14), mixture, strict=False)]
+    assert {learned(sample) for sample in found} == {f"answer{i}<eos>" for i in range(2, 9)}
+    places = set()
+    for sample in found:
+        answer = learned(sample).removesuffix("<eos>")
+        texts = [decoded(sample.token_ids[sample.segments == n]) for n in range(1, 5)]
+        assert len(set(texts)) == 4
+        assert sum(answer in text for text in texts) == 1
+        places.add(next(n for n, text in enumerate(texts) if answer in text))
+        assert all(2 <= int(text.split("answer")[1].split(".")[0]) < 9 for text in texts)
+    assert len(places) > 1
+    with pytest.raises(ConfigError, match="fill is 11"):
+        config(data=(Part("qa", "x", fill=11),))
 
 
 def test_bad_rows_are_refused_where_the_config_says_so(tmp_path: Path) -> None:

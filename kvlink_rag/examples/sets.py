@@ -106,10 +106,11 @@ def filled_up(examples: Sequence[Example], total: int, seed: int) -> list[Exampl
     stands nearly everywhere ("S") may get fewer.
     """
     pool = list(dict.fromkeys(d for example in examples for d in example.documents))
-    return [_fill(each, pool, total, random.Random(f"{seed}-{each.id}")) for each in examples]
+    return [fill_up(each, pool, total, random.Random(f"{seed}-{each.id}")) for each in examples]
 
 
-def _fill(example: Example, pool: Sequence[Document], total: int, rng: random.Random) -> Example:
+def fill_up(example: Example, pool: Sequence[Document], total: int, rng: random.Random) -> Example:
+    """One example with distractors from `pool`; see `filled_up`."""
     documents = list(example.documents)
     gold = {documents[i] for i in example.gold} or set(documents if len(documents) == 1 else ())
     if len(documents) >= total:

@@ -28,7 +28,9 @@ class Part:
 
     kind: its transform (see `transforms`). path: a file, folder or hub id. config, split: of a hub
     data set. weight: its share of the examples, relative to the others'. documents: the most
-    passages of a question. column: of the text or the answer, where it is not the schema's.
+    passages of a question. fill: that many passages a question, distractors from the set's other
+    rows where it has fewer. column: of the text or the answer, where it is not the schema's.
+    first, last: the rows to learn from, from 0, `last` not among them (None: to the end).
     """
 
     kind: str
@@ -37,7 +39,10 @@ class Part:
     config: str | None = None
     split: str = "train"
     documents: int = 10
+    fill: int = 0
     column: str | None = None
+    first: int = 0
+    last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,10 @@ def _check(config: FinetuneConfig) -> None:
     for part in config.data:
         if part.kind not in KINDS:
             raise ConfigError(f"kind is {part.kind!r}, expected one of {', '.join(KINDS)}")
+        if part.fill > part.documents:
+            raise ConfigError(
+                f"fill is {part.fill}, expected at most documents ({part.documents}); raise that"
+            )
         if not part.weight > 0:
             raise ConfigError(f"the weight of {part.path} is {part.weight}, expected above 0")
     if config.lora is not None and config.fsdp:

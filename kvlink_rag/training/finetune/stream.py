@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...documents import Document
 from ...errors import ConfigError, ExampleError, PromptError
-from ...examples.rows import Source, rows, shuffled
+from ...examples.rows import Row, Source, rows, shuffled
+from ...examples.schemas import question_answering
 from ...examples.sets import Skipped
 from ...layout import PartEncoder
 from .config import FinetuneConfig, Part
@@ -21,6 +25,7 @@ from .samples import Encoded, encode
 from .transforms import TRANSFORMS, Format
 
 GIVE_UP = 10_000  # rows of one data set in a row that could not be used
+POOL = 5000  # rows whose documents may be distractors
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,23 @@ class Drawn:
     part: int
 
 
+def part_rows(part: Part) -> Iterator[Row | ExampleError]:
+    """The rows of one data set that are learned from."""
+    return islice(rows(Source(part.path, part.config, part.split)), part.first, part.last)
+
+
 def _form(form: Format, part: Part) -> Format:
-    return replace(form, documents=part.documents, column=part.column)
+    """`form` with the part's own settings, and the passages that distractors are drawn from."""
+    pool = tuple(dict.fromkeys(_documents(part))) if part.fill else ()
+    return replace(form, documents=part.documents, column=part.column, fill=part.fill, pool=pool)
+
+
+def _documents(part: Part) -> Iterator[Document]:
+    """The documents of the first `POOL` rows."""
+    for number, row in enumerate(islice(part_rows(part), POOL)):
+        with suppress(ExampleError):
+            if not isinstance(row, ExampleError):
+                yield from question_answering(row, number).documents
 
 
 class Mixture(IterableDataset[Encoded]):
@@ -46,7 +66,8 @@ class Mixture(IterableDataset[Encoded]):
         super().__init__()
         self.config, self.skipped = config, Skipped(config.on_bad)
         self._encoder = encoder
-        self._forms = [_form(form, part) for part in config.data]
+        self._form = form
+        self._forms: list[Format] = []
 
     def __iter__(self) -> Iterator[Encoded]:
         worker = get_worker_info()
@@ -57,6 +78,7 @@ class Mixture(IterableDataset[Encoded]):
 
     def draw(self) -> Iterator[Drawn]:
         """Every sample, in the order of the run."""
+        self._forms = [_form(self._form, part) for part in self.config.data]
         rng = random.Random(f"mixture-{self.config.seed}")
         streams = [self._endless(number) for number in range(len(self.config.data))]
         weights = [part.weight for part in self.config.data]
@@ -67,11 +89,10 @@ class Mixture(IterableDataset[Encoded]):
     def _endless(self, number: int) -> Iterator[Encoded]:
         """One data set again and again, in another order each time."""
         part, epoch = self.config.data[number], 0
-        source = Source(part.path, part.config, part.split)
         while True:
             rng = random.Random(f"{self.config.seed}-{number}-{epoch}")
             given = unused = 0
-            for at, row in shuffled(enumerate(rows(source)), rng, self.config.shuffle):
+            for at, row in shuffled(enumerate(part_rows(part)), rng, self.config.shuffle):
                 sample = self._sample(number, at, row, rng)
                 if sample is not None:
                     given, unused = given + 1, 0
@@ -80,7 +101,7 @@ class Mixture(IterableDataset[Encoded]):
                     break
             if not given or unused >= GIVE_UP:
                 raise ConfigError(
-                    f"no usable row in {source} for kind {part.kind} "
+                    f"no usable row in {part.path} for kind {part.kind} "
                     f"({dict(self.skipped.reasons) or 'it is empty'}); look at its columns, at "
                     "max_length, or name another kind"
                 )

@@ -25,6 +25,7 @@ from ...documents import Document, Part, Passage, Text
 from ...errors import ExampleError
 from ...examples.rows import Row
 from ...examples.schemas import SUMMARIZE, question_answering
+from ...examples.sets import fill_up
 from ...spec import Spec
 from .chat import Chat
 from .samples import Sample
@@ -40,14 +41,17 @@ SHORT_PIECE, LONG_PIECE, LONG_ARTICLE = 100, 220, 1900
 class Format:
     """What a transform writes with: the model's spec and chat, and the set's own settings.
 
-    documents: the most passages of a question. column: of the text, or the answer, if not the
-    schema's own.
+    documents: the most passages of a question. fill, pool: that many passages a question, and
+    where distractors are drawn from. column: of the text, or the answer, if not the schema's own.
+    opening: the special token that begins a text, if any.
     """
 
     spec: Spec
     chat: Chat
     instruction: str
     documents: int = 10
+    fill: int = 0
+    pool: Sequence[Document] = ()
     column: str | None = None
     opening: str = ""
 
@@ -67,13 +71,13 @@ def qa(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     """Rows of `question_answering`. The answer is the column `generated` (the authors' answers
     are GPT-4's) or another that the config names, else the first of the set's own.
     """
-    documents, question, answer = _asked(row, number, form)
+    documents, question, answer = _asked(row, number, form, rng)
     return Sample(form.ask(documents, question), form.answer(answer))
 
 
 def qa_full(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     """As `qa`, each passage as the text that inference would encode for it."""
-    documents, question, answer = _asked(row, number, form)
+    documents, question, answer = _asked(row, number, form, rng)
     parts = form.ask(documents, question)
     places = iter(range(len(documents)))
     texts = tuple(
@@ -158,8 +162,10 @@ TRANSFORMS: Mapping[str, Transform] = {
 }
 
 
-def _asked(row: Row, number: int, form: Format) -> tuple[tuple[Document, ...], str, str]:
-    example = question_answering(row, number)
+def _asked(
+    row: Row, number: int, form: Format, rng: random.Random
+) -> tuple[tuple[Document, ...], str, str]:
+    example = fill_up(question_answering(row, number), form.pool, form.fill, rng)
     if not example.documents:
         raise ExampleError(f"example {example.id} has no documents; retrieve some for it first")
     column = form.column or ("generated" if "generated" in row else None)
