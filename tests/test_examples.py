@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvlink_rag import Document
-from kvlink_rag.errors import ConfigError, ExampleError
+from kvlink_rag.errors import ConfigError, ExampleError, MissingExtra
 from kvlink_rag.examples.answers import contained, exact_match, f1, normalized
 from kvlink_rag.examples.rows import Source, rows, shuffled
 from kvlink_rag.examples.schemas import Example, multi_news, question_answering, samsum
@@ -139,6 +140,38 @@ def test_what_is_no_source_is_refused(path: str, tmp_path: Path) -> None:
         list(rows(Source(path)))
     with pytest.raises(ConfigError, match="expected one of nq"):
         find_set("nqq")
+
+
+def test_hub_names_are_streamed_and_scripts_read_as_parquet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The hub is out of reach in tests: what `datasets` is asked for, what its errors become."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    asked: list[tuple[object, ...]] = []
+
+    def load(path: str, config: str | None, **arguments: object) -> list[dict[str, str]]:
+        asked.append((path, config, arguments.get("split"), arguments.get("revision")))
+        assert arguments["streaming"] is True
+        if path == "owner/script" and "revision" not in arguments:
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+        if path == "owner/gone":
+            raise FileNotFoundError("Couldn't find owner/gone")
+        return [{"question": "?", "answer": "x"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for path in ("owner/plain", "owner/script"):
+        assert len(list(rows(Source(path, "small", "dev")))) == 1
+    parquet = "refs/convert/parquet"
+    assert asked == [
+        ("owner/plain", "small", "dev", None),
+        ("owner/script", "small", "dev", None),
+        ("owner/script", "small", "dev", parquet),
+    ]
+    with pytest.raises(ConfigError, match=r"owner/gone is neither a file.*Couldn't find"):
+        list(rows(Source("owner/gone")))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"kvlink-rag\[eval\]"):
+        list(rows(Source("owner/plain")))
 
 
 def test_shuffled_holds_everything_once_and_depends_on_the_seed() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..errors import ConfigError, ExampleError, MissingExtra
 
 Row = Mapping[str, Any]
 
+PARQUET = "refs/convert/parquet"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
@@ -123,12 +124,22 @@ def _hub(source: Source) -> Iterator[Row]:
     except ImportError as error:
         raise MissingExtra.of("datasets", "eval", f"the data set {source}") from error
     try:
-        yield from datasets.load_dataset(
-            source.path, source.config, split=source.split, streaming=True
-        )
+        yield from _streamed(datasets.load_dataset, source)
     except (OSError, ValueError, RuntimeError) as error:  # what the hub and the library raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"the data set {source} is neither a file here nor to be had from the hub "
             f"({type(error).__name__}: {reason}); give a file with its rows"
         ) from error
+
+
+def _streamed(load: Callable[..., Any], source: Source) -> Iterable[Row]:
+    """A stream from the hub; of a set that is a script, the hub's own conversion to parquet."""
+    arguments = {"split": source.split, "streaming": True}
+    try:
+        found: Iterable[Row] = load(source.path, source.config, **arguments)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        found = load(source.path, source.config, revision=PARQUET, **arguments)
+    return found

@@ -46,7 +46,9 @@ SETS: Mapping[str, DataSet] = {
             "nq", Source("google-research-datasets/nq_open", None, "validation"), question_answering
         ),
         DataSet(
-            "2wikimultihopqa", Source("xanhho/2WikiMultihopQA", None, "dev"), question_answering
+            "2wikimultihopqa",
+            Source("xanhho/2WikiMultihopQA", None, "validation"),
+            question_answering,
         ),
         DataSet(
             "triviaqa",
