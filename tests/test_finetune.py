@@ -252,6 +252,8 @@ def test_a_tuned_model_is_tuned_further_with_its_own_spec(
     assert prepared.spec == first.spec
     second = KVLinkModel.from_pretrained(finetune(again, device="cpu"), device="cpu")
     assert second.spec == first.spec
+    with pytest.raises(ConfigError, match="links: null"):
+        prepare(dataclasses.replace(again, links=Links()))
     with pytest.raises(ConfigError, match="brings no kvlink"):
         prepare(dataclasses.replace(config, links=None))
 
@@ -323,9 +325,13 @@ def test_a_missing_package_is_named(
         call()
 
 
-def test_a_batch_that_does_not_divide_is_refused(
+def test_processes_that_do_not_fit_are_refused(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="2 GPUs and one process"):
+        arguments(config, cpu=False)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"times processes \(3\)"):
         arguments(config, cpu=True)

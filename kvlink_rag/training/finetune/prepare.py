@@ -56,6 +56,11 @@ def prepare(config: FinetuneConfig) -> Prepared:
         if brought is None:
             raise ConfigError(f"{config.model} brings no kvlink.json; give links to the config")
         return Prepared(tokenizer, brought, chat, (), directory)
+    if brought is not None:
+        raise ConfigError(
+            f"{config.model} brings link tokens of its own, which links would begin anew; set "
+            "links: null to tune it further"
+        )
     spec = with_tokens(tokenizer, config.links, chat, config)
     return Prepared(tokenizer, spec, chat, tuple(spec.special_ids()), directory)
 

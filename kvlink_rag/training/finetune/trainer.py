@@ -72,6 +72,11 @@ def finetune(config: FinetuneConfig, *, device: str = "auto", resume: str | None
 def arguments(config: FinetuneConfig, *, cpu: bool) -> TrainingArguments:
     """The config in transformers' words. Raises `ConfigError` where the batch does not divide."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not cpu and "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"found {torch.cuda.device_count()} GPUs and one process; start one for each with "
+            "torchrun --nproc-per-node N -m kvlink_rag train, or set CUDA_VISIBLE_DEVICES to one"
+        )
     if config.batch % (config.device_batch * world):
         raise ConfigError(
             f"batch is {config.batch}, expected a multiple of device_batch ({config.device_batch}) "
