@@ -127,6 +127,12 @@ def test_bad_lines_are_counted_or_refused(tmp_path: Path, caplog: pytest.LogCapt
     assert skipped.reasons == {"not a JSON object": 2, "wrong schema": 1}
     assert "line 2" in caplog.text
     assert "'answer or answers'" in caplog.text
+    caplog.clear()
+    path.write_text("{\n" * 9)
+    assert list(read(find_set("nq"), Source(str(path)), skipped)) == []
+    assert skipped.reasons["not a JSON object"] == 11
+    assert caplog.text.count("skipped") == 3  # two were shown above, five is enough
+    path.write_text("\n".join([good, "{"]))
     with pytest.raises(ExampleError, match="line 2"):
         list(read(find_set("nq"), Source(str(path)), Skipped("refuse")))
 

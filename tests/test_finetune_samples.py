@@ -425,6 +425,12 @@ def test_an_oracle_file_is_filled_up_from_its_own_rows(tmp_path: Path) -> None:
 def test_bad_rows_are_refused_where_the_config_says_so(tmp_path: Path) -> None:
     with pytest.raises(ExampleError):
         drawn(config(data=files(tmp_path), on_bad="refuse"), 20)
+    rows = [{"document": "short", "summary": "x"}] * 3 + [ROWS["summary"]]
+    (tmp_path / "xsum.json").write_text(json.dumps(rows))
+    article = Part("summary", str(tmp_path / "xsum.json"))
+    found, mixture = drawn(config(data=(article,), on_bad="refuse", max_length=9000), 1)
+    assert found == [(0, "News.<eos>")]
+    assert mixture.skipped.reasons.keys() <= {"summary: left out by the recipe"}
     part = Part("summary", files(tmp_path)[0].path)
     with pytest.raises(ConfigError, match=r"no usable row.*summary: ExampleError"):
         drawn(config(data=(part,)), 1)

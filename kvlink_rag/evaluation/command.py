@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -122,20 +122,23 @@ def _cases(arguments: argparse.Namespace, data_set: DataSet, skipped: Skipped) -
         source = Source(arguments.data, None, arguments.split or source.split)
     elif arguments.split:
         source = replace(source, split=arguments.split)
-    pool = list(read(data_set, source, skipped))
-    examples = list(islice(pool, arguments.first, None))[: arguments.limit]
+    pool: Iterable[Example] = read(data_set, source, skipped)
+    if arguments.documents or (arguments.retrieve and not arguments.corpus):
+        pool = list(pool)  # others' documents are wanted too
+    last = None if arguments.limit is None else arguments.first + arguments.limit
+    examples = list(islice(pool, arguments.first, last))
     if arguments.retrieve:
         return _retrieved(arguments, pool, examples, skipped)
     if arguments.documents:
         chosen = {example.id for example in examples}
-        filled = filled_up(pool, arguments.documents, arguments.seed)
+        filled = filled_up(list(pool), arguments.documents, arguments.seed)
         examples = [example for example in filled if example.id in chosen]
     return list(at_positions(examples, arguments.gold_at, skipped))
 
 
 def _retrieved(
     arguments: argparse.Namespace,
-    pool: Sequence[Example],
+    pool: Iterable[Example],
     examples: Sequence[Example],
     skipped: Skipped,
 ) -> list[Case]:

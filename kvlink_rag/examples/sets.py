@@ -20,6 +20,7 @@ from .schemas import Example, multi_news, question_answering, samsum
 
 log = logging.getLogger(__name__)
 
+SHOWN = 5
 TRIES = 40  # passages looked at for each distractor wanted
 
 Metric = Literal["answers", "rouge", "final"]
@@ -75,7 +76,10 @@ def find_set(name: str) -> DataSet:
 
 @dataclass(slots=True)
 class Skipped:
-    """Counts what cannot be used, by reason; with "refuse" the first such thing is raised."""
+    """Counts what cannot be used, by reason; with "refuse" the first such thing is raised.
+
+    The first few of each reason are logged as warnings, the others for who asks for all.
+    """
 
     on_bad: OnBad = "skip"
     reasons: Counter[str] = field(default_factory=Counter)
@@ -85,7 +89,8 @@ class Skipped:
         if self.on_bad == "refuse":
             raise error
         self.reasons[kind] += 1
-        log.warning("skipped: %s", error)
+        first = self.reasons[kind] <= SHOWN
+        log.log(logging.WARNING if first else logging.DEBUG, "skipped: %s", error)
 
 
 def read(data_set: DataSet, source: Source, skipped: Skipped) -> Iterator[Example]:

@@ -22,7 +22,7 @@ from ...examples.sets import Skipped
 from ...layout import PartEncoder
 from .config import FinetuneConfig, Part
 from .samples import Encoded, encode
-from .transforms import TRANSFORMS, Format
+from .transforms import TRANSFORMS, Format, Unwanted
 
 GIVE_UP = 10_000  # rows of one data set in a row that could not be used
 POOL = 5000  # rows whose documents may be distractors
@@ -116,6 +116,9 @@ class Mixture(IterableDataset[Encoded]):
             encoded = encode(sample, self._encoder, form.spec, self.config.max_length)
             if not encoded.learned:
                 raise ExampleError("nothing of it would be learned")
+        except Unwanted:
+            self.skipped.reasons[f"{part.kind}: left out by the recipe"] += 1
+            return None
         except (ExampleError, PromptError) as error:
             self.skipped(f"{part.kind}: {type(error).__name__}", error)
             return None

@@ -64,6 +64,10 @@ class Format:
         return (Text(text), True), (Text(self.chat.end, special=True), True)
 
 
+class Unwanted(ExampleError):
+    """A row that the recipe leaves out on purpose: never an error, whatever `on_bad` says."""
+
+
 Transform = Callable[[Row, int, Format, random.Random], Sample]
 
 
@@ -100,7 +104,7 @@ def text_memory(row: Row, number: int, form: Format, rng: random.Random) -> Samp
     starts = [found.start() for found in re.finditer(r"\S+", whole)]
     words = int(rng.randint(*MEMORY_TOKENS) * WORDS_A_TOKEN)
     if len(starts) <= words:
-        raise ExampleError(f"the text has {len(starts)} words, expected more than {words}")
+        raise Unwanted(f"the text has {len(starts)} words, expected more than {words}")
     most = min(MEMORY_PASSAGES[1], form.spec.max_passages or MEMORY_PASSAGES[1])
     count = rng.randint(min(MEMORY_PASSAGES[0], most), most)
     breaks = [0, *sorted(rng.sample(range(1, words), count - 1)), words]
@@ -130,7 +134,7 @@ def chat_memory(row: Row, number: int, form: Format, rng: random.Random) -> Samp
     """
     system, turns = _conversation(row)
     if len(turns) < 2:
-        raise ExampleError(f"the conversation has {len(turns)} exchanges, expected two or more")
+        raise Unwanted(f"the conversation has {len(turns)} exchanges, expected two or more")
     *earlier, (asked, said) = turns
     passages = [Passage(Document(f"User: {a}\nAssistant: {b}")) for a, b in earlier]
     tail = ((Text(asked), False), (Text(form.chat.assistant, special=True), False))
@@ -143,7 +147,7 @@ def summary(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     words = [found.start() for found in re.finditer(r"\S+", article)]
     tokens = len(words) / WORDS_A_TOKEN
     if not ARTICLE_TOKENS[0] <= tokens < ARTICLE_TOKENS[1]:
-        raise ExampleError(f"the article has about {tokens:.0f} tokens, expected 1000 to 3000")
+        raise Unwanted(f"the article has about {tokens:.0f} tokens, expected 1000 to 3000")
     size = int((LONG_PIECE if tokens > LONG_ARTICLE else SHORT_PIECE) * WORDS_A_TOKEN)
     cuts = [*words[::size], len(article)]
     pieces = [article[a:b].strip() for a, b in pairwise(cuts)]
