@@ -39,12 +39,12 @@ def grouped_attention(
     """Attention as transformers asks for it: [1, queries, heads, head_dim].
 
     query [1, heads, queries, head_dim]; key, value [1, kv_heads, keys, head_dim]; attention_mask
-    from `pack_mask`. Without such a mask transformers' own function takes over.
+    from `pack_mask`. Without such a mask, or for a batch, transformers' own function takes over.
     """
-    _, heads, queries, head_dim = query.shape
+    batch, heads, queries, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    if attention_mask is None or attention_mask.shape[2] != groups * queries:
+    if batch != 1 or attention_mask is None or attention_mask.shape[2] != groups * queries:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -378,7 +378,7 @@ class Backbone:
     @property
     def _one_mask(self) -> bool:
         """Whether all layers of this architecture take one and the same mask."""
-        return self.config.model_type in ("llama", "mistral")
+        return _takes_one_mask(self.config)
 
     def _mask(self, seen: Tensor) -> Tensor:
         """bool [queries, keys] in the form that this model's attention takes."""
@@ -389,11 +389,7 @@ class Backbone:
 
     def _sliding_window(self) -> int | None:
         """The window in positions, or None where no layer slides."""
-        window: int | None = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None)
-        if self.config.model_type == "llama" or (kinds and "sliding_attention" not in kinds):
-            return None
-        return window
+        return _window_of(self.config)
 
     @contextmanager
     def _capturing(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -428,6 +424,30 @@ def _is_causal(at: Tensor, seg: Tensor, key_at: Tensor) -> bool:
     if bool(seg.any()):
         return False
     return len(at) == 1 or (len(at) == len(key_at) and bool((at.diff() > 0).all()))
+
+
+def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
+    """What a model takes as attention mask: `make(window)`, or one for each kind of layer.
+
+    make: the mask for a sliding window in positions, or for None.
+    """
+    window = _window_of(config)
+    if _takes_one_mask(config):
+        return make(window)
+    masks = {"full_attention": make(None)}
+    return masks if window is None else {**masks, "sliding_attention": make(window)}
+
+
+def _takes_one_mask(config: Any) -> bool:
+    return config.model_type in ("llama", "mistral")
+
+
+def _window_of(config: Any) -> int | None:
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if config.model_type == "llama" or (kinds and "sliding_attention" not in kinds):
+        return None
+    return window
 
 
 def check_supported(config: Any) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ._version import __version__
@@ -97,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvlink-rag {__version__}")
     _add_common(parser, {})
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_index, _plan, _ask, _chat, _stats, _check, _delete, _verify, _bench, _demo):
+    everyday = (_index, _plan, _ask, _chat, _stats, _check, _delete, _verify, _demo)
+    for add in (*everyday, _bench, _eval, _train):
         _add_common(add(commands), {"default": argparse.SUPPRESS})
     return parser
 
@@ -310,6 +312,94 @@ def _demo(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=_count, default=5, metavar="N", help="timings of each kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
+
+
+def _eval(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "eval",
+        help="measure answers as the KVLink paper does",
+        description="Answer the questions of a data set in several modes and score the answers. "
+        "An interrupted run is finished by repeating it. Needs kvlink-rag[eval].",
+    )
+    parser.add_argument(
+        "set",
+        nargs="?",
+        help="nq, 2wikimultihopqa, triviaqa, hotpotqa, musique, multinews, samsum or generated",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where answers and table go")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", metavar="DIR", help="only one table of several --out"
+    )
+    parser.add_argument(
+        "--data", metavar="PATH", help="a file, folder or hub id with the set's rows (the hub's)"
+    )
+    parser.add_argument("--split", help="of a hub data set")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="examples to leave out")
+    parser.add_argument("--limit", type=_count, metavar="N", help="the most examples to ask")
+    parser.add_argument(
+        "--modes",
+        type=lambda text: text.split(","),
+        default=["full", "masked", "reuse"],
+        metavar="A,B",
+        help="full, masked, reuse, closed (no documents); :0 after one leaves the link tokens out",
+    )
+    parser.add_argument("--prompt", metavar="NAME", help="a preset of the model's kvlink.json")
+    parser.add_argument("--rank", choices=("none", "fixed", "exact"), help="{rank} in passages")
+    parser.add_argument(
+        "--documents", type=_count, metavar="N", help="fill up with distractors to N a question"
+    )
+    parser.add_argument(
+        "--gold-at",
+        type=_places,
+        default=[],
+        metavar="P",
+        help="places (from 0) of the one gold document: 0-9, or 0,4,9; each question once for each",
+    )
+    parser.add_argument(
+        "--retrieve", type=_count, metavar="K", help="ask over K passages that --embedder finds"
+    )
+    parser.add_argument("--corpus", metavar="PATH", help="passages to search (the set's own)")
+    parser.add_argument("--batch", type=_count, default=8, metavar="N", help="answers at once")
+    parser.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
+    parser.add_argument("--on-bad", choices=("skip", "refuse"), default="skip")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(
+        command="evaluate", interrupted="interrupted; run the same command again to go on from here"
+    )
+    return parser
+
+
+def _train(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="tune a model to link tokens, the KVLink paper's recipe",
+        description="Tune a model as a config says. An interrupted run goes on from its last "
+        "checkpoint. Several devices: torchrun --nproc-per-node N -m kvlink_rag train CONFIG. "
+        "Needs kvlink-rag[train].",
+    )
+    parser.add_argument("config", help="a YAML file, or a bundled one such as llama-3.2-1b")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say examples, tokens, memory and time"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=300.0, metavar="N", help="a device's, for --dry-run (300)"
+    )
+    parser.add_argument("--resume", metavar="DIR", help="a checkpoint other than the last")
+    parser.add_argument("--json", action="store_true", help="print JSON (--dry-run)")
+    parser.set_defaults(interrupted="interrupted; run the same command again to go on from here")
+    return parser
+
+
+def _places(text: str) -> list[int]:
+    """0-9 or 0,4,9."""
+    first, dash, last = text.partition("-")
+    try:
+        found = range(int(first), int(last) + 1) if dash else [int(p) for p in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected places such as 0-9 or 0,4,9")
+    return list(found)
 
 
 def _count(text: str) -> int:

@@ -257,6 +257,25 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measure answers on a data set, or put several measurements in one table."""
+    from .evaluation.command import report, run
+
+    if arguments.compare:
+        return report(arguments.compare, arguments.out or arguments.compare[0])
+    if arguments.set is None or arguments.out is None:
+        raise ConfigError("name a data set and --out DIR, or directories with --compare")
+    return run(arguments, _load_model(arguments))
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Tune a model, or say what that would take."""
+    from .training.finetune.command import run
+
+    _hush(arguments)
+    return run(arguments)
+
+
 # ── opening ──────────────────────────────────────────────────────────────────────────────────
 
 

@@ -11,6 +11,7 @@
     ├── PromptError              a prompt that cannot be laid out
     │   ├── PromptTooLong        more tokens than the model's window
     │   └── TooManyPassages      more passages than the spec has link tokens for
+    ├── ExampleError             a row of a data set that cannot be used
     ├── StorageError             a directory that cannot be opened or written
     │   ├── SnapshotCorrupt      a snapshot whose bytes are not what was written
     │   ├── IndexCorrupt         an index file whose bytes are not what was written
@@ -69,6 +70,10 @@ class PromptTooLong(PromptError):
 
 class TooManyPassages(PromptError):
     """A prompt has more passages than the spec has link tokens for."""
+
+
+class ExampleError(KVLinkError, ValueError):
+    """A row of a data set cannot be used."""
 
 
 class StorageError(KVLinkError, OSError):

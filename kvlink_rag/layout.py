@@ -119,9 +119,26 @@ def visibility(
     segments decide. `window` is the sliding window in positions (a query sees itself and the
     `window - 1` positions before it), or None.
     """
-    distance = query_positions[:, None] - key_positions[None, :]
-    query = query_segments[:, None]
-    seen = (distance >= 0) & ((query == 0) | (query == key_segments[None, :]))
+    return sees(
+        query_positions[:, None],
+        query_segments[:, None],
+        key_positions[None, :],
+        key_segments[None, :],
+        window=window,
+    )
+
+
+def sees(
+    query_position: Tensor,
+    query_segment: Tensor,
+    key_position: Tensor,
+    key_segment: Tensor,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """The rule itself, element by element: bool of the arguments' common shape."""
+    distance = query_position - key_position
+    seen = (distance >= 0) & ((query_segment == 0) | (query_segment == key_segment))
     return seen if window is None else seen & (distance < window)
 
 

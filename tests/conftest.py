@@ -102,7 +102,7 @@ def random_model(family: str, dtype: torch.dtype, *, seed: int = 0, **overrides:
     """A tiny causal LM whose attention is sharp enough for a wrong mask to show."""
     config_class, model_class, extra = FAMILIES[family]
     vocabulary = 260 + 5 * MAX_PASSAGES
-    config = config_class(vocab_size=vocabulary, **{**SHAPE, **extra, **overrides})
+    config = config_class(**{"vocab_size": vocabulary, **SHAPE, **extra, **overrides})
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():

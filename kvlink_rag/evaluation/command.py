@@ -1,0 +1,172 @@
+"""`kvlink-rag eval`: from arguments to a directory of answers, a table and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..embedder import ContrieverEmbedder
+from ..errors import ConfigError, MissingExtra
+from ..examples.rows import Source
+from ..examples.schemas import Example
+from ..examples.sets import DataSet, Skipped, filled_up, find_set, read
+from ..loading import BUNDLED, BUNDLED_DIRECTORY
+from ..model import TOLERANCE, KVLinkModel
+from .figure import draw
+from .modes import contenders
+from .records import Records
+from .records import read as read_records
+from .retrieved import Corpus, read_corpus
+from .run import Case, at_positions, evaluate, usable
+from .scores import scorer
+from .summary import agreement, summarize, table
+
+log = logging.getLogger(__name__)
+
+TABLE, SUMMARY, FIGURE = "summary.md", "summary.json", "figure.png"
+
+
+def run(arguments: argparse.Namespace, model: KVLinkModel) -> int:
+    """Evaluate and show the table; 1 if reuse said something else than the masked prefill."""
+    data_set = find_set(arguments.set)
+    scorer(data_set.metric)  # a missing package is told before any work
+    skipped = Skipped(arguments.on_bad)
+    model.spec = _spec(model, arguments)
+    compared = list(contenders(model, arguments.modes))
+    cases = list(usable(_cases(arguments, data_set, skipped), compared, skipped))
+    if not cases:
+        raise ConfigError(f"nothing to ask: all examples were skipped ({dict(skipped.reasons)})")
+    with (
+        Records(arguments.out, _settings(arguments, model)) as records,
+        tqdm(total=len(cases) * len(compared), unit=" answers", disable=None) as bar,
+    ):
+        evaluate(
+            compared,
+            cases,
+            records,
+            data_set=data_set.name,
+            metric=data_set.metric,
+            batch=arguments.batch,
+            most=arguments.max_new_tokens,
+            advance=bar.update,
+        )
+    return report([arguments.out], arguments.out, model, skipped)
+
+
+def report(
+    directories: Sequence[Path],
+    out: Path,
+    model: KVLinkModel | None = None,
+    skipped: Skipped | None = None,
+) -> int:
+    """Summarise the answers of one or more directories into `out`, and print the table."""
+    records = [record for directory in directories for record in read_records(directory)]
+    lines = summarize(records)
+    found = {
+        "lines": [line.to_dict() for line in lines],
+        "skipped": dict(skipped.reasons) if skipped else {},
+    }
+    differ = 0
+    if model is not None:
+        seen = agreement(records, model.name, TOLERANCE.get(model.backbone.dtype, 6e-2))
+        found["agreement"] = asdict(seen)
+        differ = seen.differ
+    told = [*table(lines), *_remarks(found)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SUMMARY).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    (out / TABLE).write_text("\n".join(told) + "\n", "utf-8")
+    sys.stdout.write("\n".join(told) + "\n")
+    try:
+        draw(lines, out / FIGURE)
+    except MissingExtra as error:
+        log.warning("no figure: %s", error)
+    return 1 if differ else 0
+
+
+def _remarks(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if skipped := found["skipped"]:
+        told = ", ".join(f"{count} ({reason})" for reason, count in skipped.items())
+        lines += ["", f"Skipped: {told}."]
+    if (seen := found.get("agreement")) and seen["compared"]:
+        lines += [
+            "",
+            f"Reuse against the masked prefill: {seen['identical']} of {seen['compared']} answers "
+            f"identical, {seen['ties']} first differ where the two best logits lie within "
+            f"{seen['tolerance']:g}, {seen['differ']} elsewhere.",
+        ]
+    return lines
+
+
+def _spec(model: KVLinkModel, arguments: argparse.Namespace) -> Any:
+    """The model's spec with the prompt preset and the rank that were asked for."""
+    changes = {"preset": arguments.prompt, "rank": arguments.rank}
+    return replace(model.spec, **{name: value for name, value in changes.items() if value})
+
+
+def _cases(arguments: argparse.Namespace, data_set: DataSet, skipped: Skipped) -> list[Case]:
+    """Examples, filled up or over retrieved documents, with the gold one at each place wanted."""
+    source = data_set.source
+    if not (arguments.data or source.path):
+        raise ConfigError(f"the set {data_set.name} is on no hub; give its rows with --data")
+    if arguments.data:
+        source = Source(arguments.data, None, arguments.split or source.split)
+    elif arguments.split:
+        source = replace(source, split=arguments.split)
+    pool: Iterable[Example] = read(data_set, source, skipped)
+    if arguments.documents or (arguments.retrieve and not arguments.corpus):
+        pool = list(pool)  # others' documents are wanted too
+    last = None if arguments.limit is None else arguments.first + arguments.limit
+    examples = list(islice(pool, arguments.first, last))
+    if arguments.retrieve:
+        return _retrieved(arguments, pool, examples, skipped)
+    if arguments.documents:
+        chosen = {example.id for example in examples}
+        filled = filled_up(list(pool), arguments.documents, arguments.seed)
+        examples = [example for example in filled if example.id in chosen]
+    return list(at_positions(examples, arguments.gold_at, skipped))
+
+
+def _retrieved(
+    arguments: argparse.Namespace,
+    pool: Iterable[Example],
+    examples: Sequence[Example],
+    skipped: Skipped,
+) -> list[Case]:
+    if arguments.gold_at:
+        raise ConfigError("--gold-at needs documents that are given; leave out --retrieve")
+    passages = (
+        read_corpus(Source(arguments.corpus), skipped)
+        if arguments.corpus
+        else (document for example in pool for document in example.documents)
+    )
+    corpus = Corpus(passages, _embedder(arguments))
+    return [Case(e, None, found) for e, found in corpus.ask(examples, arguments.retrieve)]
+
+
+def _embedder(arguments: argparse.Namespace) -> ContrieverEmbedder:
+    name = arguments.embedder or BUNDLED
+    directory = BUNDLED_DIRECTORY / "encoder" if name == BUNDLED else name
+    return ContrieverEmbedder.from_pretrained(directory, device=arguments.device)
+
+
+_ANSWERED_UNDER = (
+    "set", "data", "split", "first", "documents", "gold_at", "retrieve", "corpus", "embedder",
+    "prompt", "rank", "max_new_tokens", "seed",
+)  # fmt: skip
+
+
+def _settings(arguments: argparse.Namespace, model: KVLinkModel) -> dict[str, Any]:
+    """What must not change within one directory; modes and the limit may grow."""
+    settings = {name: getattr(arguments, name) for name in _ANSWERED_UNDER}
+    dtype = str(model.backbone.dtype).removeprefix("torch.")
+    return {**settings, "model": model.name, "fingerprint": model.fingerprint, "dtype": dtype}

@@ -1,0 +1,50 @@
+"""How good a prediction is, by the metric of its data set. Knows strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import MissingExtra
+from ..examples.answers import contained, exact_match, f1
+from ..examples.sets import Metric
+
+Score = Callable[[str, Sequence[str]], dict[str, float]]
+
+
+def scorer(metric: Metric) -> Score:
+    """The function that scores a prediction. Raises `MissingExtra` (ROUGE)."""
+    return {"answers": lambda: _answers, "rouge": _rouge, "final": _final}[metric]()
+
+
+def _answers(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    return {
+        "contained": float(contained(prediction, answers)),
+        "exact_match": exact_match(prediction, answers),
+        "f1": f1(prediction, answers),
+    }
+
+
+def _final() -> Score:
+    """Whether the final answer is the right one: the bundled model may name a bridge before it."""
+    from ..training.questions import final_answer
+
+    def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+        said = final_answer(prediction)
+        return {"final": float(any(said == final_answer(answer) for answer in answers))}
+
+    return score
+
+
+def _rouge() -> Score:
+    """ROUGE-L, F-measure with stemming, the best over references."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingExtra.of("rouge-score", "eval", "ROUGE-L") from error
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+
+    def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+        found = [rouge.score(answer, prediction)["rougeL"].fmeasure for answer in answers]
+        return {"rouge_l": float(max(found))}
+
+    return score

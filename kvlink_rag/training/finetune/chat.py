@@ -1,0 +1,86 @@
+"""How a model's chats are written: the special text between messages.
+
+Llama-3's is built in, as the KVLink authors write it (without a date); any other is read off the
+tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from ...documents import Text
+from ...errors import ConfigError
+from ...spec import PromptPreset
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Special text before a system message, from there to the user's, to the assistant's, and on.
+
+    system: stands before the system text; user: between system and user text; assistant: between
+    user and assistant text; again: between assistant and the next user text. end: ends an answer
+    and is the beginning of `again`.
+    """
+
+    system: str
+    user: str
+    assistant: str
+    again: str
+    end: str
+
+    def presets(self, instruction: str) -> dict[str, PromptPreset]:
+        """The published prompts: documents in the user's message, or between system and user."""
+        opened = self.system + instruction
+        return {
+            "evaluation": PromptPreset(before=opened + self.user, after=self.assistant),
+            "training": PromptPreset(before=opened, between=self.user, after=self.assistant),
+        }
+
+    def opening(self, instruction: str) -> Text:
+        """Everything up to the first user text; of a system text only the frame is special."""
+        return Text(self.system + instruction + self.user, special=True)
+
+
+LLAMA3 = Chat(
+    system="<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n",
+    user="<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+    assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    again="<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+    end="<|eot_id|>",
+)
+
+
+def find_chat(name: str, tokenizer: Any) -> Chat:
+    """`llama3`, or `template`: what the tokenizer's chat template writes around messages.
+
+    Raises `ConfigError` where that template cannot be used.
+    """
+    if name == "llama3":
+        return LLAMA3
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("the tokenizer has no chat template; set chat: llama3 or give it one")
+    marks = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in range(4)]
+    roles = ("system", "user", "assistant", "user")
+    rendered = tokenizer.apply_chat_template(
+        [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    pieces = []
+    for mark in marks:
+        if rendered.count(mark) != 1:
+            raise ConfigError(
+                "the chat template drops, repeats or reorders messages; write another"
+            )
+        before, _, rendered = rendered.partition(mark)
+        pieces.append(before)
+    end = tokenizer.eos_token
+    if not end or not pieces[3].startswith(end) or pieces[2] != rendered:
+        raise ConfigError(
+            f"found {pieces[3]!r} after an answer and {pieces[2]!r}, then {rendered!r} before one; "
+            f"expected the first to begin with the end of text {end!r}, the others to be the same"
+        )
+    system, user, assistant, again = pieces
+    return Chat(system, user, assistant, again, end)

@@ -1,0 +1,184 @@
+"""A model made ready for tuning: weights, tokenizer, and a spec with ids for its link tokens.
+
+Ids are the tokenizer's reserved ones where it has enough (Llama-3: exactly the published ids),
+else new tokens at the end of the vocabulary. Their embeddings begin at the mean of all others plus
+a little noise, the same in every slot: a link token is first of all "the k-th after a passage", and
+what a slot adds is learned. Output rows, where they are not tied, begin at the mean of all others,
+so that a link token is never likely. Knows transformers and peft.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ...backbone import check_supported
+from ...errors import ConfigError, MissingExtra
+from ...loading import find_spec, load_config, load_tokenizer, resolve
+from ...spec import SPEC_FILE, Spec
+from .chat import Chat, find_chat
+from .config import FinetuneConfig, Links, Lora
+from .transforms import Format
+
+NOISE = 0.1  # of the embeddings' own spread
+RESERVED = re.compile(r"reserved[_ -]?special[_ -]?token")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run needs besides its data. new_ids: token ids whose embeddings were set here."""
+
+    tokenizer: Any
+    spec: Spec
+    chat: Chat
+    new_ids: tuple[int, ...]
+    directory: Path
+
+    def form(self, instruction: str) -> Format:
+        """How samples are written."""
+        return Format(self.spec, self.chat, instruction, opening=self.tokenizer.bos_token or "")
+
+
+def prepare(config: FinetuneConfig) -> Prepared:
+    """Tokenizer and spec of a run, without weights. Raises `ConfigError` and its kin."""
+    directory = resolve(config.model, bundled="lm")
+    check_supported(load_config(directory))
+    brought = find_spec(config.model, directory)
+    tokenizer = load_tokenizer(directory, brought)
+    chat = find_chat(config.chat, tokenizer)
+    if config.links is None:
+        if brought is None:
+            raise ConfigError(f"{config.model} brings no kvlink.json; give links to the config")
+        return Prepared(tokenizer, brought, chat, (), directory)
+    if brought is not None:
+        raise ConfigError(
+            f"{config.model} brings link tokens of its own, which links would begin anew; set "
+            "links: null to tune it further"
+        )
+    spec = with_tokens(tokenizer, config.links, chat, config)
+    return Prepared(tokenizer, spec, chat, tuple(spec.special_ids()), directory)
+
+
+def with_tokens(tokenizer: Any, links: Links, chat: Chat, config: FinetuneConfig) -> Spec:
+    """The spec of a model that has none; `tokenizer` gets new tokens where it must."""
+    count = links.per_passage * links.passages
+    reserved = reserved_ids(tokenizer)
+    if len(reserved) < count + 2:
+        reserved = _new_tokens(tokenizer, links)
+    return Spec(
+        links_per_passage=links.per_passage,
+        first_link_id=reserved[0] if count else 0,
+        mem_start=reserved[-2],
+        mem_end=reserved[-1],
+        max_passages=links.passages if count else None,
+        passage_template=links.passage_template,
+        untitled_template=links.untitled_template,
+        rank=links.rank,
+        presets=chat.presets(config.instruction),
+        preset=config.preset,
+    )
+
+
+def reserved_ids(tokenizer: Any) -> list[int]:
+    """The longest run of consecutive ids that the tokenizer calls reserved."""
+    named = {i for i, t in tokenizer.added_tokens_decoder.items() if RESERVED.search(str(t))}
+    longest: list[int] = []
+    run: list[int] = []
+    for token in sorted(named):
+        run = [*run, token] if run and token == run[-1] + 1 else [token]
+        longest = max(longest, run, key=len)
+    return longest
+
+
+def _new_tokens(tokenizer: Any, links: Links) -> list[int]:
+    names = [
+        f"<|link_{slot}_{k}|>" for slot in range(links.passages) for k in range(links.per_passage)
+    ]
+    names += ["<|mem_start|>", "<|mem_end|>"]
+    tokenizer.add_tokens(names, special_tokens=True)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(names)
+    if ids != list(range(ids[0], ids[0] + len(names))):
+        raise ConfigError("the tokenizer has some link tokens already; start from one without")
+    return ids
+
+
+def load_weights(config: FinetuneConfig, prepared: Prepared, *, attention: str) -> Any:
+    """The model in training mode, its link tokens' embeddings set, its adapters added."""
+    model = AutoModelForCausalLM.from_pretrained(
+        prepared.directory,
+        dtype=getattr(torch, config.master),
+        use_safetensors=True,
+        attn_implementation=attention,
+    )
+    size = model.get_input_embeddings().weight.shape[0]
+    needed = max((len(prepared.tokenizer), *(i + 1 for i in prepared.spec.special_ids())))
+    if needed > size:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    if prepared.new_ids:
+        begin_tokens(model, prepared.spec, config.seed)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        # its name until transformers 5.2x, and after
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+    if config.lora is not None:
+        return _with_adapters(model, config.lora, prepared.new_ids)
+    return model
+
+
+@torch.no_grad()
+def begin_tokens(model: Any, spec: Spec, seed: int) -> None:
+    """Set the embeddings (and output rows) of the spec's tokens, as the module's text says."""
+    ids = spec.special_ids()
+    inside, outside = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    others = torch.ones(len(inside), dtype=torch.bool)
+    others[ids] = False
+    kinds = _kinds(spec)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(max(kinds) + 1, inside.shape[1], generator=generator)
+    begun = inside[others].float().mean(0) + NOISE * inside[others].float().std(0) * noise
+    inside[ids] = begun[kinds].to(inside.dtype)
+    if outside is not inside:
+        outside[ids] = outside[others].float().mean(0).to(outside.dtype)
+
+
+def _kinds(spec: Spec) -> list[int]:
+    """For each id of `spec.special_ids()`: 0 and 1 the markers, then k + 2 for the k-th link."""
+    slots = (spec.max_passages or 0) if spec.links_per_passage else 0
+    markers = [] if spec.mem_start is None else [0, 1]
+    return markers + [k + 2 for _ in range(slots) for k in range(spec.links_per_passage)]
+
+
+def _with_adapters(model: Any, lora: Lora, new_ids: Sequence[int]) -> Any:
+    """LoRA on the matrices, and the rows of new tokens themselves."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtra.of("peft", "train", "LoRA") from error
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    adapters = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        trainable_token_indices={"embed_tokens": list(new_ids)} if new_ids else None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapters)
+
+
+def save(model: Any, prepared: Prepared, directory: Path, dtype: str) -> None:
+    """An ordinary Hugging Face directory and its `kvlink.json`; adapters are merged."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    directory.mkdir(parents=True, exist_ok=True)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    prepared.tokenizer.save_pretrained(directory)
+    (directory / SPEC_FILE).write_text(prepared.spec.to_json(), "utf-8")

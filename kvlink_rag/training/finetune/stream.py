@@ -1,0 +1,125 @@
+"""The mixture as an endless stream of laid-out samples, the same for the same seed.
+
+A run that goes on from a checkpoint reads the stream from its beginning and drops what it has
+learned already, so that it learns what it would have. Knows rows and transforms; no model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ...documents import Document
+from ...errors import ConfigError, ExampleError, PromptError
+from ...examples.rows import Row, Source, rows, shuffled
+from ...examples.schemas import question_answering
+from ...examples.sets import Skipped
+from ...layout import PartEncoder
+from .config import FinetuneConfig, Part
+from .samples import Encoded, encode
+from .transforms import TRANSFORMS, Format, Unwanted
+
+GIVE_UP = 10_000  # rows of one data set in a row that could not be used
+POOL = 5000  # rows whose documents may be distractors
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A sample and the number of the data set that it is from."""
+
+    sample: Encoded
+    part: int
+
+
+def part_rows(part: Part) -> Iterator[Row | ExampleError]:
+    """The rows of one data set that are learned from."""
+    return islice(rows(Source(part.path, part.config, part.split)), part.first, part.last)
+
+
+def _form(form: Format, part: Part) -> Format:
+    """`form` with the part's own settings, and the passages that distractors are drawn from."""
+    pool = tuple(dict.fromkeys(_documents(part))) if part.fill else ()
+    return replace(form, documents=part.documents, column=part.column, fill=part.fill, pool=pool)
+
+
+def _documents(part: Part) -> Iterator[Document]:
+    """The documents of the first `POOL` rows."""
+    for number, row in enumerate(islice(part_rows(part), POOL)):
+        with suppress(ExampleError):
+            if not isinstance(row, ExampleError):
+                yield from question_answering(row, number).documents
+
+
+class Mixture(IterableDataset[Encoded]):
+    """Samples drawn from the config's data sets by their weights, without end.
+
+    skipped: counts what could not be used, by reason. With several loader workers each takes every
+    n-th sample. Iterating raises `ConfigError` where a data set gives nothing.
+    """
+
+    def __init__(self, config: FinetuneConfig, encoder: PartEncoder, form: Format) -> None:
+        super().__init__()
+        self.config, self.skipped = config, Skipped(config.on_bad)
+        self._encoder = encoder
+        self._form = form
+        self._forms: list[Format] = []
+
+    def __iter__(self) -> Iterator[Encoded]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for place, drawn in enumerate(self.draw()):
+            if place % count == number:
+                yield drawn.sample
+
+    def draw(self) -> Iterator[Drawn]:
+        """Every sample, in the order of the run."""
+        self._forms = [_form(self._form, part) for part in self.config.data]
+        rng = random.Random(f"mixture-{self.config.seed}")
+        streams = [self._endless(number) for number in range(len(self.config.data))]
+        weights = [part.weight for part in self.config.data]
+        while True:
+            (number,) = rng.choices(range(len(streams)), weights)
+            yield Drawn(next(streams[number]), number)
+
+    def _endless(self, number: int) -> Iterator[Encoded]:
+        """One data set again and again, in another order each time."""
+        part, epoch = self.config.data[number], 0
+        while True:
+            rng = random.Random(f"{self.config.seed}-{number}-{epoch}")
+            given = unused = 0
+            for at, row in shuffled(enumerate(part_rows(part)), rng, self.config.shuffle):
+                sample = self._sample(number, at, row, rng)
+                if sample is not None:
+                    given, unused = given + 1, 0
+                    yield sample
+                elif (unused := unused + 1) >= GIVE_UP:
+                    break
+            if not given or unused >= GIVE_UP:
+                raise ConfigError(
+                    f"no usable row in {part.path} for kind {part.kind} "
+                    f"({dict(self.skipped.reasons) or 'it is empty'}); look at its columns, at "
+                    "max_length, or name another kind"
+                )
+            epoch += 1
+
+    def _sample(self, number: int, at: int, row: object, rng: random.Random) -> Encoded | None:
+        part, form = self.config.data[number], self._forms[number]
+        try:
+            if isinstance(row, ExampleError):
+                raise row
+            sample = TRANSFORMS[part.kind](row, at, form, rng)  # type: ignore[arg-type]
+            encoded = encode(sample, self._encoder, form.spec, self.config.max_length)
+            if not encoded.learned:
+                raise ExampleError("nothing of it would be learned")
+        except Unwanted:
+            self.skipped.reasons[f"{part.kind}: left out by the recipe"] += 1
+            return None
+        except (ExampleError, PromptError) as error:
+            self.skipped(f"{part.kind}: {type(error).__name__}", error)
+            return None
+        return encoded

@@ -1,0 +1,367 @@
+"""Fine-tuning whole, on tiny models: the oracle, resuming, adapters, the result as it is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import byte_spec, byte_tokenizer, random_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from kvlink_rag import Document, KVLinkModel, Text
+from kvlink_rag.cli import main
+from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.training.finetune import trainer as module
+from kvlink_rag.training.finetune.batches import Collator
+from kvlink_rag.training.finetune.config import FinetuneConfig, Links, Lora, Part
+from kvlink_rag.training.finetune.dry_run import estimate
+from kvlink_rag.training.finetune.prepare import begin_tokens, prepare
+from kvlink_rag.training.finetune.samples import Sample, encode
+from kvlink_rag.training.finetune.trainer import KVLinkTrainer, arguments, finetune
+
+TEMPLATE = (
+    "<bos>{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
+    "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+PEFT = (  # what peft says of transformers and of embeddings that have grown
+    "ignore:.*is_gradient_checkpointing:FutureWarning",
+    "ignore:Setting .save_embedding_layers.:UserWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An instruct checkpoint without link tokens: tiny, random, with a chat template."""
+    root = tmp_path_factory.mktemp("base")
+    tokenizer = byte_tokenizer(0)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root)
+    shape = {"num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    random_model("llama", torch.float32, **shape).save_pretrained(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Part, ...]:
+    root = tmp_path_factory.mktemp("data")
+    questions = [
+        {
+            "question": f"What is {i}?",
+            "answers": [str(i % 3)],
+            "ctxs": [{"title": f"T{j}", "text": f"{j} is {j % 3}."} for j in (i, i + 1)],
+        }
+        for i in range(12)
+    ]
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
+    ]
+    for name, rows in (("qa", questions), ("chat", chats)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (
+        Part("qa", str(root / "qa.jsonl"), weight=2.0),
+        Part("qa_full", str(root / "qa.jsonl")),
+        Part("chat", str(root / "chat.jsonl")),
+    )
+
+
+@pytest.fixture
+def config(base: Path, data: tuple[Part, ...], tmp_path: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        model=str(base),
+        out=str(tmp_path / "run"),
+        data=data,
+        links=Links(per_passage=2, passages=4),
+        chat="template",
+        instruction="Answer.",
+        steps=6,
+        warmup=1,
+        batch=4,
+        device_batch=4,
+        learning_rate=5e-3,
+        max_length=400,
+        bf16=False,
+        stored="float32",
+        gradient_checkpointing=False,
+        save_every=3,
+        log_every=1,
+    )
+
+
+def losses(config: FinetuneConfig) -> list[float]:
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+# The oracle
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("links", [0, 5])
+def test_the_trainers_logits_are_the_masked_prefills(
+    config: FinetuneConfig, family: str, links: int
+) -> None:
+    """Three prompts packed in one row, as the Trainer feeds them, each against its own oracle."""
+    spec, tokenizer = byte_spec(links), byte_tokenizer()
+    oracle = KVLinkModel(random_model(family, torch.float32), tokenizer, spec)
+    prompts = [
+        spec.prompt([Document(f"{j} is {j}.", title=f"T{j}") for j in range(count)], "What is 0?")
+        for count in (1, 3, 2)
+    ]
+    prompts.append([Text("<bos>", special=True), Text("No documents here.")])
+    samples = [encode(Sample(tuple(p), ()), oracle.tokenizer, spec, 999) for p in prompts]
+    model = random_model(family, torch.float32)
+    model.set_attn_implementation("sdpa")
+    made = KVLinkTrainer(model=model, args=arguments(config, cpu=True))
+    batch = Collator(999, pack=True)(samples)
+    assert len(batch["input_ids"]) == 1
+    with torch.no_grad():
+        logits = model(**made._prepare_inputs(batch)).logits[0]
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
+    for group, number in enumerate(order, start=1):
+        last = int((batch["groups"][0] == group).nonzero().max())
+        wanted = oracle.prefill(prompts[number], mode="masked").logits
+        torch.testing.assert_close(logits[last], wanted, rtol=1e-4, atol=1e-4)
+        full = oracle.prefill(prompts[number], mode="full").logits
+        assert torch.allclose(logits[last], full, atol=1e-3) == (number == 3)
+
+
+# Runs
+
+
+def test_a_run_ends_in_a_model_that_opens_by_itself(config: FinetuneConfig, base: Path) -> None:
+    directory = finetune(config, device="cpu")
+    found = losses(config)
+    assert found[-1] < found[0] - 0.5
+    model = KVLinkModel.from_pretrained(directory, device="cpu")
+    assert model.spec.links_per_passage == 2
+    assert len(model.spec.special_ids()) == 2 * 4 + 2
+    assert model.tokenizer.encode("<|link_3_1|>", special=True) == [model.spec.link_ids(3)[1]]
+    parts = model.prompt([Document("1 is 1.", title="T1"), Document("2 is 2.")], "What is 1?")
+    assert model.verify(parts).holds
+    assert model.generate(parts, max_new_tokens=4)
+    assert model.prompt([], "")[0] == Text("<bos>[system]Answer.[user]", special=True)
+    before = AutoModelForCausalLM.from_pretrained(base)
+    after = model.backbone.model
+    assert not torch.equal(before.model.norm.weight, after.model.norm.weight)
+    assert list((Path(config.out) / "tensorboard").iterdir())
+
+
+@pytest.mark.filterwarnings(*PEFT)
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_a_run_goes_on_with_the_losses_it_would_have_had(
+    config: FinetuneConfig, lora: Lora | None
+) -> None:
+    """From the last checkpoint, and from one that is named; the whole run is the reference."""
+    config = dataclasses.replace(config, lora=lora)
+    finetune(config, device="cpu")
+    whole = losses(config)
+    assert len(whole) == 6
+    out = Path(config.out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    directory = finetune(config, device="cpu")
+    assert losses(config) == whole
+    weights = (directory / "model.safetensors").read_bytes()
+    checkpoint = str(out / "checkpoints" / "checkpoint-3")
+    finetune(config, device="cpu", resume=checkpoint)
+    assert losses(config) == whole
+    assert (directory / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        finetune(config, device="cpu", resume=str(out))
+    with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
+        finetune(dataclasses.replace(config, steps=7), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pack": False},
+        {"device_batch": 2},
+        {"device_batch": 1, "pack": False},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_what_must_not_change_the_losses(
+    config: FinetuneConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Packing, accumulation and checkpointing are about memory, not about what is learned."""
+    short = dataclasses.replace(config, steps=2)
+    finetune(short, device="cpu")
+    other = dataclasses.replace(short, out=str(tmp_path / "other"), **changes)
+    finetune(other, device="cpu")
+    assert losses(other) == pytest.approx(losses(short), rel=1e-3)
+
+
+def test_bfloat16_is_near(config: FinetuneConfig, tmp_path: Path) -> None:
+    short = dataclasses.replace(config, steps=2)
+    finetune(short, device="cpu")
+    other = dataclasses.replace(short, out=str(tmp_path / "other"), bf16=True, stored="bfloat16")
+    directory = finetune(other, device="cpu")
+    assert losses(other) != losses(short)
+    assert losses(other) == pytest.approx(losses(short), rel=0.05)
+    model = KVLinkModel.from_pretrained(directory, device="cpu")
+    assert model.backbone.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings(*PEFT)
+def test_adapters_train_themselves_and_the_new_tokens_only(
+    config: FinetuneConfig, base: Path
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    lora = dataclasses.replace(config, lora=Lora(rank=4, alpha=8), gradient_checkpointing=True)
+    directory = finetune(lora, device="cpu")
+    assert losses(lora)[-1] < losses(lora)[0]
+    model = KVLinkModel.from_pretrained(directory, device="cpu")
+    after, before = model.backbone.model, AutoModelForCausalLM.from_pretrained(base)
+    assert torch.equal(before.model.norm.weight, after.model.norm.weight)
+    rows = before.model.embed_tokens.weight.shape[0]
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight[:rows])
+    first, second = (before, after)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
+    links = after.model.embed_tokens.weight[model.spec.link_ids(0)]
+    others = after.model.embed_tokens.weight[model.spec.link_ids(3)]
+    assert not torch.equal(links, others)  # began alike; only slots that were seen have moved
+    documents = [Document("1 is 1.", title="T1")]
+    assert model.verify(model.prompt(documents, "What is 1?")).holds
+
+
+def test_a_tuned_model_is_tuned_further_with_its_own_spec(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    directory = finetune(dataclasses.replace(config, steps=1), device="cpu")
+    again = dataclasses.replace(
+        config, model=str(directory), out=str(tmp_path / "again"), links=None, steps=1
+    )
+    prepared = prepare(again)
+    assert prepared.new_ids == ()
+    first = KVLinkModel.from_pretrained(directory, device="cpu")
+    assert prepared.spec == first.spec
+    second = KVLinkModel.from_pretrained(finetune(again, device="cpu"), device="cpu")
+    assert second.spec == first.spec
+    with pytest.raises(ConfigError, match="links: null"):
+        prepare(dataclasses.replace(again, links=Links()))
+    with pytest.raises(ConfigError, match="brings no kvlink"):
+        prepare(dataclasses.replace(config, links=None))
+
+
+def test_new_tokens_begin_alike_in_every_slot() -> None:
+    model, spec = random_model("llama", torch.float32, tie_word_embeddings=False), byte_spec(5)
+    before = model.model.embed_tokens.weight.detach().clone()
+    begin_tokens(model, spec, seed=0)
+    after, out = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+    ids = spec.special_ids()
+    others = [i for i in range(len(before)) if i not in set(ids)]
+    assert torch.equal(after[others], before[others])
+    assert torch.equal(after[spec.link_ids(0)], after[spec.link_ids(7)])
+    assert len({tuple(row.tolist()) for row in after[ids]}) == 5 + 2
+    mean, spread = before[others].mean(0), before[others].std(0)
+    assert (((after[ids] - mean) / spread).abs() < 0.5).all()
+    torch.testing.assert_close(out[ids], out[others].mean(0).expand(len(ids), -1))
+
+
+# The command
+
+
+def test_the_command_tells_and_trains(
+    config: FinetuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    path.write_text(yaml.safe_dump({**fields, "steps": 1}))
+    assert main(["train", str(path), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "1 step, 4 examples" in told
+    assert not Path(config.out).exists()
+    assert main(["train", str(path), "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [kind["kind"] for kind in found["kinds"]] == ["qa", "qa_full", "chat"]
+    assert main(["train", str(path), "--device", "cpu"]) == 0
+    assert str(Path(config.out) / "model") in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "none.yaml")]) == 1
+    assert "one of llama-3" in capsys.readouterr().err
+
+
+def test_the_estimate_counts_what_is_there(config: FinetuneConfig, base: Path) -> None:
+    found = estimate(config, tflops=1e-6, drawn=40)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert found.parameters == found.trained == sum(p.numel() for p in model.parameters())
+    assert found.examples == 6 * 4
+    assert sum(kind.drawn for kind in found.kinds) == 40
+    assert found.weight_bytes == 16 * found.parameters  # weights, gradients, two moments
+    mean = sum(kind.drawn * kind.tokens for kind in found.kinds) / 40
+    assert found.tokens == int(24 * mean)
+    assert found.seconds == pytest.approx(6 * found.parameters * 24 * mean / found.fill / 1e6)
+    assert 0 < found.fill <= 1
+    adapted = estimate(dataclasses.replace(config, lora=Lora(rank=2)), tflops=1, drawn=4)
+    # rank · (in + out) of q 64·64, k and v 64·32, o 64·64, gate and up 64·96, down 96·64, twice
+    assert adapted.trained == 2 * 2 * (128 + 96 + 96 + 128 + 160 + 160 + 160)
+
+
+@pytest.mark.parametrize("package", ["accelerate", "tensorboard"])
+def test_a_missing_package_is_named(
+    config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    if package == "tensorboard":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        call = lambda: module._tensorboard(Path(config.out))  # noqa: E731
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        call = lambda: finetune(config, device="cpu")  # noqa: E731
+    with pytest.raises(MissingExtra, match=r"pip install 'kvlink-rag\[train\]'"):
+        call()
+
+
+def test_processes_that_do_not_fit_are_refused(
+    config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="2 GPUs and one process"):
+        arguments(config, cpu=False)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"times processes \(3\)"):
+        arguments(config, cpu=True)
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_with_sharded_weights_learn_what_one_learns(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    """FSDP over gloo; the losses and the result of one process are the reference."""
+    short = dataclasses.replace(config, steps=2)
+    one = finetune(short, device="cpu")
+    two = dataclasses.replace(
+        short, out=str(tmp_path / "two"), device_batch=1, fsdp="full_shard auto_wrap"
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(two)))))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "kvlink_rag", "train", str(path), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(two) == pytest.approx(losses(short), rel=1e-4)
+    found, wanted = (load_file(d / "model.safetensors") for d in (Path(two.out) / "model", one))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3)
