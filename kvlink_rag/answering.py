@@ -66,7 +66,10 @@ class EncodeNow:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """What a collection brings to a model: its snapshots and its kept runs (None: keep none)."""
+    """What a collection brings to a model: its snapshots and its kept runs (None: keep none).
+
+    scope: of the kept runs; another one for each codec, since runs come from what they follow.
+    """
 
     snapshots: SnapshotSource
     prefix: PrefixCache | None = None

@@ -9,6 +9,7 @@ vectors, no texts.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ import torch
 from . import files
 from .errors import ConfigError, IndexCorrupt
 from .sealed import Kind, read_sealed, write_sealed
+
+logger = logging.getLogger(__name__)
 
 KIND = Kind("kvlink-index", 1, IndexCorrupt)
 SEARCHES = ("auto", "exact", "ivf")
@@ -168,6 +171,7 @@ class VectorIndex:
             return
         if isinstance(held, _Exact) or count >= GROWTH * held.usual_count:
             contents = held.contents()
+            logger.info("making lists for %d vectors; searches wait for them", count)
             lists = _Lists(_centroids(contents["vectors"]))
             lists.add(contents["ids"], contents["vectors"])
             self._held = lists
