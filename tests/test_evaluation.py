@@ -211,13 +211,14 @@ def test_held_out_questions_differ_in_distractors_only(tmp_path: Path) -> None:
     paths = write_held_out(tmp_path, 6, [2, 4], seed=0)
     assert [path.name for path in paths[:2]] == ["one-hop-2.jsonl", "one-hop-4.jsonl"]
     rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in paths}
-    for kind, gold in (("one-hop", 1), ("two-hop", 2), ("absent", 0)):
+    # of an absent fact's two hops one may be there
+    for kind, gold in (("one-hop", {1}), ("two-hop", {2}), ("absent", {0, 1})):
         few, many = rows[f"{kind}-2"], rows[f"{kind}-4"]
         assert [r["question"] for r in few] == [r["question"] for r in many]
         assert {r["kind"] for r in few} == {kind}
         assert {len(r["ctxs"]) for r in many} == {4}
         for row in [*few, *many]:
-            assert sum(c["isgold"] for c in row["ctxs"]) == gold
+            assert sum(c["isgold"] for c in row["ctxs"]) in gold
     assert run("generated", "--out", tmp_path / "none") == 1
     options = ["--data", paths[0], "--limit", 2, "--gold-at", "0,1", "--modes", "masked,reuse"]
     assert run("generated", "--out", tmp_path / "out", *options) == 0

@@ -15,13 +15,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 
 from torch import Tensor
 
 from ..answering import EncodeNow, PromptRun, Reuse
 from ..backbone import LiveCache
+from ..baselines import Baselines, Method
 from ..documents import Part
 from ..errors import ConfigError
 from ..examples.schemas import Example
@@ -91,11 +90,11 @@ def _engine(mode: str) -> Start:
     return start
 
 
-def _baseline(method: str) -> Start:
+def _baseline(method: Method) -> Start:
     """A method of `kvlink_rag.baselines`, its snapshots in memory when it starts."""
 
     def start(model: KVLinkModel, parts: Sequence[Part], snapshots: InMemory) -> Started:
-        ways = import_module(BASELINES).Baselines(model, snapshots)
+        ways = Baselines(model, snapshots)
         prompt = model.layout(parts)
         snapshots.prepare([prompt.passage_ids(span) for span in prompt.passages])
         model.backbone.synchronize()
@@ -111,16 +110,16 @@ def _baseline(method: str) -> Start:
 
 
 CLOSED = "closed"
-BASELINES = "kvlink_rag.baselines"
 MODES: dict[str, Start] = {
     "full": _engine("full"),
     CLOSED: _engine("full"),
     "reuse": _engine("reuse"),
     "masked": _engine("masked"),
     "unmasked": _engine("full"),
+    "naive": _baseline("naive"),
+    "cacheblend": _baseline("cacheblend"),
+    "epic": _baseline("epic"),
 }
-if find_spec(BASELINES):
-    MODES |= {method: _baseline(method) for method in ("naive", "cacheblend", "epic")}
 LINKED = ("reuse", "masked", "unmasked")  # all others take a prompt without links and markers
 
 
