@@ -175,10 +175,20 @@ class Size:
                 ratios = (a / b for a, b in zip(taken, self.seconds[other], strict=True))
                 row[f"over_{other}"] = round(median(ratios), 4)
         if traces := self.stages.get(name):
+            row |= {"source": row["place"], **self.side_by_side(name)}
             row |= {
                 f"{s}_ms": round(median(getattr(t, f"{s}_ms") for t in traces), 3) for s in STAGES
             }
         return row
+
+    def side_by_side(self, name: str) -> Row:
+        """Medians of one way of reuse, of full prefill and of the floor, for a row that has all."""
+        ways = {"reuse": name, "full": "full", "floor": "floor"}
+        return {
+            f"ttft_{way}_s": round(median(self.seconds[key]), 5)
+            for way, key in ways.items()
+            if key in self.seconds
+        }
 
 
 def same(model: KVLinkModel, logits: torch.Tensor, expected: torch.Tensor) -> None:

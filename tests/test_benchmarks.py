@@ -60,6 +60,10 @@ def test_ttft(tmp_path: Path) -> None:
             # 5 link tokens a passage, mem_end, the question, the assistant header
             assert row["computed_tokens"] == 5 * passages + 1 + 12 + 5
             assert row.keys() >= {"layout_ms", "read_ms", "assembly_ms", "prefill_ms", "over_full"}
+            assert row["ttft_reuse_s"] == row["ttft_p50_s"]
+            assert row["ttft_full_s"] == mine["full"]["ttft_p50_s"]
+            assert row["ttft_floor_s"] == mine["floor"]["ttft_p50_s"]
+            assert row["source"] == row["place"]
         context = 43 + passages * tokens + 12 + 5
         assert mine["full"]["computed_tokens"] == context
         assert mine["prefix"]["computed_tokens"] == context - (43 + tokens) // 16 * 16
