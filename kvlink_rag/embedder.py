@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,10 +225,18 @@ def _directory(path_or_id: str | Path, local_files_only: bool) -> Path:
 
 
 def _load(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer
 
     try:
-        model = AutoModel.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        kind = MODEL_MAPPING[type(config)]
+        pooler = "add_pooling_layer" in signature(kind).parameters  # it would be random, and unused
+        model = AutoModel.from_pretrained(
+            directory,
+            dtype=dtype,
+            trust_remote_code=False,
+            **({"add_pooling_layer": False} if pooler else {}),
+        )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # three libraries raise whatever they meet in the files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
