@@ -6,6 +6,7 @@ Knows readers, splitting and `KVLinkRAG`; knows nothing of terminals.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from .splitting import MAX_TOKENS, Encoder, split_document
 class IngestReport:
     """What became of some files.
 
-    documents: as read; passages: as split, of which `repeated` ones stand before in their file.
+    documents: as read; passages: as split, of which `repeated` ones stood before in these files.
     added, replaced, unchanged, removed: passages of the collection. encoded, tokens: snapshots
     made now. skipped: places that gave nothing; warnings: places that gave less than they hold.
     gone: sources of passages whose files are no more.
@@ -63,9 +64,9 @@ def ingest(
     passages of a file are dropped once all of it is in, unless a part of it could not be read.
     """
     start = time.perf_counter()
-    known = _sources(rag)
     intake = Intake(rag.model.tokenizer, files, on_problem, advance, max_tokens, max_bytes)
     done = rag.add(intake.passages())
+    known = _sources(rag)  # as it is now: a passage may have moved to another file
     stale = [id for source, ids in intake.read.items() for id in known.get(source, set()) - ids]
     report = intake.report
     report.removed = rag.delete(stale) if stale else 0
@@ -121,6 +122,7 @@ class Intake:
         self.report = IngestReport(files=len(files))
         self.read: dict[str, set[str]] = {}  # ids of the passages of each file read to its end
         self._encoder = encoder
+        self._first: dict[str, tuple[str, bytes]] = {}  # of each id: its file, a digest of its text
         self._files, self._on_problem, self._advance = files, on_problem, advance
         self._max_tokens, self._max_bytes = max_tokens, max_bytes
 
@@ -130,15 +132,27 @@ class Intake:
             skipped, ids = self.report.skipped, set()
             progress = _FileProgress(file, self._advance)
             for passage in self._of_file(file):
-                if passage.id in ids:
-                    self.report.repeated += 1
-                else:
+                if self._is_new(passage, file.source):
                     ids.add(str(passage.id))
                     yield passage
                 progress.passed(len(passage.text))
             progress.end()
             if self.report.skipped == skipped:
                 self.read[file.source] = ids
+
+    def _is_new(self, passage: Document, source: str) -> bool:
+        """Whether its id is new among these files. Another text under a known id is told."""
+        content = f"{passage.title}\n{passage.text}".encode("utf-8", "surrogatepass")
+        mine = (source, hashlib.sha256(content).digest())
+        where, digest = first = self._first.setdefault(str(passage.id), mine)
+        if first is mine:
+            return True
+        if digest == mine[1]:
+            self.report.repeated += 1
+        else:
+            message = f"id {passage.id!r} stands for another text in {where}; give each its own id"
+            self._problem(Problem(source, message))
+        return False
 
     def _of_file(self, file: SourceFile) -> Iterator[Document]:
         for document in read_file(file, self._problem, self._max_bytes):

@@ -203,8 +203,20 @@ class KVLinkRAG:
         return self._take(documents, embed=True, show_progress=show_progress)
 
     def register(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
-        """Encode `documents` without embedding them: for applications with their own retriever."""
-        return self._take(documents, embed=False, show_progress=show_progress)
+        """Encode `documents` without embedding them: for applications with their own retriever.
+
+        A document that was added and is registered with other content is replaced: search no longer
+        finds it, and a warning says so.
+        """
+        embedded = self.catalog.embedded()
+        report = self._take(documents, embed=False, show_progress=show_progress)
+        if (lost := embedded - self.catalog.embedded()) > 0:
+            logger.warning(
+                "registering replaced %d documents that search could find; it finds them again "
+                "when they are added",
+                lost,
+            )
+        return report
 
     def update(self, documents: Iterable[Document], *, show_progress: bool = False) -> AddReport:
         """Replace documents by id. Raises `DocumentNotFound` before anything is changed."""

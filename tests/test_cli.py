@@ -362,6 +362,28 @@ def test_index_reports_what_it_skips_takes_the_rest_and_keeps_old_passages(
     assert "docs/bad.txt: not a text file" in the_error(strict)
 
 
+def test_a_passage_that_moves_to_another_file_stays(pair: list[str], tmp_path: Path) -> None:
+    one, two = ({"id": f"p{n}", "text": f"The harbour of town {n} is deep."} for n in (1, 2))
+    first, second = tmp_path / "docs" / "a.jsonl", tmp_path / "docs" / "b.jsonl"
+    first.parent.mkdir()
+    first.write_text("")
+    second.write_text(f"{json.dumps(one)}\n{json.dumps(two)}\n")
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    first.write_text(f"{json.dumps(one)}\n")
+    second.write_text(f"{json.dumps(two)}\n")
+    assert here("--dir", "col", "index", "docs", cwd=tmp_path).code == 0
+    assert here("--dir", "col", "stats", "--json", cwd=tmp_path).json["documents"] == 2
+
+
+def test_two_texts_under_one_id_are_told(pair: list[str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        row = json.dumps({"id": "1", "text": f"The text of file {name}."})
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n{row}\n")
+    done = here("--dir", "col", *pair, "index", "a.jsonl", "b.jsonl", "--json", cwd=tmp_path)
+    assert (done.json["passages"], done.json["repeated"], done.json["skipped"]) == (4, 1, 2)
+    assert "b.jsonl: id '1' stands for another text in a.jsonl" in done.err
+
+
 def test_index_of_nothing_is_1_and_makes_no_collection(tmp_path: Path) -> None:
     ran = here("--dir", "col", "index", "gone", cwd=tmp_path)
     assert ran == Ran(1, "", "kvlink-rag: skipped: gone: no such file or folder\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -349,6 +350,18 @@ def test_registered_documents_are_encoded_but_not_found(rag: KVLinkRAG) -> None:
     assert rag.search("Orvale", 3) == []
     rag.add(towns(1))
     assert [hit.document.id for hit in rag.search("Orvale", 3)] == ["orvale"]
+    assert rag.stats().embedded == 1
+
+
+def test_registering_over_what_search_finds_is_told(
+    rag: KVLinkRAG, caplog: pytest.LogCaptureFixture
+) -> None:
+    rag.add(towns(2))
+    rag.register(towns(2))
+    assert not caplog.records
+    changed = [replace(document, text=f"New. {document.text}") for document in towns(1)]
+    rag.register(changed)
+    assert "registering replaced 1 documents that search could find" in caplog.text
     assert rag.stats().embedded == 1
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 from llama_index.core.schema import Document as LlamaDocument
-from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.core.schema import (
+    ImageNode,
+    MetadataMode,
+    NodeRelationship,
+    NodeWithScore,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.llms.kvlink import KVLinkRegister
 from llama_index.llms.kvlink.nodes import jsonable, to_document, to_documents, to_node
 
@@ -22,7 +29,8 @@ def test_a_node_becomes_its_bare_text() -> None:
     for given in (node, NodeWithScore(node=node, score=0.5)):
         document = to_document(given)
         assert (document.id, document.text, document.title) == ("n1", "  Bare text. ", "a.md")
-        assert dict(document.metadata) == {"file_name": "a.md"}
+        more = {"_node": {"text_template": "<{content}>"}}
+        assert dict(document.metadata) == {"file_name": "a.md", **more}
 
 
 @pytest.mark.parametrize(
@@ -78,3 +86,21 @@ def test_a_hit_becomes_a_node_and_back() -> None:
     assert to_node(
         Hit(Document("x", title="f", id="e", metadata={"file_name": "f"}), 1)
     ).metadata == {"file_name": "f"}
+
+
+def test_what_llama_index_knows_of_a_node_comes_back() -> None:
+    node = TextNode(
+        text="Some text.",
+        id_="n",
+        metadata={"secret": "S3CRET", "title": "T"},
+        excluded_llm_metadata_keys=["secret"],
+        start_char_idx=3,
+        end_char_idx=13,
+        relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="source")},
+    )
+    back = to_node(Hit(to_document(node), 1.0)).node
+    assert back.ref_doc_id == "source"
+    assert (back.start_char_idx, back.end_char_idx) == (3, 13)
+    assert back.metadata == node.metadata
+    assert "S3CRET" not in back.get_content(metadata_mode=MetadataMode.LLM)
+    assert back.hash == node.hash

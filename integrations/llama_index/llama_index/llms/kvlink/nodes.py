@@ -1,7 +1,8 @@
 """LlamaIndex nodes and kvlink_rag documents, one as the other.
 
 A passage is the node's bare text; its title comes from the metadata; what is not JSON in the
-metadata becomes text.
+metadata becomes text. What else LlamaIndex knows of a node (excluded keys, relationships, places in
+its source) stands in the document's metadata under `NODE`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextN
 from kvlink_rag.documents import Document, Hit
 
 TITLE_KEYS = ("title", "file_name")  # the first that is there is a passage's title
+NODE = "_node"
+_OWN = ("id_", "text", "metadata", "embedding", "class_name", "hash")  # kept otherwise, or derived
 
 
 def to_document(node: BaseNode | NodeWithScore) -> Document:
@@ -25,8 +28,17 @@ def to_document(node: BaseNode | NodeWithScore) -> Document:
         node.get_content(metadata_mode=MetadataMode.NONE),
         title=title_of(node.metadata),
         id=node.node_id or None,
-        metadata=jsonable(node.metadata),
+        metadata={**jsonable(node.metadata), **_more(node)},
     )
+
+
+def _more(node: BaseNode) -> dict[str, Any]:
+    """What a text node has besides text, id and metadata, where it is not as usual."""
+    if not isinstance(node, TextNode):
+        return {}
+    usual, known = TextNode(text="").to_dict(), jsonable(node.to_dict())
+    more = {key: known[key] for key in usual if key not in _OWN and known.get(key) != usual[key]}
+    return {NODE: more} if more else {}
 
 
 def to_documents(nodes: Iterable[BaseNode | NodeWithScore]) -> list[Document]:
@@ -41,7 +53,10 @@ def to_node(hit: Hit) -> NodeWithScore:
     metadata = dict(document.metadata)
     if document.title and title_of(metadata) != document.title:
         metadata["title"] = document.title
-    node = TextNode(id_=str(document.id), text=document.text, metadata=metadata)
+    more = metadata.pop(NODE, {})
+    node = TextNode.from_dict(
+        {**more, "id_": str(document.id), "text": document.text, "metadata": metadata}
+    )
     return NodeWithScore(node=node, score=hit.score)
 
 
