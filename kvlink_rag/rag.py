@@ -634,7 +634,8 @@ class KVLinkRAG:
             if self.catalog.has_had(version):
                 return index, version
             logger.warning(
-                "the index belongs to another state of the catalog (a backup?) and is rebuilt"
+                "the index was saved at a state that the catalog cannot confirm (its last "
+                "documents changed since, or a backup was brought back) and is rebuilt"
             )
         except FileNotFoundError:
             pass
