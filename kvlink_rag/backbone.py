@@ -110,6 +110,11 @@ class LiveCache(Cache):  # type: ignore[misc]
         return keys, values
 
 
+def cache_of(layers: Sequence[LiveLayer]) -> Cache:
+    """A cache of such layers as the model takes it, for several prompts at once."""
+    return Cache(layers=list(layers))
+
+
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 

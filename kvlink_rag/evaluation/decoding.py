@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from ..backbone import LiveLayer, masks_by_layer
+from ..backbone import LiveLayer, cache_of, masks_by_layer
 from ..generation import TextPieces
 from ..layout import visibility
 from ..model import KVLinkModel
@@ -90,7 +89,7 @@ class _Batch:
             _batched([each.cache.layers[i] for each in started], longest, longest + room)
             for i in range(model.backbone.layers)
         ]
-        self._cache = Cache(layers=layers)
+        self._cache = cache_of(layers)
         self._next = torch.tensor([each.position for each in started], device=device)
         self._used = longest
 
