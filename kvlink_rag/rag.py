@@ -488,25 +488,31 @@ class KVLinkRAG:
             index = self.refresh_index()
             if self._settings.dimension() is None:
                 return  # nothing was ever embedded
+            self.catalog.remember_index(self._index_version)
             index.save(self.directory / INDEX, self._index_version, source=self.catalog.identity)
             self._saved_version = self._index_version
         except OSError as error:
             logger.warning("the index is not saved and will be rebuilt: %s", error)
 
     def check_index_file(self) -> list[str]:
-        """What is wrong with the index and its file; none is not wrong, it is made when needed."""
+        """What is wrong with the index and its file; one never saved is made when needed."""
         path = self.directory / INDEX
         leftovers = files.abandoned(path.parent, INDEX)
         problems = [f"leftover temporary file: {leftover.name}" for leftover in leftovers]
+        lost = False
         try:
             saved, version = VectorIndex.load(path, source=self.catalog.identity)
             if version == self.catalog.version():
                 problems += self._differences(saved)
         except FileNotFoundError:
-            pass
+            lost = True
+            if self.catalog.index_version() is not None:
+                problems.append(f"missing file: {INDEX}")
         except (IndexCorrupt, OSError) as error:
+            lost = True
             problems.append(str(error))
-        return problems + self._differences()
+        # one that would only now be made from the catalog cannot differ from it
+        return problems if lost and self._index is None else problems + self._differences()
 
     def _differences(self, index: VectorIndex | None = None) -> list[str]:
         """Whether `index` (None: the one in use) holds other vectors than the catalog."""

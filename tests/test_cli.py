@@ -440,6 +440,19 @@ def test_check_finds_and_mends(pair: list[str], tmp_path: Path) -> None:
     assert mended.out.endswith(" found, 0 left\n")
 
 
+def test_check_tells_of_a_lost_index_and_makes_it_again(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    (tmp_path / "col" / "index.faiss").unlink()
+    lost = Ran(1, "index: missing file: index.faiss\n", "")
+    assert here("--dir", "col", "check", cwd=tmp_path) == lost
+    assert here("--dir", "col", "check", cwd=tmp_path) == lost  # looking mends nothing
+    mended = here("--dir", "col", "check", "--fix", cwd=tmp_path)
+    assert (mended.code, mended.out) == (0, f"{lost.out}1 problem found, 0 left\n")
+    assert (tmp_path / "col" / "index.faiss").exists()
+    assert here("--dir", "col", "check", cwd=tmp_path) == Ran(0, "no problems\n", "")
+
+
 def snapshot_size(path: Path) -> int:
     return path.stat().st_size if path.suffix == ".safetensors" else -1
 

@@ -148,7 +148,10 @@ def test_a_damaged_index_is_rebuilt(
     spoil(tmp_path / "index.faiss", damage)
     with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
         assert rag.search("Hux", 3) == expected
-        assert bool(rag.check(fix=True)) == (damage != "missing")
+        problems = rag.check(fix=True)
+        assert len(problems) == 1
+        assert problems[0].startswith("index: ")
+        assert ("missing file: index.faiss" in problems[0]) == (damage == "missing")
         assert rag.check() == []
 
 
@@ -429,3 +432,17 @@ def test_an_index_newer_than_a_restored_catalog_is_rebuilt(
         assert len(rag.index) == len(rag) == 2
         rag.add([Document("A lamp is red.", id="lamp")])
         assert rag.search("a red lamp", 1)[0].document.id == "lamp"
+
+
+def test_replacing_the_last_change_before_the_index_is_loaded_rebuilds_nothing(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No row tells any more that the catalog was ever at the index's version."""
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns(7))
+        rag.add(towns()[7:])
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add([replace(towns()[7], text="Hux is a village of weavers.")])
+        assert rag.search("village of weavers", 1)[0].document.id == "hux"
+        assert rag.check() == []
+    assert not caplog.records
