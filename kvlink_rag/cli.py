@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .errors import ConfigError
 from .readers import SUFFIXES
+from .sizes import parse_size
 from .splitting import MAX_TOKENS
 
 CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
@@ -409,14 +411,7 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    """Bytes: 1000, 500kB, 64MB, 1.5GB, 2TB."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-    upper = text.strip().upper()
-    unit = next((unit for unit in units if upper.endswith(unit)), "")
     try:
-        count = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
-    except (ValueError, OverflowError):
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 500MB or 20GB")
-    return count
+        return parse_size(text, least=1)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -52,6 +52,7 @@ from .prefix import PrefixCache
 from .recognition import MIN_TOKENS, Recogniser
 from .retrieval import Where, check_count, retrieve
 from .settings import Settings
+from .sizes import parse_size
 from .spec import Spec
 from .store import SnapshotStore
 from .stored import StoredSnapshots
@@ -143,8 +144,8 @@ class KVLinkRAG:
         spec: Spec | None = None,
         codec: str | None = None,
         search: str | None = None,
-        size_limit: int | None = None,
-        prefix_budget: int = PREFIX_BUDGET,
+        size_limit: int | str | None = None,
+        prefix_budget: int | str = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
         reencode: bool = False,
         create: bool = True,
@@ -157,12 +158,15 @@ class KVLinkRAG:
         (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
         exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
         size (see `VectorIndex`); None: as the directory remembers, else auto. size_limit: bytes of
-        snapshots to keep at most. prefix_budget: bytes of computed runs to keep in memory; 0 keeps
-        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
-        the directory remembers another model, embedder or codec, take the new one and encode again.
+        snapshots to keep at most, as a number or text such as "20GB"; what is over it goes at once.
+        prefix_budget: likewise, of computed runs to keep in memory; 0 keeps none.
+        min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where the
+        directory remembers another model, embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
+        limit = None if size_limit is None else parse_size(size_limit, "size_limit")
+        budget = parse_size(prefix_budget, "prefix_budget")
         if not isinstance(embedder, str | Path | None):
             embedder = as_embedder(embedder)
         try:
@@ -177,10 +181,8 @@ class KVLinkRAG:
         settings = Settings(
             catalog, model, embedder, device=device, dtype=dtype, spec=spec, codec=codec
         )
-        store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
-        rag = cls(
-            path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
-        )
+        store = SnapshotStore(path / SNAPSHOTS, size_limit=limit)
+        rag = cls(path, settings, catalog, store, prefix_budget=budget, min_tokens=min_tokens)
         if search is not None:
             catalog.set_settings({"search": check_search(search)})
         try:

@@ -320,6 +320,32 @@ def test_a_size_limit_evicts_and_answers_stay_right(
         assert rag.check() == []
 
 
+def test_a_smaller_limit_evicts_at_opening_and_sizes_may_be_text(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = {"model": model, "embedder": embedder}
+    with KVLinkRAG.open(tmp_path, size_limit="1.5 GB", prefix_budget="1MiB", **arguments) as rag:
+        rag.add(towns())
+        before = rag.stats()
+        assert rag.store.size_limit == 1_500_000_000
+    with KVLinkRAG.open(tmp_path, size_limit="100 kB", **arguments) as rag:
+        after = rag.stats()
+        assert after.snapshot_bytes <= 100_000 < before.snapshot_bytes
+        gone, size = (
+            before.snapshots - after.snapshots,
+            before.snapshot_bytes - after.snapshot_bytes,
+        )
+        assert f"evicted {gone} snapshots ({size} bytes)" in caplog.text
+        assert answers_equal_oracle(rag, "Hux")
+
+
+@pytest.mark.parametrize("bad", ["1 XB", "", "GB", "1ib", "-5", -1, 1.5, True, "nan", "1e3", "٣"])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, bad: object) -> None:
+    for name in ("size_limit", "prefix_budget"):
+        with pytest.raises(ConfigError, match=f"{name} is .*, expected .*bytes.*20GB"):
+            KVLinkRAG.open(tmp_path, **{name: bad})  # type: ignore[arg-type]
+
+
 def test_questions_about_an_empty_collection(rag: KVLinkRAG) -> None:
     assert rag.search("anything", 5) == []
     answer = rag.ask("anything?", max_new_tokens=3)
