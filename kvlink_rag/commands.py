@@ -27,7 +27,7 @@ from .fingerprint import cache_directory
 from .ingest import IngestReport, gone, ids_from, ingest
 from .loading import BUNDLED
 from .model import KVLinkModel
-from .rag import CATALOG, AnswerStream, KVLinkRAG
+from .rag import CATALOG, INDEX, SNAPSHOTS, AnswerStream, KVLinkRAG
 from .readers import MAX_BYTES, Problem, find, raise_or_log
 
 # What `verify` lays out where there is no collection: each names something of the other.
@@ -188,10 +188,9 @@ def delete(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare reuse with the masked full prefill; 1 if they differ."""
-    if _has_collection(_directory(arguments)):
+    if _directory(arguments).exists():
         with _open(arguments) as rag:
-            name, found = rag.stats().model, rag.verify(k=arguments.k) if len(rag) else None
-            found = found or rag.model.verify(rag.model.prompt(_SAMPLES, "Where is it?"))
+            name, found = rag.model_name, rag.verify(k=arguments.k)
     else:
         model = _load_model(arguments)
         name, found = model.name, model.verify(model.prompt(_SAMPLES, "Where is it?"))
@@ -286,7 +285,8 @@ def _directory(arguments: argparse.Namespace) -> Path:
 
 
 def _has_collection(directory: Path) -> bool:
-    return (directory / CATALOG).exists()
+    """Whether a collection is there, or what is left of one that lost its catalog."""
+    return any((directory / name).exists() for name in (CATALOG, INDEX, SNAPSHOTS))
 
 
 def _open(

@@ -154,14 +154,15 @@ class KVLinkRAG:
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
         LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
-        pair. codec: how snapshots are kept, "exact" (the model's dtype), "int8", "int4" or "fp8"
-        (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
-        exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
-        size (see `VectorIndex`); None: as the directory remembers, else auto. size_limit: bytes of
-        snapshots to keep at most, as a number or text such as "20GB"; what is over it goes at once.
-        prefix_budget: likewise, of computed runs to keep in memory; 0 keeps none.
-        min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where the
-        directory remembers another model, embedder or codec, take the new one and encode again.
+        pair. codec: how snapshots are kept, "exact" (the model's dtype; for a bfloat16 model also
+        "bf16"), "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price); None: as
+        the directory remembers, else exact. search: how the nearest passages are found, "exact",
+        "ivf" or "auto", which goes by size (see `VectorIndex`); None: as the directory remembers,
+        else auto. size_limit: bytes of snapshots to keep at most, as a number or text such as
+        "20GB"; what is over it goes at once. prefix_budget: likewise, of computed runs to keep in
+        memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes for a passage.
+        reencode: where the directory remembers another model, embedder or codec, take the new one
+        and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
@@ -297,7 +298,10 @@ class KVLinkRAG:
     def stream(
         self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any
     ) -> AnswerStream:
-        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`."""
+        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`.
+
+        Raises `PromptError` where there is no question; the rest is told by the first `next()`.
+        """
         return AnswerStream(self, question, k, rounds, arguments)
 
     def ask(self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any) -> Answer:
@@ -308,8 +312,17 @@ class KVLinkRAG:
         return stream.answer
 
     def verify(self, question: str = "What is this about?", *, k: int = 4) -> Verification:
-        """Compare reuse of this collection's snapshots with the masked full prefill."""
+        """Compare reuse of this collection's snapshots with the masked full prefill.
+
+        Raises `ConfigError` where it holds no documents.
+        """
+        check_count(k)
         documents = [entry.document for entry in islice(self.catalog.iterate(k), k)]
+        if not documents:
+            raise ConfigError(
+                f"{self.directory} holds no documents, so there is nothing to verify; add some "
+                "(kvlink-rag: index PATH)"
+            )
         return self.model.verify(self.model.prompt(documents, question), reuse=self.reuse)
 
     # Prompts that someone else wrote
@@ -715,6 +728,8 @@ class AnswerStream(Iterator[str]):
     def __init__(
         self, rag: KVLinkRAG, question: str, k: int, rounds: int, arguments: dict[str, Any]
     ) -> None:
+        if not isinstance(question, str) or not question.strip():
+            raise PromptError(f"the question is {question!r}, expected some text")
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._rag, self._question, self._k, self._rounds = rag, question, k, rounds

@@ -1,12 +1,18 @@
-"""Sizes in bytes, as people write them: one parser for the API and the command line."""
+"""Counts and sizes in arguments: one rule for the API and the command line."""
 
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 from .errors import ConfigError
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether `value` is a whole number (NumPy's too, no bool) of at least `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def parse_size(size: int | str, name: str = "size", *, least: int = 0) -> int:
@@ -15,7 +21,7 @@ def parse_size(size: int | str, name: str = "size", *, least: int = 0) -> int:
     name: of the argument, for the error. Raises `ConfigError` for anything else, and for less than
     `least` bytes.
     """
-    count = size if isinstance(size, int) and not isinstance(size, bool) else -1
+    count = int(size) if is_count(size, least) else -1
     if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
         number, letter, binary = match.groups()
         thousands = "kmgt".index(letter.lower()) + 1 if letter else 0

@@ -8,19 +8,21 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ModelMaker, WordEmbedder
 
 import kvlink_rag.index
 import kvlink_rag.indexing
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Passage
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
     DocumentError,
     DocumentNotFound,
     PassageTooLong,
+    PromptError,
     SettingsMismatch,
 )
 
@@ -371,6 +373,37 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         rag.search("x", 0)
     assert len(rag) == 3
     assert len(rag.search("town", 100)) == 3
+
+
+def test_arguments_of_a_wrong_type_are_told(rag: KVLinkRAG) -> None:
+    rag.add(towns(2))
+    document = towns(1)[0]
+    for wrong in (None, "", " \n", 7):
+        with pytest.raises(PromptError, match=r"the question is .*, expected some text"):
+            rag.ask(wrong)  # type: ignore[arg-type]
+    for k in (2.5, "3", True, None):
+        with pytest.raises(ConfigError, match=r"k is .*, expected a whole number of at least 1"):
+            rag.ask("Which town?", k=k)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the question is None, expected a str"):
+        rag.search(None)  # type: ignore[arg-type]
+    for options, message in (
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5', expected a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a finite number"),
+        ({"top_p": None}, "top_p is None, expected a number"),
+        ({"seed": 2**64}, "seed is .*, expected a whole number from 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            rag.ask("Which town?", **options)
+    for one in (document, "abc"):
+        with pytest.raises(PromptError, match=r"expected a list of Document; use \[document\]"):
+            rag.model.prompt(one, "Which town?")  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="the document of a Passage is 'x', expected a Document"):
+        Passage("x")  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="the text of a Text is None, expected a str"):
+        rag.model.prompt([document], None)  # type: ignore[arg-type]
+    assert rag.ask("Which town?", k=np.int64(1), max_new_tokens=1).hits  # a whole number, too
+    with pytest.raises(ConfigError, match="k is 0"):
+        rag.verify(k=0)
 
 
 def test_registered_documents_are_encoded_but_not_found(rag: KVLinkRAG) -> None:
