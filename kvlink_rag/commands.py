@@ -77,7 +77,8 @@ def index(arguments: argparse.Namespace) -> int:
             max_bytes=arguments.max_file_size or MAX_BYTES,
         )
         bar.close()
-        report.gone = gone(rag, arguments.paths)
+        read = {file.source for file in files}  # of a name that is no Unicode, not its path
+        report.gone = [source for source in gone(rag, arguments.paths) if source not in read]
         _show_report(rag, report, as_json=arguments.json)
     return 1 if problems.skipped else 0
 
@@ -279,6 +280,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
+    if arguments.dir == "":
+        raise ConfigError("--dir is empty, expected a directory; leave it out for the usual one")
     if arguments.dir is not None:
         return Path(arguments.dir).expanduser()
     return cache_directory() / "collection"
@@ -286,7 +289,8 @@ def _directory(arguments: argparse.Namespace) -> Path:
 
 def _has_collection(directory: Path) -> bool:
     """Whether a collection is there, or what is left of one that lost its catalog."""
-    return any((directory / name).exists() for name in (CATALOG, INDEX, SNAPSHOTS))
+    parts = (directory / name for name in (CATALOG, INDEX, SNAPSHOTS))
+    return directory.is_file() or any(part.exists() for part in parts)
 
 
 def _open(

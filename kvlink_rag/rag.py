@@ -172,9 +172,13 @@ class KVLinkRAG:
             embedder = as_embedder(embedder)
         try:
             path = Path(directory).expanduser()
+            if path.is_file():
+                raise StorageError(f"found a file at {path}, expected a directory; give another")
             if create:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = path.resolve(strict=True)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
         _refuse_links(path)

@@ -494,6 +494,30 @@ def test_verify_and_plan_refuse_what_is_no_collection(pair: list[str], tmp_path:
         assert "so it was lost; bring the file back" in the_error(command("col"))
 
 
+def test_a_file_or_nothing_is_no_directory(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    file = "docs/orvale.md"
+    for command in (["index", "docs"], ["plan", "docs"], ["verify"]):
+        message = the_error(here("--dir", file, *pair, *command, cwd=tmp_path))
+        assert f"found a file at {file}, expected a directory" in message
+        assert "--dir is empty" in the_error(here("--dir", "", *pair, *command, cwd=tmp_path))
+    nothing = here("--dir", "col", "index", "", cwd=tmp_path)
+    assert nothing == Ran(1, "", "kvlink-rag: skipped: '': no such file or folder\n")
+
+
+def test_files_whose_names_are_no_unicode_stay(pair: list[str], tmp_path: Path) -> None:
+    """Two such names look alike, as sources; neither takes the other's passages for old ones."""
+    (tmp_path / "docs").mkdir()
+    for number, byte in enumerate((b"\xff", b"\xfe")):
+        Path(os.fsdecode(bytes(tmp_path / "docs") + b"/" + byte + b".txt")).write_text(
+            f"The lamp number {number} is lit."
+        )
+    ran = here("--dir", "col", *pair, "index", "docs", "--json", cwd=tmp_path)
+    assert (ran.code, ran.json["added"], ran.json["removed"]) == (0, 2, 0)
+    assert ran.json["gone"] == []
+    assert ran.json["collection"]["documents"] == 2
+
+
 def here_in(folder: Path, *arguments: str) -> Callable[[str], Ran]:
     """Runs a command, once given the collection's directory."""
     return lambda name: here("--dir", name, *arguments, cwd=folder)

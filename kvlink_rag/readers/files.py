@@ -122,7 +122,10 @@ def find_files(
     """The files of `paths` with one of `suffixes`, each once, and the paths that gave none."""
     search = _Search(suffixes)
     for path in paths:
-        search.take(Path(path))
+        if os.fspath(path) == "":  # Path would read the folder we are in
+            search.problems.append(Problem("''", "no such file or folder"))
+        else:
+            search.take(Path(path))
     return search.files, search.problems
 
 
