@@ -64,6 +64,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _BUSY_SECONDS = 60
 _AT_ONCE = 500  # values in one IN (...)
 _IDLE_CONNECTIONS = 4
+_INDEX_VERSION = "index_version"  # the setting: of the index saved last
 _STEP = 1 << 31  # the most that a change adds to the version
 
 Array = npt.NDArray[Any]
@@ -263,7 +264,21 @@ class Catalog:
             "SELECT EXISTS (SELECT 1 FROM documents WHERE version = ?1)"
             " OR EXISTS (SELECT 1 FROM tombstones WHERE version = ?1)"
         )
-        return version in (0, self.version()) or bool(self._number(known, version))
+        seen = (0, self.version(), self.index_version())
+        return version in seen or bool(self._number(known, version))
+
+    def index_version(self) -> int | None:
+        """The version of the index that was saved last; None where none ever was."""
+        found = self.settings().get(_INDEX_VERSION)
+        return None if found is None else _integer(found)
+
+    def remember_index(self, version: int) -> None:
+        """Note, before it is saved, an index of `version`, if this catalog was ever at it.
+
+        The rows that tell so may all be replaced later.
+        """
+        if self.has_had(version):
+            self.set_setting(_INDEX_VERSION, version)
 
     def changes_since(self, version: int) -> Changes:
         """What changed after `version` (0: everything), up to one consistent point.

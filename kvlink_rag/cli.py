@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .errors import ConfigError
 from .readers import SUFFIXES
+from .sizes import parse_size
 from .splitting import MAX_TOKENS
 
 CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
+MAX_SEED = 2**64 - 1  # torch's
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -117,7 +121,8 @@ def _add_common(parser: argparse.ArgumentParser, default: dict[str, Any]) -> Non
     )
     group.add_argument(
         "--dtype",
-        help="auto, float32, bfloat16, float16 (auto)",
+        choices=DTYPES,
+        help="of the model (auto: its own)",
         **(default or {"default": "auto"}),
     )
     group.add_argument(
@@ -219,10 +224,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--codec",
-        choices=CODECS,
+        choices=(*CODECS, "bf16"),
         default=None,
-        help="how to keep snapshots: as they are, or smaller at a price that `verify` states "
-        "(the collection's, else exact)",
+        help="how to keep snapshots: as they are (exact; bf16 is the same of a bfloat16 model), "
+        "or smaller at a price that `verify` states (the collection's, else exact)",
     )
 
 
@@ -244,7 +249,7 @@ def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:
     parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=_seed, metavar="N", help="of sampling")
     parser.add_argument("--trace", action="store_true", help="show times and token counts")
 
 
@@ -282,7 +287,8 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
         "verify",
         help="is reuse exact on this model?",
         description="Compare the model's output over snapshots with one full prefill that has the "
-        "same visibility, on passages of the collection (or two of its own, if there are none).",
+        "same visibility, on passages of the collection (on two of its own, if there is no "
+        "collection at all).",
     )
     parser.add_argument("-k", type=_count, default=4, help="passages to compare (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -362,7 +368,7 @@ def _eval(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_count, default=8, metavar="N", help="answers at once")
     parser.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
     parser.add_argument("--on-bad", choices=("skip", "refuse"), default="skip")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.set_defaults(
         command="evaluate", interrupted="interrupted; run the same command again to go on from here"
     )
@@ -408,15 +414,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(
+            f"found {text[:40]!r}, expected a whole number from 0 to {MAX_SEED}"
+        )
+    return int(text)
+
+
 def _size(text: str) -> int:
-    """Bytes: 1000, 500kB, 64MB, 1.5GB, 2TB."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-    upper = text.strip().upper()
-    unit = next((unit for unit in units if upper.endswith(unit)), "")
     try:
-        count = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
-    except (ValueError, OverflowError):
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 500MB or 20GB")
-    return count
+        return parse_size(text, least=1)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

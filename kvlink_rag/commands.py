@@ -27,7 +27,7 @@ from .fingerprint import cache_directory
 from .ingest import IngestReport, gone, ids_from, ingest
 from .loading import BUNDLED
 from .model import KVLinkModel
-from .rag import CATALOG, AnswerStream, KVLinkRAG
+from .rag import CATALOG, INDEX, SNAPSHOTS, AnswerStream, KVLinkRAG
 from .readers import MAX_BYTES, Problem, find, raise_or_log
 
 # What `verify` lays out where there is no collection: each names something of the other.
@@ -77,7 +77,8 @@ def index(arguments: argparse.Namespace) -> int:
             max_bytes=arguments.max_file_size or MAX_BYTES,
         )
         bar.close()
-        report.gone = gone(rag, arguments.paths)
+        read = {file.source for file in files}  # of a name that is no Unicode, not its path
+        report.gone = [source for source in gone(rag, arguments.paths) if source not in read]
         _show_report(rag, report, as_json=arguments.json)
     return 1 if problems.skipped else 0
 
@@ -188,10 +189,9 @@ def delete(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare reuse with the masked full prefill; 1 if they differ."""
-    if _has_collection(_directory(arguments)):
+    if _directory(arguments).exists():
         with _open(arguments) as rag:
-            name, found = rag.stats().model, rag.verify(k=arguments.k) if len(rag) else None
-            found = found or rag.model.verify(rag.model.prompt(_SAMPLES, "Where is it?"))
+            name, found = rag.model_name, rag.verify(k=arguments.k)
     else:
         model = _load_model(arguments)
         name, found = model.name, model.verify(model.prompt(_SAMPLES, "Where is it?"))
@@ -280,13 +280,17 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
+    if arguments.dir == "":
+        raise ConfigError("--dir is empty, expected a directory; leave it out for the usual one")
     if arguments.dir is not None:
         return Path(arguments.dir).expanduser()
     return cache_directory() / "collection"
 
 
 def _has_collection(directory: Path) -> bool:
-    return (directory / CATALOG).exists()
+    """Whether a collection is there, or what is left of one that lost its catalog."""
+    parts = (directory / name for name in (CATALOG, INDEX, SNAPSHOTS))
+    return directory.is_file() or any(part.exists() for part in parts)
 
 
 def _open(

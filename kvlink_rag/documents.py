@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import DocumentError
+from .errors import DocumentError, PromptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,23 @@ class Text:
     text: str
     special: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise PromptError(f"the text of a Text is {self.text!r:.80}, expected a str")
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
     """A document whose stored keys and values are reused."""
 
     document: Document
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.document, Document):
+            raise PromptError(
+                f"the document of a Passage is {self.document!r:.80}, expected a Document; "
+                "use Passage(Document(text))"
+            )
 
 
 Part = Text | Passage

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .fingerprint import module_digest, tokenizer_digest, weights_digest
-from .loading import find_device, find_dtype, resolve
+from .loading import find_device, find_dtype, quiet, resolve
 
 Vectors = npt.NDArray[np.float32]
 
@@ -231,12 +231,13 @@ def _load(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         kind = MODEL_MAPPING[type(config)]
         pooler = "add_pooling_layer" in signature(kind).parameters  # it would be random, and unused
-        model = AutoModel.from_pretrained(
-            directory,
-            dtype=dtype,
-            trust_remote_code=False,
-            **({"add_pooling_layer": False} if pooler else {}),
-        )
+        with quiet(directory):
+            model = AutoModel.from_pretrained(
+                directory,
+                dtype=dtype,
+                trust_remote_code=False,
+                **({"add_pooling_layer": False} if pooler else {}),
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # three libraries raise whatever they meet in the files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .assembly import Assembled
 from .backbone import Backbone, LiveCache
 from .errors import ConfigError
 from .layout import Layout
+from .sizes import is_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}, expected a finite number >= 0")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}, expected a number above 0 and at most 1")
+        if not is_count(self.max_new_tokens):
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens!r}, expected a whole number of at least 1"
+            )
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature!r}, expected a finite number >= 0")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p!r}, expected a number above 0 and at most 1")
+        if self.seed is not None and not (is_count(self.seed, 0) and self.seed < 2**64):
+            raise ConfigError(f"seed is {self.seed!r}, expected a whole number from 0 to 2**64 - 1")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise ConfigError(f"stop is {self.stop!r}, expected non-empty strings")
 
@@ -55,6 +61,10 @@ class Sampling:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def prefill(backbone: Backbone, prompt: Layout, assembled: Assembled) -> Tensor:

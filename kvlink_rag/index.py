@@ -99,7 +99,7 @@ class VectorIndex:
         """
         query = self._vectors(np.asarray(vector)[None])
         with self._lock:
-            scores, ids = self._nearest(query, min(k, len(self._ids)))
+            scores, ids = self._nearest(query, min(int(k), len(self._ids)))
         order = np.lexsort((ids, -scores))[: max(k, 0)]
         return [(int(ids[i]), float(scores[i])) for i in order]
 

@@ -138,7 +138,7 @@ class Intake:
                 progress.passed(len(passage.text))
             progress.end()
             if self.report.skipped == skipped:
-                self.read[file.source] = ids
+                self.read[file.source] = self.read.get(file.source, set()) | ids
 
     def _is_new(self, passage: Document, source: str) -> bool:
         """Whether its id is new among these files. Another text under a known id is told."""

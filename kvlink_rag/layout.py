@@ -188,7 +188,7 @@ def _passage_piece(document: Document, slot: int, encoder: PartEncoder, spec: Sp
     if spec.max_passages is not None and slot >= spec.max_passages:
         raise TooManyPassages(
             f"the prompt has more than {spec.max_passages} passages, the most this model has link "
-            "tokens for; hand over fewer, or give the rest as Text"
+            "tokens for; hand over fewer (kvlink-rag: a smaller -k), or give the rest as Text"
         )
     ids = encoder.encode(spec.render_passage(document, slot))
     if not ids:

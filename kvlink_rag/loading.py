@@ -6,11 +6,14 @@ Knows where model files are and how transformers loads them; code from a reposit
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from .attention import NAME as GROUPED
 from .errors import ConfigError, ModelNotSupported
@@ -75,7 +78,25 @@ def load_config(directory: Path) -> Any:
         raise ConfigError(f"{directory} holds no model: {_first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def quiet(directory: Path) -> Iterator[None]:
+    """No progress bars of transformers while the bundled pair loads, which takes no time."""
+    hush = directory.is_relative_to(BUNDLED_DIRECTORY) and logging.is_progress_bar_enabled()
+    if hush:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hush:
+            logging.enable_progress_bar()
+
+
 def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
+    with quiet(directory):
+        return _load_model(directory, dtype)
+
+
+def _load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
             directory,

@@ -52,6 +52,7 @@ from .prefix import PrefixCache
 from .recognition import MIN_TOKENS, Recogniser
 from .retrieval import Where, check_count, retrieve
 from .settings import Settings
+from .sizes import parse_size
 from .spec import Spec
 from .store import SnapshotStore
 from .stored import StoredSnapshots
@@ -143,8 +144,8 @@ class KVLinkRAG:
         spec: Spec | None = None,
         codec: str | None = None,
         search: str | None = None,
-        size_limit: int | None = None,
-        prefix_budget: int = PREFIX_BUDGET,
+        size_limit: int | str | None = None,
+        prefix_budget: int | str = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
         reencode: bool = False,
         create: bool = True,
@@ -153,23 +154,31 @@ class KVLinkRAG:
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
         LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
-        pair. codec: how snapshots are kept, "exact" (the model's dtype), "int8", "int4" or "fp8"
-        (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
-        exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
-        size (see `VectorIndex`); None: as the directory remembers, else auto. size_limit: bytes of
-        snapshots to keep at most. prefix_budget: bytes of computed runs to keep in memory; 0 keeps
-        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
-        the directory remembers another model, embedder or codec, take the new one and encode again.
+        pair. codec: how snapshots are kept, "exact" (the model's dtype; for a bfloat16 model also
+        "bf16"), "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price); None: as
+        the directory remembers, else exact. search: how the nearest passages are found, "exact",
+        "ivf" or "auto", which goes by size (see `VectorIndex`); None: as the directory remembers,
+        else auto. size_limit: bytes of snapshots to keep at most, as a number or text such as
+        "20GB"; what is over it goes at once. prefix_budget: likewise, of computed runs to keep in
+        memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes for a passage.
+        reencode: where the directory remembers another model, embedder or codec, take the new one
+        and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
+        limit = None if size_limit is None else parse_size(size_limit, "size_limit")
+        budget = parse_size(prefix_budget, "prefix_budget")
         if not isinstance(embedder, str | Path | None):
             embedder = as_embedder(embedder)
         try:
             path = Path(directory).expanduser()
+            if path.is_file():
+                raise StorageError(f"found a file at {path}, expected a directory; give another")
             if create:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = path.resolve(strict=True)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"the directory {directory} cannot be opened: {error}") from error
         _refuse_links(path)
@@ -177,10 +186,8 @@ class KVLinkRAG:
         settings = Settings(
             catalog, model, embedder, device=device, dtype=dtype, spec=spec, codec=codec
         )
-        store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
-        rag = cls(
-            path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
-        )
+        store = SnapshotStore(path / SNAPSHOTS, size_limit=limit)
+        rag = cls(path, settings, catalog, store, prefix_budget=budget, min_tokens=min_tokens)
         if search is not None:
             catalog.set_settings({"search": check_search(search)})
         try:
@@ -295,7 +302,10 @@ class KVLinkRAG:
     def stream(
         self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any
     ) -> AnswerStream:
-        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`."""
+        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`.
+
+        Raises `PromptError` where there is no question; the rest is told by the first `next()`.
+        """
         return AnswerStream(self, question, k, rounds, arguments)
 
     def ask(self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any) -> Answer:
@@ -306,8 +316,17 @@ class KVLinkRAG:
         return stream.answer
 
     def verify(self, question: str = "What is this about?", *, k: int = 4) -> Verification:
-        """Compare reuse of this collection's snapshots with the masked full prefill."""
+        """Compare reuse of this collection's snapshots with the masked full prefill.
+
+        Raises `ConfigError` where it holds no documents.
+        """
+        check_count(k)
         documents = [entry.document for entry in islice(self.catalog.iterate(k), k)]
+        if not documents:
+            raise ConfigError(
+                f"{self.directory} holds no documents, so there is nothing to verify; add some "
+                "(kvlink-rag: index PATH)"
+            )
         return self.model.verify(self.model.prompt(documents, question), reuse=self.reuse)
 
     # Prompts that someone else wrote
@@ -488,25 +507,31 @@ class KVLinkRAG:
             index = self.refresh_index()
             if self._settings.dimension() is None:
                 return  # nothing was ever embedded
+            self.catalog.remember_index(self._index_version)
             index.save(self.directory / INDEX, self._index_version, source=self.catalog.identity)
             self._saved_version = self._index_version
         except OSError as error:
             logger.warning("the index is not saved and will be rebuilt: %s", error)
 
     def check_index_file(self) -> list[str]:
-        """What is wrong with the index and its file; none is not wrong, it is made when needed."""
+        """What is wrong with the index and its file; one never saved is made when needed."""
         path = self.directory / INDEX
         leftovers = files.abandoned(path.parent, INDEX)
         problems = [f"leftover temporary file: {leftover.name}" for leftover in leftovers]
+        lost = False
         try:
             saved, version = VectorIndex.load(path, source=self.catalog.identity)
             if version == self.catalog.version():
                 problems += self._differences(saved)
         except FileNotFoundError:
-            pass
+            lost = True
+            if self.catalog.index_version() is not None:
+                problems.append(f"missing file: {INDEX}")
         except (IndexCorrupt, OSError) as error:
+            lost = True
             problems.append(str(error))
-        return problems + self._differences()
+        # one that would only now be made from the catalog cannot differ from it
+        return problems if lost and self._index is None else problems + self._differences()
 
     def _differences(self, index: VectorIndex | None = None) -> list[str]:
         """Whether `index` (None: the one in use) holds other vectors than the catalog."""
@@ -707,6 +732,8 @@ class AnswerStream(Iterator[str]):
     def __init__(
         self, rag: KVLinkRAG, question: str, k: int, rounds: int, arguments: dict[str, Any]
     ) -> None:
+        if not isinstance(question, str) or not question.strip():
+            raise PromptError(f"the question is {question!r}, expected some text")
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._rag, self._question, self._k, self._rounds = rag, question, k, rounds

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from .documents import Document, Hit
 from .errors import ConfigError
+from .sizes import is_count
 
 FIRST_HITS = 3  # best hits of round one that round two starts from
 
@@ -25,6 +26,8 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
     Raises `ConfigError` for other numbers.
     """
     check_count(k)
+    if not isinstance(question, str):
+        raise ConfigError(f"the question is {question!r}, expected a str")
     if rounds not in (1, 2):
         raise ConfigError(f"rounds is {rounds}, expected 1 or 2")
     first = search([question], k)[0]
@@ -37,8 +40,8 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
 
 def check_count(k: int) -> None:
     """Raise `ConfigError` where `k` is no number of hits to ask for."""
-    if k < 1:
-        raise ConfigError(f"k is {k}, expected at least 1")
+    if not is_count(k):
+        raise ConfigError(f"k is {k!r}, expected a whole number of at least 1")
 
 
 def followed(question: str, document: Document) -> str:

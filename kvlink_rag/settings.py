@@ -15,7 +15,7 @@ import torch
 
 from .catalog import Catalog
 from .embedder import ContrieverEmbedder, Embedder
-from .errors import SettingsMismatch
+from .errors import ConfigError, SettingsMismatch
 from .foreign import AnyEmbedder, ForeignEmbedder
 from .loading import BUNDLED
 from .model import KVLinkModel
@@ -23,6 +23,7 @@ from .outline import ModelOutline, outline
 from .snapshot import EXACT, check_codec
 from .spec import Spec
 
+BF16 = "bf16"  # the exact codec of a bfloat16 model, by another name
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
 
 
@@ -50,7 +51,8 @@ class Settings:
         self._asked = {"model": model is not None, "embedder": embedder is not None}
         self._model = model if isinstance(model, KVLinkModel) else None
         self._embedder = None if isinstance(embedder, str | Path) else embedder
-        self._codec = None if codec is None else check_codec(codec)
+        self._needs_bf16 = codec == BF16
+        self._codec = None if codec is None else EXACT if self._needs_bf16 else check_codec(codec)
         self.model_name = self._name("model", model)
         self.embedder_name = self._name("embedder", embedder)
 
@@ -95,6 +97,11 @@ class Settings:
 
     def settle_model(self, allow: bool) -> bool:
         """Check model and codec that were asked for; True where one is new and `allow` takes it."""
+        if self._needs_bf16 and (dtype := self._dtype_name()) != "bfloat16":
+            raise ConfigError(
+                f"codec {BF16!r} keeps snapshots of a bfloat16 model, found {self.model_name!r} in "
+                f"{dtype}; use codec {EXACT!r}, or dtype 'bfloat16'"
+            )
         if "model_identity" not in self._remembered:
             return False
         if not allow:
@@ -167,12 +174,28 @@ class Settings:
                     "encoding this collection again was interrupted; open it with reencode=True "
                     "(kvlink-rag: --reencode) to finish it"
                 )
+            self._check_dtype(what)
             found, known = getattr(self, f"{what}_name"), self._remembered.get(what)
             raise SettingsMismatch(
                 f"this collection was made with the {what} {known!r}, found {found!r} with other "
                 f"weights or settings; open it with that {what}, in another directory, or with "
                 "reencode=True (kvlink-rag: --reencode) to encode it again"
             )
+
+    def _check_dtype(self, what: str) -> None:
+        """Of a model that is another one, raise where it already differs in its dtype."""
+        known = self._remembered.get("dtype")
+        if what != "model" or known is None:
+            return
+        if known != (found := self._dtype_name()):
+            raise SettingsMismatch(
+                f"this collection's snapshots are {known}, found the model {self.model_name!r} in "
+                f"{found}; open it with dtype={known!r} (kvlink-rag: --dtype {known}), in another "
+                "directory, or with reencode=True (kvlink-rag: --reencode) to encode it again"
+            )
+
+    def _dtype_name(self) -> str:
+        return str(self._load_model().backbone.dtype).removeprefix("torch.")
 
     def _check_codec(self) -> None:
         known = str(self._remembered.get("codec", EXACT))
@@ -194,7 +217,7 @@ class Settings:
     def _facts(self, what: str, identity: str) -> dict[str, Any]:
         values: dict[str, Any] = {what: getattr(self, f"{what}_name"), f"{what}_identity": identity}
         if what == "model":
-            values["codec"] = self.codec
+            values |= {"codec": self.codec, "dtype": self._dtype_name()}
         if what == "embedder":
             values["dimension"] = self._load_embedder().dimension
         return values

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .documents import Document, Part, Passage, Text
-from .errors import SpecError
+from .errors import PromptError, SpecError
 
 SPEC_FILE = "kvlink.json"
 SPEC_FORMAT = 1
@@ -88,6 +88,11 @@ class Spec:
 
     def prompt(self, documents: Sequence[Document], question: str) -> list[Part]:
         """The preset's prompt: before, the passages, between, the question, after."""
+        if isinstance(documents, Document | str):
+            raise PromptError(
+                f"documents is one {type(documents).__name__}, expected a list of Document; use "
+                "[document]"
+            )
         preset = self.prompt_preset
         parts: list[Part] = [Text(preset.before, special=True)]
         parts += [Passage(document) for document in documents]

@@ -91,7 +91,7 @@ class SnapshotStore:
     """Snapshots by key, in `directory`, for any number of threads and processes.
 
     size_limit: bytes of snapshot files to keep at most (the table, some 300 bytes an entry, comes
-        on top); None: no limit. Above it the least recently used go.
+        on top); None: no limit. Above it the least recently used go, at opening with a warning.
     Raises `StorageError` where the directory cannot be opened or written. A damaged table is
     rebuilt from the files. On a read-only file system the store can be read, and only that.
     """
@@ -106,6 +106,7 @@ class SnapshotStore:
             self._temporary = files.private_directory(self.directory / _TEMPORARY)
             self._table = _Table(self.directory)
             self._sweep()
+            self._shrink()
         except StorageError:
             raise
         except OSError as error:
@@ -259,6 +260,26 @@ class SnapshotStore:
         if self.size_limit is not None and self.bytes() + size > self.size_limit:
             room = self.size_limit - size
             self._evicted(self._table.change(lambda cache: _evict(cache, room)))
+
+    def _shrink(self) -> None:
+        """Evict what was stored under a larger limit, and say how much that is."""
+        limit = self.size_limit
+        if limit is None or self.bytes() <= limit or files.is_read_only(self.directory):
+            return
+
+        def evict(cache: Any) -> tuple[int, int]:
+            before = _total(cache, "size")
+            return _evict(cache, limit), before - _total(cache, "size")
+
+        number, size = self._table.change(evict)
+        self._evicted(number)
+        logger.warning(
+            "evicted %d snapshots (%d bytes) to stay below %d bytes; they are encoded again when "
+            "they are needed",
+            number,
+            size,
+            limit,
+        )
 
     def _sweep(self) -> list[str]:
         """Remove what dead writers left: their temporary file, and its link without a row."""

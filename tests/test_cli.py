@@ -15,7 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +171,9 @@ def test_version(tmp_path: Path) -> None:
         ["index", "x", "--size-limit", "lots"],
         ["index", "x", "--size-limit", "-5GB"],
         ["index", "x", "--passage-tokens", "1.5"],
+        ["ask", "x", "--seed", "-1"],
+        ["ask", "x", "--seed", str(2**64)],
+        ["ask", "x", "--dtype", "foo"],
     ],
 )
 def test_wrong_usage_is_2(arguments: list[str], tmp_path: Path) -> None:
@@ -440,6 +443,19 @@ def test_check_finds_and_mends(pair: list[str], tmp_path: Path) -> None:
     assert mended.out.endswith(" found, 0 left\n")
 
 
+def test_check_tells_of_a_lost_index_and_makes_it_again(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    (tmp_path / "col" / "index.faiss").unlink()
+    lost = Ran(1, "index: missing file: index.faiss\n", "")
+    assert here("--dir", "col", "check", cwd=tmp_path) == lost
+    assert here("--dir", "col", "check", cwd=tmp_path) == lost  # looking mends nothing
+    mended = here("--dir", "col", "check", "--fix", cwd=tmp_path)
+    assert (mended.code, mended.out) == (0, f"{lost.out}1 problem found, 0 left\n")
+    assert (tmp_path / "col" / "index.faiss").exists()
+    assert here("--dir", "col", "check", cwd=tmp_path) == Ran(0, "no problems\n", "")
+
+
 def snapshot_size(path: Path) -> int:
     return path.stat().st_size if path.suffix == ".safetensors" else -1
 
@@ -464,6 +480,93 @@ def test_verify(collection: Path, pair: list[str], tmp_path: Path) -> None:
     assert alone.code == 0
     assert "reuse equals the masked full prefill" in alone.out
     assert not (tmp_path / "none").exists()
+
+
+def test_verify_and_plan_refuse_what_is_no_collection(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    verify, plan = (here_in(tmp_path, *pair, *words) for words in (["verify"], ["plan", "docs"]))
+    assert "found no catalog" in the_error(verify("docs"))
+    assert here("--dir", "col", *pair, "index", "docs/lines.jsonl", cwd=tmp_path).code == 0
+    here("--dir", "col", "delete", "--source", "docs/lines.jsonl", cwd=tmp_path)
+    assert "holds no documents, so there is nothing to verify" in the_error(verify("col"))
+    (tmp_path / "col" / "catalog.sqlite").unlink()
+    for command in (verify, plan):
+        assert "so it was lost; bring the file back" in the_error(command("col"))
+
+
+def test_a_file_or_nothing_is_no_directory(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    file = "docs/orvale.md"
+    for command in (["index", "docs"], ["plan", "docs"], ["verify"]):
+        message = the_error(here("--dir", file, *pair, *command, cwd=tmp_path))
+        assert f"found a file at {file}, expected a directory" in message
+        assert "--dir is empty" in the_error(here("--dir", "", *pair, *command, cwd=tmp_path))
+    nothing = here("--dir", "col", "index", "", cwd=tmp_path)
+    assert nothing == Ran(1, "", "kvlink-rag: skipped: '': no such file or folder\n")
+
+
+def test_files_whose_names_are_no_unicode_stay(pair: list[str], tmp_path: Path) -> None:
+    """Two such names look alike, as sources; neither takes the other's passages for old ones."""
+    (tmp_path / "docs").mkdir()
+    for number, byte in enumerate((b"\xff", b"\xfe")):
+        Path(os.fsdecode(bytes(tmp_path / "docs") + b"/" + byte + b".txt")).write_text(
+            f"The lamp number {number} is lit."
+        )
+    ran = here("--dir", "col", *pair, "index", "docs", "--json", cwd=tmp_path)
+    assert (ran.code, ran.json["added"], ran.json["removed"]) == (0, 2, 0)
+    assert ran.json["gone"] == []
+    assert ran.json["collection"]["documents"] == 2
+
+
+def here_in(folder: Path, *arguments: str) -> Callable[[str], Ran]:
+    """Runs a command, once given the collection's directory."""
+    return lambda name: here("--dir", name, *arguments, cwd=folder)
+
+
+def test_too_many_passages_name_the_option(collection: Path, pair: list[str]) -> None:
+    write_many = "".join(f'{{"text": "Lamp number {n}."}}\n' for n in range(45))
+    (collection / "lamps.jsonl").write_text(write_many)
+    assert here("--dir", "many", *pair, "index", "lamps.jsonl", cwd=collection).code == 0
+    message = the_error(here("--dir", "many", "ask", "Which?", "-k", "45", cwd=collection))
+    assert "more than 40 passages" in message
+    assert "a smaller -k" in message
+
+
+def test_the_dtype_is_named_where_it_differs(collection: Path) -> None:
+    ran = here("--dir", "col", "--dtype", "bfloat16", "verify", cwd=collection)
+    message = the_error(ran)
+    assert "snapshots are float32" in message
+    assert "in bfloat16; open it with dtype='float32' (kvlink-rag: --dtype float32)" in message
+
+
+def test_bf16_is_exact_of_a_bfloat16_model(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    refused = here("--dir", "a", *pair, "index", "docs", "--codec", "bf16", cwd=tmp_path)
+    assert "found" in the_error(refused)
+    assert "in float32; use codec 'exact', or dtype 'bfloat16'" in refused.err
+    options = ["--dtype", "bfloat16", *pair, "index", "docs", "--codec", "bf16"]
+    assert here("--dir", "b", *options, cwd=tmp_path).code == 0
+    again = here("--dir", "b", *options[:-1], "exact", "--json", cwd=tmp_path)
+    assert (again.code, again.json["unchanged"], again.json["encoded"]) == (0, 9, 0)
+    assert here("--dir", "b", "stats", "--json", cwd=tmp_path).json["codec"] == "exact"
+
+
+def test_the_rows_of_the_generated_set_are_named(pair: list[str], tmp_path: Path) -> None:
+    ran = here(*pair, "eval", "generated", "--out", "out", cwd=tmp_path)
+    assert "python -m kvlink_rag.training.held_out --out DIR" in the_error(ran)
+
+
+def test_the_bundled_pair_loads_quietly_and_bars_come_back(tmp_path: Path) -> None:
+    program = f"""
+from transformers.utils import logging
+from kvlink_rag import Document, KVLinkRAG
+with KVLinkRAG.open({str(tmp_path / "col")!r}) as rag:
+    rag.add([Document("The harbour of Orvale was built in 1911.", title="Orvale")])
+    print(rag.ask("When was the harbour of Orvale built?", max_new_tokens=4).text)
+assert logging.is_progress_bar_enabled()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Path) -> None:

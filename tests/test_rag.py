@@ -8,19 +8,21 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ModelMaker, WordEmbedder
 
 import kvlink_rag.index
 import kvlink_rag.indexing
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Passage
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
     DocumentError,
     DocumentNotFound,
     PassageTooLong,
+    PromptError,
     SettingsMismatch,
 )
 
@@ -148,7 +150,10 @@ def test_a_damaged_index_is_rebuilt(
     spoil(tmp_path / "index.faiss", damage)
     with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
         assert rag.search("Hux", 3) == expected
-        assert bool(rag.check(fix=True)) == (damage != "missing")
+        problems = rag.check(fix=True)
+        assert len(problems) == 1
+        assert problems[0].startswith("index: ")
+        assert ("missing file: index.faiss" in problems[0]) == (damage == "missing")
         assert rag.check() == []
 
 
@@ -317,6 +322,32 @@ def test_a_size_limit_evicts_and_answers_stay_right(
         assert rag.check() == []
 
 
+def test_a_smaller_limit_evicts_at_opening_and_sizes_may_be_text(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = {"model": model, "embedder": embedder}
+    with KVLinkRAG.open(tmp_path, size_limit="1.5 GB", prefix_budget="1MiB", **arguments) as rag:
+        rag.add(towns())
+        before = rag.stats()
+        assert rag.store.size_limit == 1_500_000_000
+    with KVLinkRAG.open(tmp_path, size_limit="100 kB", **arguments) as rag:
+        after = rag.stats()
+        assert after.snapshot_bytes <= 100_000 < before.snapshot_bytes
+        gone, size = (
+            before.snapshots - after.snapshots,
+            before.snapshot_bytes - after.snapshot_bytes,
+        )
+        assert f"evicted {gone} snapshots ({size} bytes)" in caplog.text
+        assert answers_equal_oracle(rag, "Hux")
+
+
+@pytest.mark.parametrize("bad", ["1 XB", "", "GB", "1ib", "-5", -1, 1.5, True, "nan", "1e3", "٣"])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, bad: object) -> None:
+    for name in ("size_limit", "prefix_budget"):
+        with pytest.raises(ConfigError, match=f"{name} is .*, expected .*bytes.*20GB"):
+            KVLinkRAG.open(tmp_path, **{name: bad})  # type: ignore[arg-type]
+
+
 def test_questions_about_an_empty_collection(rag: KVLinkRAG) -> None:
     assert rag.search("anything", 5) == []
     answer = rag.ask("anything?", max_new_tokens=3)
@@ -342,6 +373,37 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         rag.search("x", 0)
     assert len(rag) == 3
     assert len(rag.search("town", 100)) == 3
+
+
+def test_arguments_of_a_wrong_type_are_told(rag: KVLinkRAG) -> None:
+    rag.add(towns(2))
+    document = towns(1)[0]
+    for wrong in (None, "", " \n", 7):
+        with pytest.raises(PromptError, match=r"the question is .*, expected some text"):
+            rag.ask(wrong)  # type: ignore[arg-type]
+    for k in (2.5, "3", True, None):
+        with pytest.raises(ConfigError, match=r"k is .*, expected a whole number of at least 1"):
+            rag.ask("Which town?", k=k)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the question is None, expected a str"):
+        rag.search(None)  # type: ignore[arg-type]
+    for options, message in (
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5', expected a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a finite number"),
+        ({"top_p": None}, "top_p is None, expected a number"),
+        ({"seed": 2**64}, "seed is .*, expected a whole number from 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            rag.ask("Which town?", **options)
+    for one in (document, "abc"):
+        with pytest.raises(PromptError, match=r"expected a list of Document; use \[document\]"):
+            rag.model.prompt(one, "Which town?")  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="the document of a Passage is 'x', expected a Document"):
+        Passage("x")  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="the text of a Text is None, expected a str"):
+        rag.model.prompt([document], None)  # type: ignore[arg-type]
+    assert rag.ask("Which town?", k=np.int64(1), max_new_tokens=1).hits  # a whole number, too
+    with pytest.raises(ConfigError, match="k is 0"):
+        rag.verify(k=0)
 
 
 def test_registered_documents_are_encoded_but_not_found(rag: KVLinkRAG) -> None:
@@ -429,3 +491,17 @@ def test_an_index_newer_than_a_restored_catalog_is_rebuilt(
         assert len(rag.index) == len(rag) == 2
         rag.add([Document("A lamp is red.", id="lamp")])
         assert rag.search("a red lamp", 1)[0].document.id == "lamp"
+
+
+def test_replacing_the_last_change_before_the_index_is_loaded_rebuilds_nothing(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No row tells any more that the catalog was ever at the index's version."""
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add(towns(7))
+        rag.add(towns()[7:])
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add([replace(towns()[7], text="Hux is a village of weavers.")])
+        assert rag.search("village of weavers", 1)[0].document.id == "hux"
+        assert rag.check() == []
+    assert not caplog.records

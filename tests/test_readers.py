@@ -86,7 +86,25 @@ def test_loops_of_links_end_and_links_to_elsewhere_are_followed():
     Path("docs/other").symlink_to(Path("elsewhere").resolve())
     documents, problems = read("docs")
     assert [d.metadata["source"] for d in documents] == ["docs/other/b.txt", "docs/sub/a.txt"]
-    assert not problems
+    assert [str(p) for p in problems] == [
+        "docs/sub/up: the same folder as docs; read there, skipped here"
+    ]
+    assert not problems[0].skipped
+
+
+def test_a_link_to_a_folder_above_does_not_bring_in_that_folder():
+    write("docs/a.txt", "x")
+    write("private/b.txt", "y")
+    Path("docs/up").symlink_to("..")
+    documents, problems = read("docs")
+    assert [d.metadata["source"] for d in documents] == ["docs/a.txt"]
+    above = Path().resolve().as_posix()
+    assert [str(p) for p in problems] == [
+        f"docs/up: a link to {above}, a folder above it; not followed"
+    ]
+    documents, problems = read("docs", ".")  # named, the folder above is read
+    assert [d.metadata["source"] for d in documents] == ["docs/a.txt", "private/b.txt"]
+    assert len(problems) == 1
 
 
 def test_folders_nested_deeper_than_the_stack():

@@ -228,10 +228,16 @@ def test_what_is_larger_than_the_budget_is_not_kept(
         assert snapshot_files(store.directory) == []
 
 
-def test_a_smaller_budget_takes_effect_at_the_next_put(store: SnapshotStore) -> None:
+def test_a_smaller_budget_takes_effect_at_opening(
+    store: SnapshotStore, caplog: pytest.LogCaptureFixture
+) -> None:
     put(store, *range(6))
     store.close()
     with SnapshotStore(store.directory, size_limit=2 * SIZE) as smaller:
+        assert sorted(smaller.keys()) == sorted(key_of(n) for n in (4, 5))
+        assert f"evicted 4 snapshots ({4 * SIZE} bytes)" in caplog.text
+        assert smaller.stats().evicted == 4
+        assert smaller.check() == []
         put(smaller, 6)
         assert smaller.bytes() <= 2 * SIZE
         assert get(smaller, 6)

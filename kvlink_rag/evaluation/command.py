@@ -117,7 +117,10 @@ def _cases(arguments: argparse.Namespace, data_set: DataSet, skipped: Skipped) -
     """Examples, filled up or over retrieved documents, with the gold one at each place wanted."""
     source = data_set.source
     if not (arguments.data or source.path):
-        raise ConfigError(f"the set {data_set.name} is on no hub; give its rows with --data")
+        raise ConfigError(
+            f"the set {data_set.name} is on no hub; write its rows with: python -m "
+            "kvlink_rag.training.held_out --out DIR, then give one of the files with --data"
+        )
     if arguments.data:
         source = Source(arguments.data, None, arguments.split or source.split)
     elif arguments.split:

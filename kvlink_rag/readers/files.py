@@ -122,7 +122,10 @@ def find_files(
     """The files of `paths` with one of `suffixes`, each once, and the paths that gave none."""
     search = _Search(suffixes)
     for path in paths:
-        search.take(Path(path))
+        if os.fspath(path) == "":  # Path would read the folder we are in
+            search.problems.append(Problem("''", "no such file or folder"))
+        else:
+            search.take(Path(path))
     return search.files, search.problems
 
 
@@ -134,11 +137,13 @@ class _Search:
         self.problems: list[Problem] = []
         self._suffixes = suffixes
         self._known = ", ".join(suffixes)
-        self._seen: set[tuple[int, int]] = set()  # device and inode: links may lead back
+        self._seen: dict[tuple[int, int], str] = {}  # device and inode: links may lead back
+        self._above: dict[tuple[int, int], str] = {}  # the folders that hold the one taken now
 
     def take(self, path: Path) -> None:
         """All files at or below a path that the caller named."""
         source = clean(path.as_posix())
+        self._above = _parents(path)
         kind = self._kind(path, source)
         if kind == "folder":
             if not self._walk(path):
@@ -153,13 +158,28 @@ class _Search:
         pending, some = self._children(folder), False
         while pending:
             path = pending.pop()
-            kind = self._kind(path, clean(path.as_posix()))
+            kind = "" if self._leads_back(path) else self._kind(path, clean(path.as_posix()))
             if kind == "folder":
                 pending += self._children(path)
             elif kind == "file":
                 self.files.append(SourceFile(path, clean(path.as_posix())))
             some = some or kind != "folder"
         return some
+
+    def _leads_back(self, path: Path) -> bool:
+        """Whether `path` is a folder read already under another name, or one above; told then."""
+        if not os.path.isdir(path):  # False too for a path that cannot be looked at
+            return False
+        identity, source = _identity(path.stat()), clean(path.as_posix())
+        there, above = self._seen.get(identity), self._above.get(identity)
+        if there not in (None, source):
+            message = f"the same folder as {there}; read there, skipped here"
+        elif above is not None:
+            message = f"a link to {above}, a folder above it; not followed"
+        else:
+            return False
+        self.problems.append(Problem(source, message, skipped=False))
+        return True
 
     def _children(self, folder: Path) -> list[Path]:
         """Folders and files of known kinds in `folder`, not hidden, the first by name last."""
@@ -185,14 +205,27 @@ class _Search:
             reason = "no such file or folder" if isinstance(error, FileNotFoundError) else error
             self._problem(source, str(getattr(reason, "strerror", None) or reason))
             return ""
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(status)
         if identity in self._seen:
             return ""
         if stat.S_ISDIR(status.st_mode) or path.suffix.lower() in self._suffixes:
-            self._seen.add(identity)
+            self._seen[identity] = source
         if stat.S_ISDIR(status.st_mode):
             return "folder"
         return "file" if stat.S_ISREG(status.st_mode) else "other"
 
     def _problem(self, source: str, message: str) -> None:
         self.problems.append(Problem(source, message))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _parents(path: Path) -> dict[tuple[int, int], str]:
+    """The folders above `path`, by device and inode."""
+    found = {}
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        for parent in path.resolve().parents:
+            found[_identity(parent.stat())] = clean(parent.as_posix())
+    return found
