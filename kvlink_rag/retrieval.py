@@ -8,9 +8,10 @@ FAISS nor SQLite.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 from .documents import Document, Hit
-from .errors import ConfigError
+from .errors import ConfigError, PromptError
 
 FIRST_HITS = 3  # best hits of round one that round two starts from
 
@@ -37,8 +38,17 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
 
 def check_count(k: int) -> None:
     """Raise `ConfigError` where `k` is no number of hits to ask for."""
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise ConfigError(f"k is {k!r}, expected an integer of at least 1")
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1")
+
+
+def check_question(question: str) -> None:
+    """Raise `PromptError` where `question` is no text to ask."""
+    if not isinstance(question, str) or not question.strip():
+        found = repr(question) if isinstance(question, str) else f"a {type(question).__name__}"
+        raise PromptError(f"the question is {found}, expected a string with text in it")
 
 
 def followed(question: str, document: Document) -> str:

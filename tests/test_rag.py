@@ -332,6 +332,10 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         rag.add([Document("  \n", id="empty")])
     with pytest.raises(DocumentError, match="metadata"):
         rag.add([Document("x", metadata={"when": object()})])
+    for odd, match in (({1: 2}, "key 1"), ({"a": {"b": [(1, 2)]}}, r"\['b'\] is a tuple")):
+        for id in (None, "x"):
+            with pytest.raises(DocumentError, match=match):
+                rag.add([Document("x", id=id, metadata=odd)])
     with pytest.raises(DocumentError, match="surrogate"):
         rag.add([Document("lone \ud800 surrogate", id="u")])
     with pytest.raises(ConfigError, match="iterable"):
