@@ -59,8 +59,8 @@ class Document:
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise DocumentError(
-                f"the metadata of document {name!r} is not JSON ({error}); use strings as keys, and "
-                "as values strings, finite numbers, booleans, None, lists and mappings"
+                f"the metadata of document {name!r} is not JSON ({error}); use strings as keys, "
+                "and as values strings, finite numbers, booleans, None, lists and mappings"
             ) from error
 
     def identified(self) -> Document:

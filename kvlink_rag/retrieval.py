@@ -36,12 +36,10 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
     return merge(first, seeds, second, k)
 
 
-def check_count(k: int) -> None:
+def check_count(k: int, name: str = "k") -> None:
     """Raise `ConfigError` where `k` is no number of hits to ask for."""
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise ConfigError(f"k is {k!r}, expected an integer of at least 1")
-    if k < 1:
-        raise ConfigError(f"k is {k}, expected at least 1")
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+        raise ConfigError(f"{name} is {k!r}, expected an integer of at least 1")
 
 
 def check_question(question: str) -> None:

@@ -536,7 +536,7 @@ def test_passages_beyond_the_slots_are_told(
         list(stream)
         assert (stream.trace.passages, stream.trace.passages_as_text) == (3, 3)
         handed = [*(Passage(document) for document in DOCS), Text("when?")]
-        with pytest.raises(TooManyPassages, match="found 4 passages .* at most 3"):
+        with pytest.raises(TooManyPassages, match="found 4 passages"):
             next(rag.complete([{"role": "user", "content": handed}]))
         caplog.clear()
         list(rag.complete("\n\n".join([*TEXTS[:3], "Question: when?"]), max_new_tokens=2))
@@ -557,7 +557,7 @@ EMPTY = [
 def test_an_empty_question(rag: KVLinkRAG, prompt: Any) -> None:
     with pytest.raises(PromptError, match="empty"):
         rag.complete(prompt)
-    with pytest.raises(PromptError, match="the question is .*, expected a string with text"):
+    with pytest.raises(PromptError, match="the question is '"):
         rag.ask("" if prompt == [] else " ")
 
 
