@@ -19,8 +19,9 @@ class Document:
     """One passage of text: the unit of retrieval and of encoding.
 
     `metadata` must be JSON (string keys; strings, finite numbers, booleans, None, lists and
-    mappings). A document without an `id` gets one derived from title, text and metadata when it
-    is added (`identified`). Raises `DocumentError` where a field has another type.
+    mappings), so that it comes back as it was; `canonical` raises where it is not. A document
+    without an `id` gets one derived from title, text and metadata when it is added (`identified`).
+    Raises `DocumentError` where a field has another type.
     """
 
     text: str
@@ -42,8 +43,13 @@ class Document:
         return hash((self.text, self.title, self.id))
 
     def canonical(self) -> str:
-        """Title, text and metadata as one JSON string, the same for equal content."""
+        """Title, text and metadata as one JSON string, the same for equal content.
+
+        Raises `DocumentError` for metadata that is not JSON or that JSON would change.
+        """
+        name = self.id or self.title or self.text[:40]
         try:
+            _check_unchanged(self.metadata)
             return json.dumps(
                 [self.title, self.text, dict(self.metadata)],
                 sort_keys=True,
@@ -51,10 +57,10 @@ class Document:
                 allow_nan=False,
                 separators=(",", ":"),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise DocumentError(
-                f"the metadata of document {self.id or self.title or self.text[:40]!r} is not "
-                f"JSON ({error}); use strings, finite numbers, booleans, None, lists and mappings"
+                f"the metadata of document {name!r} is not JSON ({error}); use strings as keys, "
+                "and as values strings, finite numbers, booleans, None, lists and mappings"
             ) from error
 
     def identified(self) -> Document:
@@ -62,6 +68,23 @@ class Document:
         if self.id is not None:
             return self
         return replace(self, id=hashlib.sha256(self.canonical().encode()).hexdigest()[:32])
+
+
+def _check_unchanged(value: object, where: str = "metadata") -> None:
+    """Raise `TypeError` for what JSON takes and gives back otherwise: other keys, and tuples."""
+    if isinstance(value, tuple):
+        raise TypeError(f"{where} is a tuple, which would come back as a list; give a list")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{where} has the key {key!r}, which would come back as a string; "
+                    f"give {str(key)!r}"
+                )
+            _check_unchanged(item, f"{where}[{key!r}]")
+    elif isinstance(value, list):
+        for item in value:
+            _check_unchanged(item, f"an item of {where}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,7 @@ def _pieces(
     parts: Sequence[Part], encoder: PartEncoder, spec: Spec, first_slot: int
 ) -> Iterator[_Piece]:
     """Token ids in prompt order: one piece for each part, each slot's links and each marker."""
+    _check_slots(first_slot + sum(isinstance(part, Passage) for part in parts), spec)
     slot = first_slot
     for message in _messages(parts):
         at = [i for i, part in enumerate(message) if isinstance(part, Passage)]
@@ -184,12 +185,16 @@ def _messages(parts: Sequence[Part]) -> Iterator[list[Part]]:
     yield message
 
 
-def _passage_piece(document: Document, slot: int, encoder: PartEncoder, spec: Spec) -> _Piece:
-    if spec.max_passages is not None and slot >= spec.max_passages:
+def _check_slots(passages: int, spec: Spec) -> None:
+    if spec.max_passages is not None and passages > spec.max_passages:
         raise TooManyPassages(
-            f"the prompt has more than {spec.max_passages} passages, the most this model has link "
-            "tokens for; hand over fewer (kvlink-rag: a smaller -k), or give the rest as Text"
+            f"found {passages} passages in the prompt, expected at most {spec.max_passages}: this "
+            "model has link tokens for no more; hand over fewer (kvlink-rag: a smaller -k), or the "
+            "rest as text"
         )
+
+
+def _passage_piece(document: Document, slot: int, encoder: PartEncoder, spec: Spec) -> _Piece:
     ids = encoder.encode(spec.render_passage(document, slot))
     if not ids:
         raise PromptError(f"passage {document.id or document.title!r} has no tokens")

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from . import files
 from .answering import Reuse, TextStream
 from .catalog import Catalog, Entry
-from .documents import Document, Hit, Part, Passage
+from .documents import Document, Hit, Part, Passage, Text
 from .embedder import Embedder, Vectors
 from .errors import (
     CatalogError,
@@ -49,8 +49,8 @@ from .mending import check_collection, reembed, reencode
 from .model import KVLinkModel, Verification
 from .outline import ModelOutline
 from .prefix import PrefixCache
-from .recognition import MIN_TOKENS, Recogniser
-from .retrieval import Where, check_count, retrieve
+from .recognition import MIN_TOKENS, Recogniser, count_passages
+from .retrieval import Where, check_count, check_question, retrieve
 from .settings import Settings
 from .sizes import parse_size
 from .spec import Spec
@@ -304,8 +304,9 @@ class KVLinkRAG:
     ) -> AnswerStream:
         """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`.
 
-        Raises `PromptError` where there is no question; the rest is told by the first `next()`.
+        Raises `PromptError` for a question without text; the rest is told by the first `next()`.
         """
+        check_question(question)
         return AnswerStream(self, question, k, rounds, arguments)
 
     def ask(self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any) -> Answer:
@@ -344,14 +345,20 @@ class KVLinkRAG:
         return self._loaded()[3].recognise(prompt, question=question, system=known)
 
     def recognise_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, system: Sequence[str] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        system: Sequence[str] = (),
+        trace: Trace | None = None,
     ) -> list[Part]:
         """A conversation as parts: contents as in `recognise`, then `KVLinkModel.chat`.
 
-        The question of every user message and all that the assistant said stay text.
+        The question of every user message and all that the assistant said stay text. trace: counts
+        the passages beyond the model's slots in `passages_as_text`.
         """
         known = (*self._system_prompts, *system)
-        return self.model.chat(self._loaded()[3].recognise_contents(messages, system=known))
+        recogniser = self._loaded()[3]
+        return self.model.chat(recogniser.recognise_contents(messages, system=known, trace=trace))
 
     def register_system_prompt(self, text: str) -> None:
         """Never take `text`, the application's own prompt, for a passage."""
@@ -363,12 +370,13 @@ class KVLinkRAG:
 
         A string is one user message; without a chat template the spec's preset stands around it.
         Logs a warning where the collection has documents and none was recognised. What fits as
-        text is never too long for being recognised (`fitting`). Arguments as in
-        `KVLinkModel.stream`. Raises `PromptError` for an empty prompt.
+        text is never too long for being recognised (`fitting`); passages beyond the model's slots
+        are computed as text. Either logs a warning and counts in the trace's `passages_as_text`.
+        Arguments as in `KVLinkModel.stream`. Raises `PromptError` for an empty prompt, and where
+        the last message is the user's and empty.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not messages or (isinstance(prompt, str) and not prompt.strip()):
-            raise PromptError("the prompt is empty, expected text or messages")
+        _check_says_something(messages)
         trace = Trace()
         parts = self._recognised(messages, trace, arguments.get("max_new_tokens", 256))
         return self.model.stream(parts, reuse=self.reuse, trace=trace, **arguments)
@@ -446,9 +454,10 @@ class KVLinkRAG:
         model: KVLinkModel | str | Path | None = None,
         embedder: AnyEmbedder | str | Path | None = None,
         device: str = "auto",
+        codec: str | None = None,
     ) -> bool:
         """Whether these arguments of `open` ask for what is open here."""
-        return self._settings.uses(model, embedder, device)
+        return self._settings.uses(model, embedder, device, codec)
 
     @property
     def model_name(self) -> str:
@@ -604,7 +613,7 @@ class KVLinkRAG:
         """`recognise_chat` when the first part is asked for, with `room` left for the answer."""
         trace.restart()
         with trace.stage("retrieval"):
-            parts = self.recognise_chat(messages)
+            parts = self.recognise_chat(messages, trace=trace)
         if not any(isinstance(part, Passage) for part in parts) and len(self):
             logger.warning(
                 "recognised none of the %d documents of %s in the prompt, so all of it is "
@@ -615,8 +624,29 @@ class KVLinkRAG:
         contents = (m["content"] for m in messages if not isinstance(m["content"], str))
         given = {id(part) for content in contents for part in content}
         with trace.stage("layout"):
-            parts = fit(self.model, parts, room, given=given)
-        yield from parts
+            fitted = fit(self.model, parts, room, given=given)
+        self._warn_of_text(trace, count_passages(parts), count_passages(fitted))
+        yield from fitted
+
+    def _warn_of_text(self, trace: Trace, recognised: int, fitted: int) -> None:
+        """Say how many passages are computed although they were recognised, and note them."""
+        if trace.passages_as_text:
+            logger.warning(
+                "%d of the %d passages in the prompt are computed as text: the model has link "
+                "tokens for %d; retrieve fewer for a prompt (a smaller k)",
+                trace.passages_as_text,
+                trace.passages_as_text + recognised,
+                self.model.spec.max_passages,
+            )
+        if fitted < recognised:
+            logger.warning(
+                "%d of the %d passages recognised are computed as text: with their titles and link "
+                "tokens the prompt would not leave the answer its room in the model's window; "
+                "retrieve fewer, or ask for fewer new tokens",
+                recognised - fitted,
+                recognised,
+            )
+        trace.passages_as_text += recognised - fitted
 
     def _search_many(
         self, queries: Sequence[str], k: int, *, where: Where | None = None
@@ -713,6 +743,25 @@ class KVLinkRAG:
         return total, sum(stored.values())
 
 
+def _check_says_something(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `PromptError` where `messages` or the last of them, if the user's, say nothing."""
+    blank = [_is_blank(message) for message in messages]
+    if all(blank):
+        raise PromptError("the prompt is empty, expected text or messages with text in them")
+    if blank[-1] and messages[-1].get("role") == "user":
+        raise PromptError("the last message is the user's and empty, expected a question in it")
+
+
+def _is_blank(message: Mapping[str, Any]) -> bool:
+    """Whether a message's content is known to say nothing; what is no message is told later."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    texts = [content] if isinstance(content, str) else content
+    if not isinstance(texts, list | tuple):
+        return False
+    said = (part.text if isinstance(part, Text) else part for part in texts)
+    return all(isinstance(text, str) and not text.strip() for text in said)
+
+
 def _refuse_links(directory: Path) -> None:
     """Raise where a part of the collection is a symbolic link, which may lead anywhere."""
     for name in (CATALOG, INDEX, SNAPSHOTS, LOCK):
@@ -732,8 +781,6 @@ class AnswerStream(Iterator[str]):
     def __init__(
         self, rag: KVLinkRAG, question: str, k: int, rounds: int, arguments: dict[str, Any]
     ) -> None:
-        if not isinstance(question, str) or not question.strip():
-            raise PromptError(f"the question is {question!r}, expected some text")
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._rag, self._question, self._k, self._rounds = rag, question, k, rounds

@@ -25,6 +25,7 @@ from .catalog import Entry
 from .documents import Document, Part, Passage, Text
 from .errors import CatalogError, PromptError
 from .layout import PartEncoder
+from .trace import Trace
 
 MIN_TOKENS = 16
 HEAD = 32  # characters of a text that are looked up first
@@ -132,7 +133,7 @@ class Recogniser:
         asks: whether the prompt holds the question; `question` is its text, None finds it
         (`find_question`). system: the application's own prompts.
         """
-        return self._parts(prompt, asks, question, system, self.most)
+        return self._parts(prompt, asks, question, system, self.most, Trace())
 
     def _parts(
         self,
@@ -141,6 +142,7 @@ class Recogniser:
         question: str | None,
         system: Sequence[str],
         most: int | None,
+        trace: Trace,
     ) -> list[Part]:
         table = self.refresh()
         closed = [c for text in system for c in self._own(prompt, text)]
@@ -153,22 +155,26 @@ class Recogniser:
             if inside := [s for s in found if asked.forbids(s.start, s.stop)]:
                 start = min(asked.start, *(s.start for s in inside))
                 found = select(matches, [*closed, Closed(start, asked.stop)])
-        return _cut(prompt, self._confirmed(prompt, found, table)[:most])
+        confirmed = self._confirmed(prompt, found, table)
+        trace.passages_as_text += len(confirmed[most:]) if most is not None else 0
+        return _cut(prompt, confirmed[:most])
 
     def recognise_contents(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         system: Sequence[str] = (),
+        trace: Trace | None = None,
     ) -> list[dict[str, Any]]:
         """`messages` with parts as contents. What the assistant said stays text.
 
         Every user message that an answer follows holds a question, the last one too, so that a
         later turn changes no earlier one. Passages are counted through all messages, with those
-        that contents hold already.
+        that contents hold already. trace: counts those beyond `most` in `passages_as_text`.
         """
+        trace = trace or Trace()
         contents = [_contents(message) for message in messages]
-        given = sum(map(_passages, contents))
+        given = sum(map(count_passages, contents))
         left = None if self.most is None else max(0, self.most - given)
         done = []
         for message, content, asks in zip(messages, contents, _asking(messages), strict=True):
@@ -178,8 +184,8 @@ class Recogniser:
                 if isinstance(part, Passage) or part.special or message["role"] == "assistant":
                     parts.append(part)
                     continue
-                new = self._parts(part.text, asks and i == last, None, system, left)
-                left = None if left is None else left - _passages(new)
+                new = self._parts(part.text, asks and i == last, None, system, left, trace)
+                left = None if left is None else left - count_passages(new)
                 parts += new
             done.append({**message, "content": parts})
         return done
@@ -574,5 +580,6 @@ def _contents(message: Mapping[str, Any]) -> list[Part]:
     )
 
 
-def _passages(parts: Iterable[Part]) -> int:
+def count_passages(parts: Iterable[Part]) -> int:
+    """How many of `parts` are passages."""
     return sum(isinstance(part, Passage) for part in parts)

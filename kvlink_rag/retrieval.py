@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .documents import Document, Hit
-from .errors import ConfigError
+from .errors import ConfigError, PromptError
 from .sizes import is_count
 
 FIRST_HITS = 3  # best hits of round one that round two starts from
@@ -38,10 +38,17 @@ def retrieve(search: SearchMany, question: str, k: int, rounds: int = 1) -> list
     return merge(first, seeds, second, k)
 
 
-def check_count(k: int) -> None:
+def check_count(k: int, name: str = "k") -> None:
     """Raise `ConfigError` where `k` is no number of hits to ask for."""
     if not is_count(k):
-        raise ConfigError(f"k is {k!r}, expected a whole number of at least 1")
+        raise ConfigError(f"{name} is {k!r}, expected a whole number of at least 1")
+
+
+def check_question(question: str) -> None:
+    """Raise `PromptError` where `question` is no text to ask."""
+    if not isinstance(question, str) or not question.strip():
+        found = repr(question) if isinstance(question, str) else f"a {type(question).__name__}"
+        raise PromptError(f"the question is {found}, expected a string with text in it")
 
 
 def followed(question: str, document: Document) -> str:

@@ -78,12 +78,14 @@ class Settings:
         model: KVLinkModel | str | Path | None,
         embedder: AnyEmbedder | str | Path | None,
         device: str,
+        codec: str | None = None,
     ) -> bool:
         """Whether these arguments ask for what is in use here; None and "auto" agree with all."""
         return (
             self._is("model", model, self._model)
             and self._is("embedder", embedder, self._embedder)
             and device in ("auto", self._device)
+            and codec in (None, self.codec)
         )
 
     def outline(self) -> ModelOutline:

@@ -34,19 +34,20 @@ def shared_collection(
     model: KVLinkModel | str | Path | None = None,
     embedder: AnyEmbedder | str | Path | None = None,
     device: str = "auto",
+    codec: str | None = None,
 ) -> KVLinkRAG:
     """The collection in `directory` (None: `default_directory()`), opened once.
 
     Whoever asks for the same directory gets the same object while anyone holds it, as long as
-    model, embedder and device agree; None and "auto" agree with all. Arguments and errors as in
-    `KVLinkRAG.open`. It is closed when the last holder lets go, so do not close it.
+    model, embedder, device and codec agree; None and "auto" agree with all. Arguments and errors as
+    in `KVLinkRAG.open`. It is closed when the last holder lets go, so do not close it.
     """
     path = Path(directory).expanduser() if directory is not None else default_directory()
     with _lock:
         for rag in list(_opened):
-            if rag.directory == path.resolve() and rag.uses(model, embedder, device):
+            if rag.directory == path.resolve() and rag.uses(model, embedder, device, codec):
                 return rag
-        rag = KVLinkRAG.open(path, model=model, embedder=embedder, device=device)
+        rag = KVLinkRAG.open(path, model=model, embedder=embedder, device=device, codec=codec)
         weakref.finalize(rag, _release, rag.store, rag.catalog)
         _opened.add(rag)
         return rag

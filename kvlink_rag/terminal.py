@@ -98,8 +98,10 @@ def trace(fields: Mapping[str, Any]) -> list[str]:
     times = [
         f"{s.replace('_', ' ')} {fields[f'{s}_ms']:.1f}" for s in stages if f"{s}_ms" in fields
     ]
+    more = fields.get("passages_as_text", 0)
+    as_text = f" ({more} more computed as text)" if more else ""
     counts = [
-        f"{number(fields['passages'], 'passage')}",
+        f"{number(fields['passages'], 'passage')}{as_text}",
         f"tokens: {fields['reused_tokens']:,} reused, {fields['prefix_tokens']:,} kept, "
         f"{fields['computed_tokens']:,} computed, {fields['generated_tokens']:,} generated",
         f"snapshots: {fields['snapshots_found']} found, {fields['snapshots_encoded']} encoded",

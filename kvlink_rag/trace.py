@@ -17,6 +17,7 @@ class Trace:
     """Filled in while a question runs; final once its stream ends. Times in milliseconds.
 
     passages: passages in the prompt. reused_tokens: their tokens, taken from snapshots.
+    passages_as_text: passages recognised and computed all the same, for want of slots or room.
     prefix_tokens: computed tokens taken from the prefix cache. computed_tokens: tokens the prefill
     ran the model over. snapshots_found: read from the store; snapshots_encoded: encoded now.
     """
@@ -30,6 +31,7 @@ class Trace:
     first_token_ms: float = 0.0
     total_ms: float = 0.0
     passages: int = 0
+    passages_as_text: int = 0
     reused_tokens: int = 0
     prefix_tokens: int = 0
     computed_tokens: int = 0

@@ -189,9 +189,15 @@ def test_a_long_text_comes_back(catalog: Catalog) -> None:
     assert catalog.get(["long"])[0].document == document
 
 
-def test_metadata_keys_that_json_makes_strings(catalog: Catalog) -> None:
-    catalog.upsert([Record(Document("x", id="a", metadata={10: 1, 9: (1, 2)}))])  # type: ignore[dict-item]
-    assert catalog.get(["a"])[0].document.metadata == {"10": 1, "9": [1, 2]}
+@pytest.mark.parametrize(
+    ("metadata", "match"), [({10: 1}, "key 10"), ({"n": (1, 2)}, r"\['n'\] is a tuple")]
+)
+def test_metadata_that_json_would_change_is_refused(
+    catalog: Catalog, metadata: dict[str, object], match: str
+) -> None:
+    with pytest.raises(DocumentError, match=match):
+        catalog.upsert([record("ok", "ok"), Record(Document("x", id="a", metadata=metadata))])
+    assert catalog.count() == 0
 
 
 @pytest.mark.parametrize("field", ["text", "title", "id"])

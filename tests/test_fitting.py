@@ -84,3 +84,17 @@ def test_passages_of_the_caller_stay_and_may_be_too_many(
 def test_a_prompt_too_long_as_text_is_refused(rag: KVLinkRAG, documents: list[Document]) -> None:
     with pytest.raises(PromptTooLong):
         next(rag.complete("long " * 300 + prompt(documents)))
+
+
+def test_passages_without_room_are_told(
+    rag: KVLinkRAG, documents: list[Document], caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = rag.complete(prompt(documents), max_new_tokens=20)
+    list(stream)
+    as_text = stream.trace.passages_as_text
+    assert as_text == 8 - stream.trace.passages > 0
+    assert f"{as_text} of the 8 passages recognised are computed as text" in caplog.text
+    assert "link tokens for" not in caplog.text
+    caplog.clear()
+    list(stream := rag.complete(prompt(documents[:5]), max_new_tokens=20))
+    assert (stream.trace.passages_as_text, caplog.text) == (0, "")

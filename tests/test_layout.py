@@ -76,7 +76,7 @@ def test_no_links_and_no_markers(encoder: PartTokenizer) -> None:
 
 def test_what_cannot_be_laid_out(encoder: PartTokenizer) -> None:
     spec = byte_spec(slots=2)
-    with pytest.raises(TooManyPassages, match="more than 2 passages"):
+    with pytest.raises(TooManyPassages, match="found 3 passages in the prompt, expected at most 2"):
         layout([Passage(A)] * 3 + [Text("q")], encoder, spec)
     for parts in ([], [Text("")]):
         with pytest.raises(PromptError, match="nothing to predict from"):

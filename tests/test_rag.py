@@ -363,6 +363,10 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         rag.add([Document("  \n", id="empty")])
     with pytest.raises(DocumentError, match="metadata"):
         rag.add([Document("x", metadata={"when": object()})])
+    for odd, match in (({1: 2}, "key 1"), ({"a": {"b": [(1, 2)]}}, r"\['b'\] is a tuple")):
+        for id in (None, "x"):
+            with pytest.raises(DocumentError, match=match):
+                rag.add([Document("x", id=id, metadata=odd)])
     with pytest.raises(DocumentError, match="surrogate"):
         rag.add([Document("lone \ud800 surrogate", id="u")])
     with pytest.raises(ConfigError, match="iterable"):
@@ -379,7 +383,7 @@ def test_arguments_of_a_wrong_type_are_told(rag: KVLinkRAG) -> None:
     rag.add(towns(2))
     document = towns(1)[0]
     for wrong in (None, "", " \n", 7):
-        with pytest.raises(PromptError, match=r"the question is .*, expected some text"):
+        with pytest.raises(PromptError, match=r"the question is .*, expected a string with text in it"):
             rag.ask(wrong)  # type: ignore[arg-type]
     for k in (2.5, "3", True, None):
         with pytest.raises(ConfigError, match=r"k is .*, expected a whole number of at least 1"):

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import kvlink_rag.recognition
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part, Passage, Text
 from kvlink_rag.catalog import Catalog, Record
-from kvlink_rag.errors import PromptError, PromptTooLong
+from kvlink_rag.errors import PromptError, PromptTooLong, TooManyPassages
 from kvlink_rag.recognition import Recogniser, find_question
 from kvlink_rag.tokens import PartTokenizer
 
@@ -513,6 +514,51 @@ def test_nothing_is_recognised_before_the_first_piece(rag: KVLinkRAG) -> None:
     list(stream)
     assert stream.trace.passages == 1
     assert 0 < stream.trace.retrieval_ms < stream.trace.first_token_ms
+
+
+def test_passages_beyond_the_slots_are_told(
+    tmp_path: Path, embedder: WordEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are computed as text; those of a caller take slots first, and too many are an error."""
+    model = KVLinkModel(random_model("llama", torch.float32), byte_tokenizer(), byte_spec(slots=3))
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.register(DOCS)
+        asked = "\n\n".join([*TEXTS, "Question: when?"])
+        stream = rag.complete(asked, max_new_tokens=8)
+        said = "".join(stream)
+        assert (stream.trace.passages, stream.trace.passages_as_text) == (3, 1)
+        assert "1 of the 4 passages in the prompt are computed as text" in caplog.text
+        assert "link tokens for 3; retrieve fewer for a prompt (a smaller k)" in caplog.text
+        parts = rag.recognise_chat([{"role": "user", "content": asked}])
+        assert said == rag.model.generate(parts, mode="masked", max_new_tokens=8)
+        given = [*(Passage(document) for document in DOCS[:2]), Text(asked)]
+        stream = rag.complete([{"role": "user", "content": given}], max_new_tokens=2)
+        list(stream)
+        assert (stream.trace.passages, stream.trace.passages_as_text) == (3, 3)
+        handed = [*(Passage(document) for document in DOCS), Text("when?")]
+        with pytest.raises(TooManyPassages, match="found 4 passages"):
+            next(rag.complete([{"role": "user", "content": handed}]))
+        caplog.clear()
+        list(rag.complete("\n\n".join([*TEXTS[:3], "Question: when?"]), max_new_tokens=2))
+        assert caplog.text == ""
+
+
+EMPTY = [
+    "",
+    " \n",
+    [],
+    [{"role": "user", "content": ""}],
+    [{"role": "user", "content": [Text(" ")]}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " "}],
+]
+
+
+@pytest.mark.parametrize("prompt", EMPTY)
+def test_an_empty_question(rag: KVLinkRAG, prompt: Any) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        rag.complete(prompt)
+    with pytest.raises(PromptError, match="the question is '"):
+        rag.ask("" if prompt == [] else " ")
 
 
 def test_nothing_recognised_is_worth_a_warning(

@@ -80,3 +80,9 @@ def test_an_empty_collection(tmp_path: Path, make_model: ModelMaker) -> None:
     with KVLinkRAG.open(tmp_path / "empty", model=make_model(), embedder=embedder) as rag:
         assert rag.search_vector(embedder.embed(["x"])[0], 3) == []
         assert rag.search("x", 3, where=lambda d: True) == []
+
+
+@pytest.mark.parametrize("k", [2.5, True, "3", None])
+def test_what_is_no_number_of_hits(k: object, rag: KVLinkRAG) -> None:
+    with pytest.raises(ConfigError, match="expected a whole number of at least 1"):
+        rag.search("Orvale", k)  # type: ignore[arg-type]

@@ -96,3 +96,13 @@ def test_outline_of_files_loads_no_weights(tmp_path: Path, model: KVLinkModel) -
     assert outline.tokenizer.encode("<eos> é") == model.tokenizer.encode("<eos> é")
     with pytest.raises(ConfigError):
         shared_collection(tmp_path / "d", model=tmp_path / "c").outline()
+
+
+def test_codecs_are_compared(tmp_path: Path, model: KVLinkModel) -> None:
+    rag = shared_collection(tmp_path / "a", model=model, codec="int8")
+    rag.register([Document("The harbour of Orvale.")])
+    assert rag.codec == "int8"
+    assert shared_collection(tmp_path / "a") is rag
+    assert shared_collection(tmp_path / "a", codec="int8") is rag
+    with pytest.raises(SettingsMismatch, match="codec 'exact'"):
+        shared_collection(tmp_path / "a", codec="exact")

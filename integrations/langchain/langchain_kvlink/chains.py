@@ -21,9 +21,9 @@ from langchain_core.runnables import (
 )
 from pydantic import ConfigDict, Field
 
-from kvlink_rag.errors import PromptError
+from kvlink_rag.errors import DocumentError, PromptError
 from langchain_kvlink.chat_models import ChatKVLink
-from langchain_kvlink.documents import document_block
+from langchain_kvlink.documents import checked_documents, document_block
 
 
 class KVLinkDocumentsChain(RunnableSerializable[dict[str, Any], str]):
@@ -38,7 +38,8 @@ class KVLinkDocumentsChain(RunnableSerializable[dict[str, Any], str]):
     does not know are encoded when they first come and kept.
 
     llm: a `ChatKVLink`, by default one with the bundled model. Raises `PromptError` for an input
-    that lacks one of both, and for more documents than the model has link tokens for.
+    that lacks one of both, for an empty question and for a document without text, and of its kind
+    `TooManyPassages` for more documents than the model has link tokens for.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -101,6 +102,7 @@ class KVLinkDocumentsChain(RunnableSerializable[dict[str, Any], str]):
         question, documents = input[self.input_key], input[self.documents_key]
         if not isinstance(question, str) or not question.strip():
             raise PromptError(f"{self.input_key!r} is {question!r}, expected a question")
-        if isinstance(documents, str) or not all(isinstance(d, Document) for d in documents):
-            raise PromptError(f"{self.documents_key!r} must be documents of langchain_core")
-        return question, documents
+        try:
+            return question, checked_documents(documents)
+        except DocumentError as error:
+            raise PromptError(f"in {self.documents_key!r}: {error}") from error

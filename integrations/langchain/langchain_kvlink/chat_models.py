@@ -23,6 +23,7 @@ from pydantic import ConfigDict
 
 from kvlink_rag.documents import Passage, Text
 from kvlink_rag.errors import PromptError
+from kvlink_rag.retrieval import check_question
 from langchain_kvlink.generation import GenerationFields, in_executor, response_metadata, usage
 from langchain_kvlink.messages import to_conversation
 
@@ -40,8 +41,9 @@ class ChatKVLink(GenerationFields, BaseChatModel):
         llm = ChatKVLink(directory="my-collection")
         chain = create_stuff_documents_chain(llm, prompt)
 
-    model, embedder, directory, device: as everywhere in this package; None is the bundled pair and
-    the directory of the `kvlink-rag` command line. rag: an open `kvlink_rag.KVLinkRAG` instead.
+    model, embedder, directory, device, codec: as everywhere in this package; None is the bundled
+    pair and the directory of the `kvlink-rag` command line. rag: an open `kvlink_rag.KVLinkRAG`
+    instead.
     temperature, top_p, max_tokens, seed, stop: fields, and arguments of a call (`bind`).
 
     Messages go through the tokenizer's chat template. A content block of type "text-plain" is a
@@ -51,7 +53,9 @@ class ChatKVLink(GenerationFields, BaseChatModel):
     methods leave the event loop free.
 
     Raises `kvlink_rag.errors.PromptError` (a `ValueError`) for an empty prompt, one beyond the
-    model's window, or more passages in blocks than the model has link tokens for.
+    model's window, a last message of the user's that is empty, or more passages in blocks than
+    the model has link tokens for. Passages beyond these that were recognised are computed as text:
+    a warning says how many, and the trace counts them in `passages_as_text`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -142,6 +146,7 @@ class ChatKVLink(GenerationFields, BaseChatModel):
         parts = [part for message in conversation for part in message["content"]]
         documents = [part.document for part in parts if isinstance(part, Passage)]
         question = "".join(part.text for part in parts if isinstance(part, Text))
+        check_question(question)
         return rag.model.stream(rag.model.prompt(documents, question), reuse=rag.reuse, **sampling)
 
     def get_token_ids(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What all classes share: `model`, `embedder`, `directory`, `device`, or an open `rag`.
+"""What all classes share: `model`, `embedder`, `directory`, `device`, `codec`, or an open `rag`.
 
 A collection is opened on first use and once a process, so that the store, the retriever and the
 LLM of one application share one model and one index. Knows no prompts and no searches.
@@ -32,7 +32,11 @@ _last: RagLike = None
 
 
 def open_collection(
-    model: ModelLike, embedder: EmbedderLike, directory: str | Path | None, device: str
+    model: ModelLike,
+    embedder: EmbedderLike,
+    directory: str | Path | None,
+    device: str,
+    codec: str | None,
 ) -> KVLinkRAG:
     """The collection in `directory`, the same object for all who ask for it while it is in use.
 
@@ -43,7 +47,7 @@ def open_collection(
     global _last
     if isinstance(embedder, ContrieverEmbeddings):
         embedder = embedder.encoder()
-    _last = shared_collection(directory, model=model, embedder=embedder, device=device)
+    _last = shared_collection(directory, model=model, embedder=embedder, device=device, codec=codec)
     return _last
 
 
@@ -63,14 +67,17 @@ class CollectionFields(BaseModel):
     `KVLINK_CACHE_DIR` or the user's cache folder."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
+    codec: str | None = None
+    """How snapshots are kept: "exact", "int8", "int4" or "fp8"; None: as the directory remembers,
+    else exact."""
     rag: RagLike = Field(default=None, exclude=True, repr=False)
-    """An open `kvlink_rag.KVLinkRAG` instead of the four above."""
+    """An open `kvlink_rag.KVLinkRAG` instead of the five above."""
 
     _opened: RagLike = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        check_words(self.model, self.embedder, self.directory, self.device, self.rag)
+        check_words(self.model, self.embedder, self.directory, self.device, self.codec, self.rag)
         return self
 
     @property
@@ -79,7 +86,9 @@ class CollectionFields(BaseModel):
         if self.rag is not None:
             return self.rag
         if self._opened is None:  # of two threads here, both get the same object
-            self._opened = open_collection(self.model, self.embedder, self.directory, self.device)
+            self._opened = open_collection(
+                self.model, self.embedder, self.directory, self.device, self.codec
+            )
         return self._opened
 
 
@@ -88,14 +97,15 @@ def check_words(
     embedder: EmbedderLike,
     directory: str | Path | None,
     device: str,
+    codec: str | None,
     rag: RagLike,
 ) -> None:
     """Raise `ConfigError` where an open collection and words for another are given."""
-    words = any(value is not None for value in (model, embedder, directory)) or device != "auto"
-    if rag is not None and words:
+    named = any(value is not None for value in (model, embedder, directory, codec))
+    if rag is not None and (named or device != "auto"):
         raise ConfigError(
-            "found rag= and one of model=, embedder=, directory=, device=; an open collection has "
-            "them already, so give rag= alone"
+            "found rag= and one of model=, embedder=, directory=, device=, codec=; an open "
+            "collection has them already, so give rag= alone"
         )
 
 

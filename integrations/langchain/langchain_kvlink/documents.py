@@ -5,6 +5,7 @@ A passage's title is `metadata["title"]`. Knows no model.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 TITLE = "title"
 
+logger = logging.getLogger("kvlink_rag.langchain")
+
 
 def register_documents(target: HasCollection, documents: Iterable[Document]) -> list[str]:
     """Encode `documents` for an application that keeps its own vector store; their ids.
@@ -31,14 +34,14 @@ def register_documents(target: HasCollection, documents: Iterable[Document]) -> 
     target: an open `KVLinkRAG`, or any object of this package, whose collection is meant. The
     documents must be split as they are in that store: a passage is recognised in a prompt where
     its whole text stands there. They are not embedded, and what they hold already costs nothing.
-    Documents without text are left out, metadata that is not JSON is kept as text. Raises
-    `kvlink_rag.errors.DocumentError` (a `ValueError`), such as `PassageTooLong`.
+    Metadata that is not JSON is kept as text, which a warning tells with its keys. Raises
+    `kvlink_rag.errors.DocumentError` (a `ValueError`), and registers none, for a document without
+    text; `PassageTooLong`.
 
         register_documents(llm, splits)
     """
     rag: Any = getattr(target, "collection", target)
-    found = (to_passage(document, strict=False) for document in documents)
-    passages = [passage.identified() for passage in found if passage.text.strip()]
+    passages = to_passages(documents, strict=False)
     rag.register(passages)
     return [str(passage.id) for passage in passages]
 
@@ -53,31 +56,69 @@ def document_block(document: Document) -> dict[str, Any]:
 
         HumanMessage([document_block(found), {"type": "text", "text": "When was it built?"}])
 
-    It is LangChain's standard plain-text block, so other chat models read it too.
+    It is LangChain's standard plain-text block, so other chat models read it too. Raises
+    `DocumentError` for a document without text.
     """
+    check_document(document)
     block = {"type": "text-plain", "text": document.page_content, "mime_type": "text/plain"}
     title = title_of(document.metadata)
     return {**block, "title": title} if title else block
 
 
 def to_passages(
-    documents: Sequence[Document], ids: Sequence[str | None] | None = None
+    documents: Iterable[Document],
+    ids: Sequence[str | None] | None = None,
+    *,
+    strict: bool = True,
 ) -> list[Passage]:
-    """The passages of `documents`, with an id each. Raises `DocumentError`, `ValueError`."""
-    if ids is not None and len(ids) != len(documents):
-        raise ValueError(f"found {len(ids)} ids for {len(documents)} documents, expected as many")
-    given = ids if ids is not None else [None] * len(documents)
-    passages = [to_passage(d, id) for d, id in zip(documents, given, strict=True)]
+    """The passages of `documents`, with an id each.
+
+    strict: as in `to_passage`; otherwise a warning tells what became text. Raises `DocumentError`
+    for a document without text or of another type, `ValueError` for another number of ids.
+    """
+    found = checked_documents(documents)
+    if ids is not None and len(ids) != len(found):
+        raise ValueError(f"found {len(ids)} ids for {len(found)} documents, expected as many")
+    given = ids if ids is not None else [None] * len(found)
+    passages = [to_passage(d, id, strict=strict) for d, id in zip(found, given, strict=True)]
+    if odd := {} if strict else {str(key): 1 for d in found for key in odd_keys(d.metadata)}:
+        logger.warning(
+            "metadata that is not JSON is kept as text, under the keys %s", ", ".join(odd)
+        )
     return [passage.identified() for passage in passages]
+
+
+def checked_documents(documents: Iterable[Document]) -> list[Document]:
+    """`documents`, all of them with text. Raises `DocumentError` that says which is not."""
+    if isinstance(documents, Document | str) or not isinstance(documents, Iterable):
+        raise DocumentError(
+            f"found one {type(documents).__name__}, expected a list of langchain_core Documents; "
+            "use [document]"
+        )
+    found = list(documents)
+    for number, document in enumerate(found, 1):
+        check_document(document, f" {number} of {len(found)}")
+    return found
+
+
+def check_document(document: Document, place: str = "") -> None:
+    """Raise `DocumentError` where `document` is none or has no text. place: such as " 2 of 5"."""
+    if not isinstance(document, Document):
+        raise DocumentError(
+            f"found a {type(document).__name__} as document{place}, expected a langchain_core "
+            "Document"
+        )
+    if not document.page_content.strip():
+        title = title_of(document.metadata)
+        raise DocumentError(
+            f"document{place} (id {document.id!r}, title {title!r}) has no text; leave it out, as "
+            "with [d for d in documents if d.page_content.strip()]"
+        )
 
 
 def to_passage(document: Document, id: str | None = None, *, strict: bool = True) -> Passage:
     """The passage of a document. With `strict`, metadata must be JSON. Raises `DocumentError`."""
-    if not isinstance(document, Document):
-        raise DocumentError(
-            f"found a {type(document).__name__}, expected a langchain_core Document"
-        )
-    metadata = document.metadata if strict else jsonable(document.metadata)
+    metadata = document.metadata if strict else as_json(document.metadata)
     found = Passage(
         document.page_content,
         title=title_of(metadata),
@@ -100,6 +141,25 @@ def title_of(metadata: Mapping[str, Any]) -> str:
     """The title, if it is a string with something in it."""
     title = metadata.get(TITLE)
     return title if isinstance(title, str) and title.strip() else ""
+
+
+def odd_keys(metadata: Mapping[Any, Any]) -> list[Any]:
+    """The keys whose value, or which themselves, JSON does not take or would change."""
+    return [key for key, value in metadata.items() if not _is_json({key: value})]
+
+
+def as_json(metadata: Mapping[Any, Any]) -> dict[str, Any]:
+    """`metadata`, with what is not JSON as `jsonable` has it."""
+    odd = odd_keys(metadata)
+    return {str(k): jsonable(value) if k in odd else value for k, value in metadata.items()}
+
+
+def _is_json(metadata: Mapping[Any, Any]) -> bool:
+    try:
+        Passage("", metadata=metadata).canonical()
+    except DocumentError:
+        return False
+    return True
 
 
 def jsonable(value: Any) -> Any:

@@ -66,6 +66,7 @@ class GenerationFields(CollectionFields):
         return {
             "model": self.model_label,
             "directory": None if directory is None else str(directory),
+            "codec": self.codec if self.rag is None else self.rag.codec,
             **{name: getattr(self, name) for name in SAMPLING},
             "default_stop": self.stop,  # LangChain puts the call's under "stop"
         }

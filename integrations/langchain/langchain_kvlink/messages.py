@@ -48,14 +48,20 @@ def role_of(message: BaseMessage) -> str:
 
 def parts_of(content: str | Sequence[str | Mapping[str, Any]]) -> Iterator[Part]:
     """The parts of a message's content: text, and a passage for each document."""
-    for block in [content] if isinstance(content, str) else content:
+    blocks = [content] if isinstance(content, str) else content
+    for number, block in enumerate(blocks, 1):
         if isinstance(block, str):
             yield Text(block)
         elif block.get("type") == "text":
             yield Text(str(block.get("text", "")))
         elif _is_document(block):
-            title = str(block.get("title") or "")
-            yield Passage(Document(str(block["text"]), title=title))
+            text, title = str(block.get("text") or ""), str(block.get("title") or "")
+            if not text.strip():
+                raise PromptError(
+                    f"content block {number} of {len(blocks)}, of type {block['type']!r} (title "
+                    f"{title!r}), is a document without text; leave it out"
+                )
+            yield Passage(Document(text, title=title))
         elif block.get("type") not in _SILENT:
             raise PromptError(
                 f"found a content block of type {block.get('type')!r}; this model reads 'text' "
@@ -66,7 +72,7 @@ def parts_of(content: str | Sequence[str | Mapping[str, Any]]) -> Iterator[Part]
 def _is_document(block: Mapping[str, Any]) -> bool:
     """A standard plain-text block, or one as LangChain wrote it before version 1."""
     old = block.get("type") == "file" and block.get("source_type") == "text"
-    return bool((block.get("type") == "text-plain" or old) and str(block.get("text") or "").strip())
+    return block.get("type") == "text-plain" or old
 
 
 def _says_something(part: Part) -> bool:

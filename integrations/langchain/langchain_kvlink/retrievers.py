@@ -17,6 +17,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field
 
+from kvlink_rag.errors import ConfigError
 from langchain_kvlink.collection import CollectionFields
 from langchain_kvlink.documents import from_passage
 
@@ -39,8 +40,8 @@ class KVLinkRetriever(CollectionFields, BaseRetriever):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    k: int = Field(default=4, ge=1)
-    rounds: int = Field(default=1, ge=1, le=2)
+    k: int = Field(default=4, ge=1, strict=True)
+    rounds: int = Field(default=1, ge=1, le=2, strict=True)
     filter: Filter | None = None
 
     def _get_relevant_documents(
@@ -76,12 +77,13 @@ def as_where(filter: Filter | None) -> Callable[[Passage], bool] | None:
     """A LangChain filter as the engine's: of a passage.
 
     A mapping asks that metadata have these values; a function takes a document. Raises
-    `ValueError` for anything else.
+    `ConfigError` (a `ValueError`) for anything else, such as operators.
     """
     if filter is None:
         return None
     if isinstance(filter, Mapping):
         wanted = dict(filter)
+        _check_wanted(wanted)
         return lambda passage: all(
             key in passage.metadata and passage.metadata[key] == value
             for key, value in wanted.items()
@@ -89,7 +91,26 @@ def as_where(filter: Filter | None) -> Callable[[Passage], bool] | None:
     if callable(filter):
         accepts = filter
         return lambda passage: bool(accepts(from_passage(passage)))
-    raise ValueError(
+    raise ConfigError(
         f"filter is a {type(filter).__name__}, expected a mapping of metadata or a function of a "
         "Document"
     )
+
+
+def _check_wanted(wanted: Mapping[Any, Any]) -> None:
+    """Raise `ConfigError` for what no metadata can equal: operators, other keys, tuples, sets."""
+    supported = (
+        "supported are equality with a value, as {'key': value}, several keys at once (all must "
+        "hold), and for all else a function, as lambda document: document.metadata['n'] > 3"
+    )
+    for key, value in wanted.items():
+        names = [key, *(value if isinstance(value, Mapping) else ())]
+        if operators := [name for name in names if str(name).startswith("$")]:
+            raise ConfigError(f"the filter has the operator {operators[0]!r}; {supported}")
+        if not isinstance(key, str):
+            raise ConfigError(f"the filter has the key {key!r}, expected a string; {supported}")
+        if isinstance(value, tuple | set | frozenset):
+            raise ConfigError(
+                f"the filter asks {key!r} for a {type(value).__name__}, which no metadata holds; "
+                f"{supported}"
+            )

@@ -6,7 +6,7 @@ own, which work in a thread of the executor. Knows searches; knows no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from kvlink_rag.documents import Hit
+from kvlink_rag.errors import DocumentError
+from kvlink_rag.retrieval import check_count
 from langchain_kvlink.collection import check_words, open_collection
 from langchain_kvlink.documents import from_passage, to_passages
 from langchain_kvlink.embeddings import CollectionEmbeddings
@@ -40,18 +42,24 @@ class KVLinkVectorStore(VectorStore):
         retriever = store.as_retriever(search_kwargs={"k": 5})
         llm = ChatKVLink(directory="my-collection")
 
-    model, embedder, directory, device: as everywhere in this package; None is the bundled pair and
-    the directory of the `kvlink-rag` command line. `embedder` may be any LangChain `Embeddings`.
-    rag: an open `kvlink_rag.KVLinkRAG` instead of these four.
+    model, embedder, directory, device, codec: as everywhere in this package; None is the bundled
+    pair and the directory of the `kvlink-rag` command line. `embedder` may be any LangChain
+    `Embeddings`. rag: an open `kvlink_rag.KVLinkRAG` instead of these five.
 
     A document's title is `metadata["title"]`; metadata must be JSON. Without an id a document gets
     one from its text and metadata, so that adding it again changes nothing. The same id with other
-    content replaces. filter: a mapping asks that metadata have these values, a function takes a
-    `Document`; both are applied to the whole ranking, so that k are found where there are k.
-    Scores are inner products, larger is nearer; relevance is `(1 + cosine) / 2`.
+    content replaces. filter: a mapping asks that metadata have these values (there are no
+    operators), a function takes a `Document`; both are applied to the whole ranking, so that k are
+    found where there are k.
 
-    Raises `kvlink_rag.errors.ConfigError` for k < 1, `DocumentError` for documents without text
-    or with other metadata; both are `ValueError`.
+    Scores are inner products, larger is nearer. Relevance is the score brought to [0, 1], in the
+    same order: `(1 + score / most) / 2`, where `most` is the length of the question's vector times
+    that of the nearest document's, filtered or not. So the nearest one has `(1 + cosine) / 2`, and
+    where vectors have length 1 all have.
+
+    Raises `kvlink_rag.errors.ConfigError` for a k that is no integer of at least 1 and for other
+    filters, `DocumentError` for documents without text or with other metadata; both are
+    `ValueError`.
     """
 
     def __init__(
@@ -61,12 +69,13 @@ class KVLinkVectorStore(VectorStore):
         model: ModelLike = None,
         directory: str | Path | None = None,
         device: str = "auto",
+        codec: str | None = None,
         rag: RagLike = None,
     ) -> None:
-        check_words(model, embedder, directory, device, rag)
+        check_words(model, embedder, directory, device, codec, rag)
         self._given = embedder
         if rag is None:  # an empty collection is false
-            rag = open_collection(model, embedder, directory, device)
+            rag = open_collection(model, embedder, directory, device, codec)
         self._rag = rag
 
     @property
@@ -145,18 +154,17 @@ class KVLinkVectorStore(VectorStore):
     ) -> list[str]:
         """Add texts; their ids, in order. batch_size: accepted, the engine has batches of its own.
 
-        Raises `ValueError` where there are not as many metadatas or ids as texts.
+        Raises `ValueError` where there are not as many metadatas or ids as texts, `DocumentError`
+        for a text that is no string and metadata that is no mapping.
         """
         _refuse(kwargs)
         found = [texts] if isinstance(texts, str) else list(texts)
-        given = metadatas or [{} for _ in found]
+        given = [metadatas] if isinstance(metadatas, Mapping) else metadatas or [{} for _ in found]
         if len(given) != len(found):
             raise ValueError(
                 f"found {len(given)} metadatas for {len(found)} texts, expected as many"
             )
-        documents = [
-            Document(page_content=t, metadata=m) for t, m in zip(found, given, strict=True)
-        ]
+        documents = [_document(t, m) for t, m in zip(found, given, strict=True)]
         return self.add_documents(documents, ids=ids)
 
     def add_documents(
@@ -237,7 +245,9 @@ class KVLinkVectorStore(VectorStore):
         only unlike one another, to 1, only near.
         """
         _refuse(kwargs)
-        hits = self._nearest(embedding, max(k, fetch_k) if k > 0 else k, filter)
+        check_count(k)
+        check_count(fetch_k, "fetch_k")
+        hits = self._nearest(embedding, max(k, fetch_k), filter)
         if not hits:
             return []
         chosen = maximal_marginal_relevance(
@@ -248,15 +258,15 @@ class KVLinkVectorStore(VectorStore):
     def _similarity_search_with_relevance_scores(
         self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """The best `k` documents and `(1 + cosine) / 2`, in [0, 1], best first."""
+        """The best `k` documents by score, and their scores in [0, 1]; see the class."""
         _refuse(kwargs)
         embedding = self._embed(query)
         hits = self._nearest(embedding, k, filter)
         if not hits:
             return []
-        relevance = (1 + _cosines(_as_vector(embedding), self._vectors(hits))) / 2
-        order = np.argsort(-relevance, kind="stable")
-        return [(from_passage(hits[i].document), float(relevance[i])) for i in order]
+        nearest = hits[:1] if filter is None else self._nearest(embedding, 1, None)
+        most = _length(_as_vector(embedding)) * _length(self._vectors(nearest)[0])
+        return [(from_passage(hit.document), _relevance(hit.score, most)) for hit in hits]
 
     async def _asimilarity_search_with_relevance_scores(
         self, query: str, k: int = 4, **kwargs: Any
@@ -285,11 +295,24 @@ def _as_vector(embedding: Sequence[float]) -> Vector:
     return np.asarray(embedding, dtype=np.float32)
 
 
-def _cosines(vector: Vector, rows: Vector) -> Vector:
-    """Cosines in [-1, 1] of float32 [dimension] and each of float32 [n, dimension]."""
-    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(vector)
-    cosines: Vector = np.clip(rows @ vector / np.maximum(lengths, 1e-12), -1, 1)
-    return cosines
+def _length(vector: Vector) -> float:
+    return float(np.linalg.norm(vector.astype(np.float64)))
+
+
+def _relevance(score: float, most: float) -> float:
+    """An inner product of -`most` to `most` as 0 to 1; those beyond are rounding, or far away."""
+    return (1 + min(1.0, max(-1.0, score / max(most, 1e-12)))) / 2
+
+
+def _document(text: str, metadata: Mapping[str, Any] | None) -> Document:
+    """A document. Raises `DocumentError` for other types."""
+    if not isinstance(text, str):
+        raise DocumentError(f"found a {type(text).__name__} among the texts, expected strings")
+    if not isinstance(metadata, Mapping | None):
+        raise DocumentError(
+            f"found a {type(metadata).__name__} among the metadatas, expected mappings"
+        )
+    return Document(page_content=text, metadata=dict(metadata or {}))
 
 
 def _refuse(unknown: dict[str, Any]) -> None:

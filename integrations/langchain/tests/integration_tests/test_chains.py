@@ -22,13 +22,20 @@ from langchain_kvlink import (
     KVLinkRetriever,
     KVLinkVectorStore,
     aregister_documents,
+    document_block,
     register_documents,
 )
 from langchain_kvlink.documents import to_passages
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Text
 from kvlink_rag import Passage as PassagePart
-from kvlink_rag.errors import PassageTooLong, PromptError, TooManyPassages
+from kvlink_rag.errors import (
+    DocumentError,
+    PassageTooLong,
+    PromptError,
+    SettingsMismatch,
+    TooManyPassages,
+)
 
 PROMPT = ChatPromptTemplate.from_messages(
     [("system", "Use the context:\n\n{context}"), ("human", "{input}")]
@@ -104,18 +111,30 @@ def test_unregistered_documents_are_computed(
     assert "recognised none" in caplog.text
 
 
-def test_what_registering_takes(rag: KVLinkRAG, towns: list[Document]) -> None:
-    """Blank pages and odd metadata do not stop it; it costs nothing twice and takes nothing."""
+def test_what_registering_takes(
+    rag: KVLinkRAG, towns: list[Document], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Odd metadata does not stop it and is told; it costs nothing twice. Blank pages are errors."""
     store = KVLinkVectorStore(rag=rag)
     store.add_documents(towns[:2])
-    odd = Document("The mill of Sarno stands on the hill.", metadata={"when": object})
-    ids = register_documents(store, [*towns, Document("  "), odd])
+    odd = Document("The mill of Sarno stands.", metadata={"when": object, "n": (1,), "at": [2]})
+    for blank in (Document("  ", id="p7", metadata={"title": "Page 7"}), Document("")):
+        with pytest.raises(DocumentError, match=r"document 9 of 10 \(id .* has no text; leave it"):
+            register_documents(store, [*towns, blank, odd])
+    assert (len(rag), caplog.text) == (2, "")  # none of them
+    ids = register_documents(store, [*towns, odd])
+    assert "kept as text, under the keys when, n\n" in caplog.text
+    assert caplog.records[-1].name == "kvlink_rag.langchain"
+    assert [d.metadata["at"] for d in rag.get([ids[-1]])] == [[2]]
     assert len(ids) == len(set(ids)) == len(towns) + 1
     assert register_documents(rag, [*towns, odd]) == ids
     assert [d.id for d in store.similarity_search("Orvale", k=9)] != []
     assert rag.stats().embedded == 2
     with pytest.raises(PassageTooLong, match="split"):
         register_documents(rag, [Document("long " * 1000)])
+    for wrong in ("a text", towns[0], ["a text"], None):
+        with pytest.raises(DocumentError, match=r"expected a (list of )?langchain_core Document"):
+            register_documents(rag, wrong)  # type: ignore[arg-type]
 
 
 async def test_registering_leaves_the_event_loop_free(
@@ -208,6 +227,7 @@ def test_without_documents_the_question_is_asked_alone(rag: KVLinkRAG) -> None:
         *({}, {"input": "x"}, {"context": []}, "x"),
         *({"input": "", "context": []}, {"input": 3, "context": []}),
         *({"input": "x", "context": "y"}, {"input": "x", "context": ["y"]}),
+        *({"input": "x", "context": None}, {"input": "x", "context": Document("y")}),
     ],
 )
 def test_what_the_documents_chain_refuses(input: Any, rag: KVLinkRAG) -> None:
@@ -215,10 +235,73 @@ def test_what_the_documents_chain_refuses(input: Any, rag: KVLinkRAG) -> None:
         KVLinkDocumentsChain(llm=ChatKVLink(rag=rag)).invoke(input)
 
 
+def test_a_document_without_text_is_named(rag: KVLinkRAG, towns: list[Document]) -> None:
+    blank = Document(" ", id="p7", metadata={"title": "Page 7"})
+    chain = KVLinkDocumentsChain(llm=ChatKVLink(rag=rag))
+    with pytest.raises(PromptError) as error:
+        chain.invoke({"input": QUESTION, "context": [*towns[:2], blank]})
+    said = str(error.value)
+    assert said.startswith("in 'context': document 3 of 3 (id 'p7', title 'Page 7') has no text")
+    assert "leave it out" in said
+    with pytest.raises(DocumentError, match="id 'p7', title 'Page 7'"):
+        document_block(blank)
+    with pytest.raises(DocumentError, match="found a str"):
+        document_block("a text")  # type: ignore[arg-type]
+
+
+MANY = [Document(f"Number {n} of many passages.", id=f"{n}") for n in range(13)]
+
+
 def test_more_documents_than_slots(rag: KVLinkRAG) -> None:
-    many = [Document(f"Number {n} of many passages.") for n in range(13)]
-    with pytest.raises(TooManyPassages):
-        KVLinkDocumentsChain(llm=ChatKVLink(rag=rag)).invoke({"input": "x", "context": many})
+    """Handed over, they are an error, by the chain and by blocks alike."""
+    llm = ChatKVLink(rag=rag)
+    blocks: list[Any] = [document_block(d) for d in MANY]
+    for ask in (
+        lambda: KVLinkDocumentsChain(llm=llm).invoke({"input": "x", "context": MANY}),
+        lambda: llm.invoke([HumanMessage([*blocks, "x"])]),
+    ):
+        with pytest.raises(TooManyPassages, match="found 13 passages in the prompt, expected at m"):
+            ask()
+
+
+def test_more_recognised_documents_than_slots(
+    rag: KVLinkRAG, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In an unchanged chain they are computed as text, which the log and the trace tell."""
+    llm = ChatKVLink(rag=rag, max_tokens=4)
+    register_documents(llm, MANY)
+    prompt = PROMPT.invoke({"context": joined(MANY), "input": QUESTION})
+    trace = cost(llm.invoke(prompt))
+    assert (trace["passages"], trace["passages_as_text"]) == (12, 1)
+    assert "1 of the 13 passages in the prompt are computed as text" in caplog.text
+    assert "retrieve fewer" in caplog.text
+
+
+def test_an_empty_question(rag: KVLinkRAG, towns: list[Document]) -> None:
+    llm = ChatKVLink(rag=rag)
+    prompt = PROMPT.invoke({"context": joined(towns), "input": " "})
+    with pytest.raises(PromptError, match="last message is the user's and empty"):
+        llm.invoke(prompt)
+    with pytest.raises(PromptError, match="expected a question"):
+        KVLinkDocumentsChain(llm=llm).invoke({"input": " ", "context": towns})
+    with pytest.raises(PromptError, match="the question is ''"):
+        llm.invoke([HumanMessage([document_block(towns[0])])], use_preset=True)
+
+
+def test_a_codec_is_passed_on(
+    tmp_path: Path, model: KVLinkModel, embeddings: Embeddings, towns: list[Document]
+) -> None:
+    """All classes take the same word; one directory has one codec."""
+    words: dict[str, Any] = {"directory": tmp_path, "codec": "int8"}
+    store = KVLinkVectorStore.from_documents(towns, embeddings, model=model, **words)
+    assert store.collection.codec == "int8"
+    for made in (ChatKVLink(**words), KVLinkLLM(**words), KVLinkRetriever(**words)):
+        assert made.collection is store.collection
+    assert ChatKVLink(directory=tmp_path).collection is store.collection
+    with pytest.raises(SettingsMismatch, match="found codec 'exact'"):
+        KVLinkVectorStore(directory=tmp_path, codec="exact")
+    with pytest.raises(SettingsMismatch, match="found codec 'exact'"):
+        ChatKVLink(directory=tmp_path, codec="exact").invoke("x")
 
 
 def test_objects_that_name_one_directory_share_it(

@@ -101,23 +101,43 @@ def test_relevance_is_between_0_and_1(store: KVLinkVectorStore, towns: list[Docu
 
 
 def test_relevance_of_vectors_that_are_not_of_length_1(rag: KVLinkRAG, model: Any) -> None:
-    """Contriever's are not; the cosine is taken all the same."""
+    """Contriever's are not: relevance ranks as scores do, whatever k; a cosine at the top."""
+    rows = {"east": [9, 0], "north": [3, 3], "west": [-9, 0], "south": [-1, -1], "up": [0.5, 1]}
 
     class Long:
         dimension, fingerprint, name = 2, "long", "long"
 
         def embed(self, texts: list[str]) -> np.ndarray:
-            return np.array([[9.0, 0.0] if "east" in t else [3.0, 3.0] for t in texts], "float32")
+            return np.array([rows[text.split()[-1]] for text in texts], "float32")
 
         embed_queries = embed
 
     store = KVLinkVectorStore(Long(), model=model, directory=rag.directory / "long")  # type: ignore[arg-type]
-    store.add_texts(["to the east", "to the west"])
-    found = store.similarity_search_with_relevance_scores("north", k=2)
-    assert [(d.page_content, s) for d, s in found] == [
-        ("to the west", pytest.approx(1.0)),
-        ("to the east", pytest.approx((1 + 0.5**0.5) / 2)),
+    store.add_texts([f"to the {word}" for word in rows])
+    scored = store.similarity_search_with_score("north", k=10)
+    found = store.similarity_search_with_relevance_scores("north", k=10)
+    assert [d.page_content.split()[-1] for d, _ in scored] == [
+        "east",
+        "north",
+        "up",
+        "south",
+        "west",
     ]
+    assert [d for d, _ in found] == [d for d, _ in scored]
+    assert found[0][1] == pytest.approx((1 + 0.5**0.5) / 2)  # its cosine, at 45 degrees
+    assert found[1][1] == pytest.approx((1 + 18 / 27 * 0.5**0.5) / 2)
+    assert all(0 <= relevance <= 1 for _, relevance in found)
+    for k in (1, 2, 3, 5):
+        assert store.similarity_search_with_relevance_scores("north", k=k) == found[:k]
+        retriever = store.as_retriever(
+            search_type="similarity_score_threshold",
+            search_kwargs={"score_threshold": found[2][1], "k": k},
+        )
+        assert retriever.invoke("north") == [d for d, _ in found[: min(k, 3)]]
+    filtered = store.similarity_search_with_relevance_scores(
+        "north", k=2, filter=lambda document: "east" not in document.page_content
+    )
+    assert filtered == found[1:3]
 
 
 def test_everything_added_is_encoded(store: KVLinkVectorStore, rag: KVLinkRAG) -> None:
@@ -191,6 +211,20 @@ def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
         assert len(search("x", k=100)) == 8
         with pytest.raises(TypeError, match="filtr"):
             search("x", filtr={})
+        for k in (2.5, True, "3", None):
+            with pytest.raises(ConfigError, match="expected a whole number of at least 1"):
+                search("x", k=k)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="fetch_k is '9'"):
+        store.max_marginal_relevance_search("x", fetch_k="9")  # type: ignore[arg-type]
+    for odd, match in (({1: 2}, "key 1"), ({"tags": ("a",)}, "a tuple")):
+        with pytest.raises(DocumentError, match=match):
+            store.add_texts(["x"], [odd], ids=["x"])  # type: ignore[list-item]
+    for texts, metadatas in (([3], None), (["x"], ["y"])):
+        with pytest.raises(DocumentError, match=r"expected (strings|mappings)"):
+            store.add_texts(texts, metadatas)  # type: ignore[arg-type]
+    for wrong in ("x", Document("x"), ["x"]):
+        with pytest.raises(DocumentError, match=r"expected a (list of )?langchain_core Document"):
+            store.add_documents(wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected float32"):
         store.similarity_search_by_vector([1.0, 2.0])
     assert len(store.collection) == 8
@@ -271,6 +305,11 @@ async def test_the_retriever(rag: KVLinkRAG, store: KVLinkVectorStore) -> None:
     assert {d.metadata["n"] for d in odd.invoke("Teldon", filter={"n": 2})} == {2}
     with pytest.raises(ConfigError, match="k is 0"):
         retriever.invoke("Teldon", k=0)
+    for k in (2.5, True, "3"):
+        with pytest.raises(ConfigError, match="expected a whole number of at least 1"):
+            retriever.invoke("Teldon", k=k)
+    with pytest.raises(ConfigError, match=r"operator '\$gt'; supported are equality"):
+        retriever.invoke("Teldon", filter={"n": {"$gt": 3}})
     with pytest.raises(TypeError):
         retriever.invoke("Teldon", top=3)
 

@@ -85,7 +85,8 @@ def test_what_only_a_remote_model_knows_is_dropped() -> None:
 
 @pytest.mark.parametrize("kind", [*WORDS, KVLinkVectorStore])
 @pytest.mark.parametrize(
-    "words", [{"model": "m"}, {"embedder": "e"}, {"directory": "d"}, {"device": "cpu"}]
+    "words",
+    [{"model": "m"}, {"embedder": "e"}, {"directory": "d"}, {"device": "cpu"}, {"codec": "int8"}],
 )
 def test_an_open_collection_and_words_for_another(
     kind: Any, words: dict[str, str], rag: KVLinkRAG
@@ -111,7 +112,7 @@ def test_impossible_sampling(kind: Any, bad: dict[str, Any]) -> None:
 
 
 def test_impossible_retrieval() -> None:
-    for bad in ({"k": 0}, {"rounds": 3}):
+    for bad in ({"k": 0}, {"k": 2.5}, {"k": True}, {"k": "3"}, {"rounds": 3}, {"rounds": True}):
         with pytest.raises(ValidationError):
             KVLinkRetriever(**bad)  # type: ignore[arg-type]
 
@@ -125,7 +126,13 @@ def test_what_traces_and_caches_see(rag: KVLinkRAG) -> None:
     assert params["ls_max_tokens"] == 7
     assert params["ls_stop"] == ["x"]
     assert llm._get_llm_string() == llm._get_llm_string()
-    for other in ({"seed": 4}, {"stop": None}, {"model": "m"}, {"directory": "d"}):
+    for other in (
+        {"seed": 4},
+        {"stop": None},
+        {"model": "m"},
+        {"directory": "d"},
+        {"codec": "fp8"},
+    ):
         assert llm.model_copy(update=other)._get_llm_string() != llm._get_llm_string()
     assert ChatKVLink(rag=rag)._get_ls_params()["ls_model_name"] == "tiny"
     assert "KVLinkRAG" not in repr(ChatKVLink(rag=rag))

@@ -23,7 +23,7 @@ from langchain_kvlink.retrievers import as_where
 from kvlink_rag.documents import Document as Passage
 from kvlink_rag.documents import Passage as PassagePart
 from kvlink_rag.documents import Text
-from kvlink_rag.errors import DocumentError, PromptError
+from kvlink_rag.errors import ConfigError, DocumentError, PromptError
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,10 @@ def test_a_block_as_langchain_wrote_it_before_version_1() -> None:
         (HumanMessage(""), "empty"),
         (HumanMessage("  \n"), "empty"),
         (HumanMessage([]), "empty"),
-        (HumanMessage([{"type": "text-plain", "text": " "}]), "text-plain"),
+        (
+            HumanMessage([{"type": "text-plain", "text": " "}]),
+            r"block 1 of 1, of .*'text-plain'",
+        ),
         (HumanMessage([{"type": "image", "url": "x"}]), "'image'"),
         (ToolMessage("t", tool_call_id="1"), "calls no tools"),
     ],
@@ -123,5 +126,21 @@ def test_filters(towns: list[Document]) -> None:
     assert found({"kind": None, "no": 1}) == []
     assert found({}) == [p.id for p in passages]
     assert found(lambda document: document.metadata["title"] == "Hux") == ["hux"]
-    with pytest.raises(ValueError, match="filter is a list"):
+    with pytest.raises(ConfigError, match="filter is a list"):
         as_where([("kind", "odd")])  # type: ignore[arg-type]
+    assert found({"deep": {"on": True}}) == []
+
+
+@pytest.mark.parametrize(
+    ("filter", "match"),
+    [
+        ({"n": {"$gt": 3}}, r"operator '\$gt'"),
+        ({"$or": [{"n": 1}, {"n": 2}]}, r"operator '\$or'"),
+        ({1: 2}, "key 1, expected a string"),
+        ({"n": (1, 2)}, "'n' for a tuple"),
+        ({"n": {1, 2}}, "'n' for a set"),
+    ],
+)
+def test_filters_that_could_find_nothing(filter: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match + ".*; supported are equality with a value"):
+        as_where(filter)

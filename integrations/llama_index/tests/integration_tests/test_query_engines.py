@@ -25,7 +25,7 @@ from llama_index.retrievers.kvlink import KVLinkRetriever
 from tiny import Calls, WordEmbedder, rendered_tokens, town_nodes
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Passage
-from kvlink_rag.errors import PromptTooLong
+from kvlink_rag.errors import PromptTooLong, TooManyPassages
 
 QUESTION = "Which town is Marnik?"
 
@@ -320,10 +320,46 @@ def test_the_synthesizer_in_an_index(index: VectorStoreIndex, rag: KVLinkRAG, ll
     assert response.response == oracle(rag, found(response))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("query", ["", " \n"])
+def test_the_synthesizer_without_a_question(llm: KVLink, query: str, streaming: bool) -> None:
+    synthesizer = KVLinkSynthesizer(llm, streaming=streaming)
+    with pytest.raises(KVLinkCallError, match="the question is '"):
+        synthesizer.synthesize(query, town_nodes(2))
+    with pytest.raises(KVLinkCallError, match="the question is"):
+        asyncio.run(synthesizer.asynthesize(query, town_nodes(2)))
+
+
+def test_the_synthesizer_takes_nodes_without_score(rag: KVLinkRAG, llm: KVLink) -> None:
+    nodes = town_nodes(2)
+    response = KVLinkSynthesizer(llm).synthesize(QUESTION, nodes, additional_source_nodes=nodes)
+    assert response.response == oracle(rag, nodes)
+    assert [source.node_id for source in response.source_nodes] == ["orvale", "marnik"] * 2
+
+
+def test_more_nodes_than_slots(rag: KVLinkRAG, llm: KVLink, caplog: Any) -> None:
+    """Handed over they are an error; recognised in a prompt they are text, and that is told."""
+    nodes = [
+        TextNode(id_=f"{n}", text=f"Number {n} of a good many passages.", metadata={"title": "N"})
+        for n in range(13)
+    ]
+    with pytest.raises(KVLinkCallError, match="found 13 passages in the prompt, expected") as error:
+        KVLinkSynthesizer(llm).synthesize(QUESTION, nodes)
+    assert isinstance(error.value.__cause__, TooManyPassages)
+    llm_with_system = KVLink(rag=rag, system_prompt="Be brief.")
+    with pytest.raises(KVLinkCallError, match="found 13 passages"):
+        llm_with_system.complete(QUESTION, documents=to_documents(nodes))
+    assert caplog.text == ""
+    KVLinkRegister(rag=rag)(nodes)
+    prompt = "\n\n".join([*(node.text for node in nodes), f"Question: {QUESTION}"])
+    trace = llm.complete(prompt).raw["trace"]
+    assert (trace["passages"], trace["passages_as_text"]) == (12, 1)
+    assert "1 of the 13 passages in the prompt are computed as text" in caplog.text
+
+
 def test_the_synthesizer_without_nodes_or_text(rag: KVLinkRAG, llm: KVLink) -> None:
     assert KVLinkSynthesizer(llm).synthesize(QUESTION, []).response == "Empty Response"
-    blank = [NodeWithScore(node=TextNode(text=" "), score=1.0)]
-    assert KVLinkSynthesizer(llm).synthesize(QUESTION, blank).response == oracle(rag, [])
+    assert KVLinkSynthesizer(llm).synthesize("", []).response == "Empty Response"
     streamed = KVLinkSynthesizer(llm, streaming=True).synthesize(QUESTION, [])
     assert "".join(streamed.response_gen) == "Empty Response"
 

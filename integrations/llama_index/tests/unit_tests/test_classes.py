@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_index.core
 import pytest
@@ -14,14 +15,14 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import LLM
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
-from llama_index.core.schema import TransformComponent
+from llama_index.core.schema import TextNode, TransformComponent
 from llama_index.embeddings.contriever import ContrieverEmbedding
 from llama_index.llms.kvlink import KVLink, KVLinkRegister
 from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
 from llama_index.retrievers.kvlink import KVLinkRetriever
 
 from kvlink_rag import KVLinkModel, KVLinkRAG
-from kvlink_rag.errors import ConfigError
+from kvlink_rag.errors import ConfigError, SettingsMismatch
 
 ROOT = Path(__file__).parents[2] / "llama_index"
 
@@ -98,7 +99,8 @@ assert "torch" not in sys.modules
 
 
 def test_same_words_everywhere(tmp_path: Path) -> None:
-    words = {"model": "a/b", "embedder": "c/d", "directory": tmp_path, "device": "cpu"}
+    words: dict[str, Any] = {"model": "a/b", "embedder": "c/d", "directory": tmp_path}
+    words |= {"device": "cpu", "codec": "int8"}
     llm, register = KVLink(**words), KVLinkRegister(**words)
     KVLinkRetriever(**words)
     for made in (llm, register):
@@ -137,15 +139,23 @@ def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
         KVLink(**bad)
 
 
-@pytest.mark.parametrize("k", [0, -1])
-def test_k_of_nothing_is_refused(k: int) -> None:
-    with pytest.raises(ConfigError, match=f"k is {k}"):
+@pytest.mark.parametrize("k", [0, -1, 2.5, True, "3", None])
+def test_k_of_nothing_is_refused(k: int, rag: KVLinkRAG) -> None:
+    with pytest.raises(ConfigError, match=f"k is {k!r}, expected a whole number of at least 1"):
         KVLinkRetriever(k)
+    retriever = KVLinkRetriever(rag=rag)
+    retriever.k = k
+    with pytest.raises(ConfigError, match=f"k is {k!r}"):
+        retriever.retrieve("Orvale")
 
 
 def test_rag_goes_with_none_of_the_others(rag: KVLinkRAG) -> None:
     with pytest.raises(ConfigError, match="give one"):
         KVLink(rag=rag, model="a/b")
+    with pytest.raises(ConfigError, match="give one"):
+        KVLinkRetriever(rag=rag, codec="int8")
+    with pytest.raises(TypeError, match="give one"):
+        KVLinkSynthesizer(KVLink(rag=rag), codec="int8")
     with pytest.raises(TypeError, match="give one"):
         KVLinkSynthesizer(KVLink(rag=rag), rag=rag)
     with pytest.raises(TypeError, match="expected KVLink"):
@@ -163,6 +173,17 @@ def test_classes_of_one_directory_share_one_collection(
     assert retriever.rag.directory == llm.rag.directory
     assert KVLinkRetriever(directory=tmp_path, embedder=embedder).rag is retriever.rag
     assert KVLink(directory=tmp_path / "other", model=model).rag is not llm.rag
+
+
+def test_one_codec_a_directory(tmp_path: Path, model: KVLinkModel) -> None:
+    llm = KVLink(directory=tmp_path, model=model, codec="int8")
+    assert llm.rag.codec == "int8"
+    KVLinkRegister(directory=tmp_path, codec="int8")([TextNode(text="The harbour of Orvale.")])
+    for made in (KVLinkRegister, KVLinkRetriever, KVLink):
+        assert made(directory=tmp_path).rag is llm.rag
+    assert KVLinkSynthesizer(directory=tmp_path, codec="int8")._kvlink.rag is llm.rag
+    with pytest.raises(SettingsMismatch, match="found codec 'exact'"):
+        KVLinkRetriever(directory=tmp_path, codec="exact").retrieve("Orvale")
 
 
 def test_context_window_and_tokenizer(rag: KVLinkRAG, model: KVLinkModel) -> None:

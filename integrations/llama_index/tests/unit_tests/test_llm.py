@@ -13,14 +13,13 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.callbacks.token_counting import TokenCountingHandler
-from llama_index.core.schema import TextNode
 from llama_index.llms.kvlink import KVLink
 from llama_index.llms.kvlink.errors import KVLinkCallError
 from llama_index.llms.kvlink.nodes import to_documents
 from tiny import rendered_tokens, town_nodes
 
-from kvlink_rag import KVLinkModel, KVLinkRAG
-from kvlink_rag.errors import PromptTooLong
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import KVLinkError, PromptTooLong
 
 HELLO = [ChatMessage(role="system", content="Be brief."), ChatMessage(content="Hello there!")]
 
@@ -224,17 +223,30 @@ def test_documents_of_a_call_equal_the_oracle(
     assert again.raw["trace"]["snapshots_found"] == 4  # kept since the first call
 
 
-def test_more_documents_than_slots_are_computed(
-    llm: KVLink, rag: KVLinkRAG, model: KVLinkModel, caplog: pytest.LogCaptureFixture
-) -> None:
-    documents = to_documents(
-        [TextNode(id_=str(i), text=f"Fact number {i} of many facts.") for i in range(15)]
-    )
-    answer = llm.complete("Which?", documents=documents)
-    assert answer.raw["trace"]["passages"] == 12
-    assert "3 of 15 passages are computed" in caplog.text
-    rest = sum(len(f"{document.text}\n") for document in documents[12:])
-    assert answer.raw["trace"]["computed_tokens"] > rest
+@pytest.mark.parametrize(
+    ("documents", "match"),
+    [
+        (
+            [Document(f"Fact number {i} of many.") for i in range(15)],
+            "found 15 passages",
+        ),
+        ("text", "documents is a str, expected a list"),
+        (["fine"], "document 1 of 1 is a str"),
+        ([Document("x"), Document(" ", id="p7")], r"document 2 of 2 \(id 'p7'.* has no text"),
+    ],
+)
+def test_documents_that_cannot_be_handed_over(llm: KVLink, documents: Any, match: str) -> None:
+    with pytest.raises(KVLinkCallError, match=match) as error:
+        llm.complete("Which?", documents=documents)
+    assert isinstance(error.value.__cause__, KVLinkError)
+
+
+def test_an_empty_question(llm: KVLink, rag: KVLinkRAG) -> None:
+    with pytest.raises(KVLinkCallError, match="the question is ' '"):
+        llm.complete(" ", documents=[Document("The harbour of Orvale.")])
+    for messages in ([ChatMessage(content=" ")], [HELLO[0], ChatMessage(content="")]):
+        with pytest.raises(KVLinkCallError, match="empty, expected"):
+            llm.chat(messages)
 
 
 def test_a_system_prompt_goes_before_documents(rag: KVLinkRAG, model: KVLinkModel) -> None:

@@ -16,10 +16,13 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
-from llama_index.llms.kvlink import KVLinkRegister
-from llama_index.llms.kvlink.nodes import jsonable, to_document, to_documents, to_node
+from llama_index.llms.kvlink import KVLink, KVLinkRegister
+from llama_index.llms.kvlink.nodes import jsonable, to_document, to_node
+from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
+from llama_index.retrievers.kvlink import KVLinkRetriever
 
 from kvlink_rag import Document, Hit, KVLinkRAG
+from kvlink_rag.errors import DocumentError
 
 
 def test_a_node_becomes_its_bare_text() -> None:
@@ -63,17 +66,64 @@ def test_odd_metadata_becomes_json() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_nodes_without_text_are_left_out(rag: KVLinkRAG) -> None:
+def test_nodes_without_text_are_left_out_of_a_pipeline_and_told(
+    rag: KVLinkRAG, caplog: pytest.LogCaptureFixture
+) -> None:
     nodes = [
-        TextNode(text=""),
+        TextNode(id_="p7", text="", metadata={"title": "Page 7"}),
         TextNode(text=" \n"),
         ImageNode(image_url="http://localhost/x.png"),
-        TextNode(id_="y", text="yes", metadata={"when": date(1911, 5, 1)}),
+        TextNode(id_="y", text="yes", metadata={"when": date(1911, 5, 1), "pages": [3]}),
         LlamaDocument(id_="z", text="a whole document"),
     ]
-    assert [d.id for d in to_documents(nodes)] == ["y", "z"]
     assert KVLinkRegister(rag=rag)(nodes) is nodes
     assert [d.id for d in rag.documents()] == ["y", "z"]
+    assert "3 of 5 nodes have no text and are not registered: 'p7', " in caplog.text
+    assert "kept as text in the collection, under the keys when\n" in caplog.text
+    assert {record.name for record in caplog.records} == {"kvlink_rag.llama_index"}
+    with pytest.raises(DocumentError, match="has the key 1"):
+        KVLinkRegister(rag=rag, embed=True)([TextNode(text="x", metadata={"when": {1: 2}})])
+
+
+def test_nodes_without_text_handed_over_are_errors(rag: KVLinkRAG) -> None:
+    nodes = [TextNode(text="fine"), TextNode(id_="p7", text=" ", metadata={"title": "Page 7"})]
+    expected = r"node 2 of 2 \(id 'p7', title 'Page 7'\) has no text; leave it out"
+    with pytest.raises(DocumentError, match=expected):
+        KVLinkRetriever(rag=rag).add(nodes)
+    with pytest.raises(DocumentError, match=expected):
+        KVLinkSynthesizer(KVLink(rag=rag)).synthesize("What?", nodes)
+    assert len(rag) == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({"deep": {1: 2}}, r"\['deep'\] has the key 1"),
+        ({"tags": ("a",)}, r"\['tags'\] is a tuple"),
+        ({"when": date(1911, 5, 1)}, "date"),
+    ],
+)
+def test_metadata_that_would_not_come_back_is_an_error(
+    rag: KVLinkRAG, metadata: dict[str, object], match: str
+) -> None:
+    node = TextNode(id_="n", text="Some text.")
+    node.metadata = metadata
+    for add in (KVLinkRetriever(rag=rag).add, KVLinkRegister(rag=rag, embed=True)):
+        with pytest.raises(DocumentError, match=match):
+            add([node])
+    assert len(rag) == 0
+
+
+@pytest.mark.parametrize("wrong", ["text", ["text"], TextNode(text="alone"), None, [3]])
+def test_what_is_no_list_of_nodes(rag: KVLinkRAG, wrong: object) -> None:
+    synthesizer = KVLinkSynthesizer(KVLink(rag=rag))
+    for call in (
+        KVLinkRetriever(rag=rag).add,
+        KVLinkRegister(rag=rag),
+        lambda nodes: synthesizer.synthesize("What?", nodes),
+    ):
+        with pytest.raises(DocumentError, match=r"expected a (list of nodes|LlamaIndex node)"):
+            call(wrong)  # type: ignore[operator]
 
 
 def test_a_hit_becomes_a_node_and_back() -> None:

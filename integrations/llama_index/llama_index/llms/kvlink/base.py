@@ -8,7 +8,6 @@ it. Asynchronous ones run each of its steps in a worker thread.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -38,14 +37,13 @@ from llama_index.llms.kvlink.errors import KVLinkCallError
 from llama_index.llms.kvlink.threads import in_thread
 
 from kvlink_rag.documents import Document, Part, Passage, Text
-from kvlink_rag.errors import KVLinkError
+from kvlink_rag.errors import DocumentError, KVLinkError
+from kvlink_rag.retrieval import check_question
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkRAG, TextStream, Trace
 
 _ROLES = {"developer": "system", "model": "assistant", "chatbot": "assistant"}
-logger = logging.getLogger(__name__)
-
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
 
 
@@ -65,12 +63,18 @@ class KVLink(CustomLLM):
         directory: where the collection is kept; None: the one of the `kvlink-rag` command line.
             Classes that name the same directory share one collection.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        codec: how snapshots are kept, "exact", "int8", "int4" or "fp8"; None: as the directory
+            remembers, else exact.
         max_new_tokens, temperature, top_p, stop, seed: how answers are generated; each may also
             be given to a call (`max_tokens` means `max_new_tokens`). temperature 0 is greedy.
         use_tokenizer: whether LlamaIndex counts tokens as this model does, unless the application
             has set `Settings.tokenizer`. Its own default counts as GPT-3.5 does, so that prompts
             packed with it may not fit.
-        rag: an open `kvlink_rag.KVLinkRAG` instead of the first four.
+        rag: an open `kvlink_rag.KVLinkRAG` instead of the first five.
+
+    Recognised passages beyond the model's slots are computed as text: a warning says how many, and
+    the trace counts them in `passages_as_text`. Passages that are handed over (`documents`,
+    `KVLinkSynthesizer`) beyond them are an error.
 
     Examples:
         ```python
@@ -88,6 +92,7 @@ class KVLink(CustomLLM):
     embedder: str | None = Field(default=None, description="Name or directory of the encoder.")
     directory: str | None = Field(default=None, description="Where the collection is kept.")
     device: str = Field(default="auto", description="Torch device.")
+    codec: str | None = Field(default=None, description="How snapshots are kept.")
     max_new_tokens: int = Field(default=256, gt=0, description="The most tokens of an answer.")
     temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling.")
@@ -104,6 +109,7 @@ class KVLink(CustomLLM):
         embedder: Any = None,
         directory: DirectoryLike = None,
         device: str = "auto",
+        codec: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -117,7 +123,12 @@ class KVLink(CustomLLM):
         if unknown := sorted(set(llm_fields) - set(type(self).model_fields)):
             raise TypeError(f"KVLink takes no argument {unknown[0]!r}")
         collection = Collection(
-            model=model, embedder=embedder, directory=directory, device=device, rag=rag
+            model=model,
+            embedder=embedder,
+            directory=directory,
+            device=device,
+            codec=codec,
+            rag=rag,
         )
         super().__init__(
             **collection.names(),
@@ -177,7 +188,9 @@ class KVLink(CustomLLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The answer to a prompt, which is one user message.
 
-        documents: in `kwargs`, passages (`kvlink_rag.Document`) that precede the prompt.
+        documents: in `kwargs`, passages (`kvlink_rag.Document`) that precede the prompt. Raises
+        `KVLinkCallError` for more of them than the model has link tokens for, and for an empty
+        prompt.
         """
         return _last(self._completions(prompt, formatted, kwargs))
 
@@ -241,6 +254,9 @@ class KVLink(CustomLLM):
             prompt = self.completion_to_prompt(prompt)
         if documents is None:
             return self._responses(lambda **given: self.rag.complete(prompt, **given), sampling)
+        with _unswallowed():
+            check_question(prompt)
+            _check_documents(documents)
         return self._responses(partial(self._over, documents, prompt), sampling)
 
     def _replies(
@@ -279,26 +295,14 @@ class KVLink(CustomLLM):
             )
 
     def _over(self, documents: Sequence[Document], question: str, **sampling: Any) -> TextStream:
-        """The answer to `question` after `documents`; those beyond the model's slots are text."""
+        """The answer to `question` after `documents`."""
         model = self.rag.model
-        most = model.spec.max_passages or len(documents)
-        if len(documents) > most:
-            logger.warning(
-                "%d of %d passages are computed: the model has link tokens for %d",
-                len(documents) - most,
-                len(documents),
-                most,
-            )
-        rest = [Text(model.spec.render_passage(document)) for document in documents[most:]]
         if self.system_prompt:
-            passages = [Passage(document) for document in documents[:most]]
-            user: list[Part] = [*passages, *rest, Text(question)]
+            user: list[Part] = [*(Passage(document) for document in documents), Text(question)]
             system = {"role": "system", "content": self.system_prompt}
             parts = model.chat([system, {"role": "user", "content": user}])
         else:
-            parts = model.prompt(documents[:most], question)
-            after = max((i + 1 for i, p in enumerate(parts) if isinstance(p, Passage)), default=0)
-            parts[after:after] = rest
+            parts = model.prompt(documents, question)
         return model.stream(parts, reuse=self.rag.reuse, **sampling)
 
     def _merged(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -357,6 +361,24 @@ def _unswallowed() -> Iterator[None]:
         if isinstance(error, ValueError | TypeError):
             raise KVLinkCallError(str(error)) from error
         raise
+
+
+def _check_documents(documents: Sequence[Document]) -> None:
+    """Raise `DocumentError` for what is no list of documents with text."""
+    if isinstance(documents, str | Document) or not isinstance(documents, Sequence):
+        raise DocumentError(
+            f"documents is a {type(documents).__name__}, expected a list of kvlink_rag.Document"
+        )
+    for number, document in enumerate(documents, 1):
+        place = f"document {number} of {len(documents)}"
+        if not isinstance(document, Document):
+            raise DocumentError(
+                f"{place} is a {type(document).__name__}, expected a kvlink_rag.Document"
+            )
+        if not document.text.strip():
+            raise DocumentError(
+                f"{place} (id {document.id!r}, title {document.title!r}) has no text; leave it out"
+            )
 
 
 def _message(message: ChatMessage) -> dict[str, str]:

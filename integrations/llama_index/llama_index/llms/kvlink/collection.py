@@ -1,4 +1,4 @@
-"""What all classes of this integration share: `model`, `embedder`, `directory`, `device`.
+"""What all classes of this integration share: `model`, `embedder`, `directory`, `device`, `codec`.
 
 A collection is opened on first use and once a process, so that the LLM, the retriever and the
 ingestion of one application share one model and one index. Knows no LlamaIndex.
@@ -28,8 +28,9 @@ class Collection:
 
     model: a name, a directory or a `KVLinkModel`; embedder: a name, a directory, an embedder of
     kvlink_rag, of LlamaIndex or of LangChain; None: what the directory remembers, else the bundled
-    pair. directory: None is the one that `kvlink-rag` uses on the command line. rag: an open
-    collection instead of the other four.
+    pair. directory: None is the one that `kvlink-rag` uses on the command line. codec: how
+    snapshots are kept, "exact", "int8", "int4" or "fp8"; None: as the directory remembers, else
+    exact. rag: an open collection instead of the other five.
     """
 
     def __init__(
@@ -39,24 +40,29 @@ class Collection:
         embedder: Any = None,
         directory: DirectoryLike = None,
         device: str = "auto",
+        codec: str | None = None,
         rag: KVLinkRAG | None = None,
     ) -> None:
-        others = [v is not None for v in (model, embedder, directory)]
+        others = [v is not None for v in (model, embedder, directory, codec)]
         if rag is not None and (any(others) or device != "auto"):
-            raise ConfigError("found rag and one of model, embedder, directory, device; give one")
+            raise ConfigError(
+                "found rag and one of model, embedder, directory, device, codec; give one"
+            )
         self.model, self.embedder, self.directory, self.device = model, embedder, directory, device
+        self.codec = codec
         self._given = self._rag = rag
         self._outline: ModelOutline | None = None
         self._lock = threading.Lock()
 
     def names(self) -> dict[str, str | None]:
-        """The four as plain strings, for LlamaIndex's fields and its serialised form."""
+        """The five as plain strings, for LlamaIndex's fields and its serialised form."""
         directory = self.directory if self._given is None else self._given.directory
         return {
             "model": _name(self.model),
             "embedder": _name(self.embedder),
             "directory": None if directory is None else str(directory),
             "device": self.device,
+            "codec": self.codec,
         }
 
     def rag(self) -> KVLinkRAG:
@@ -71,6 +77,7 @@ class Collection:
                     model=self.model,
                     embedder=_bare(self.embedder),
                     device=self.device,
+                    codec=self.codec,
                 )
             return self._rag
 

@@ -14,11 +14,11 @@ from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
-from llama_index.core.schema import NodeWithScore, QueryType
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryType
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.llms.kvlink import KVLink
 from llama_index.llms.kvlink.collection import DirectoryLike, ModelLike
-from llama_index.llms.kvlink.nodes import to_documents
+from llama_index.llms.kvlink.nodes import bare_nodes, to_documents
 
 from kvlink_rag.documents import Document
 
@@ -33,13 +33,16 @@ class KVLinkSynthesizer(BaseSynthesizer):
 
     Every node is a passage of its bare text and title, whether registered or not (then it is
     encoded now and kept); metadata does not enter the prompt. Nothing is repacked: more nodes than
-    the model has link tokens for are computed as text, and more than its window holds raise
-    `kvlink_rag`'s `PromptTooLong` as the cause of a `KVLinkCallError`.
+    the model has link tokens for (`TooManyPassages`) or than its window holds (`PromptTooLong`)
+    raise a `KVLinkCallError` with `kvlink_rag`'s error as its cause, and so does an empty query.
+    Without nodes the answer is LlamaIndex's "Empty Response"; a node without text is a
+    `DocumentError`. Nodes may come with or without a score.
     `response.metadata["kvlink"]` holds token counts and the trace, for a stream once it has ended.
 
     Args:
-        llm: a `KVLink`; None makes one of the next five.
-        model, embedder, directory, device, rag: as everywhere in this integration, see `KVLink`.
+        llm: a `KVLink`; None makes one of the next six.
+        model, embedder, directory, device, codec, rag: as everywhere in this integration, see
+            `KVLink`.
         streaming: whether responses stream.
 
     Examples:
@@ -57,17 +60,25 @@ class KVLinkSynthesizer(BaseSynthesizer):
         embedder: Any = None,
         directory: DirectoryLike = None,
         device: str = "auto",
+        codec: str | None = None,
         rag: KVLinkRAG | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         if llm is None:
             llm = KVLink(
-                model=model, embedder=embedder, directory=directory, device=device, rag=rag
+                model=model,
+                embedder=embedder,
+                directory=directory,
+                device=device,
+                codec=codec,
+                rag=rag,
             )
-        elif device != "auto" or any(v is not None for v in (model, embedder, directory, rag)):
+        elif device != "auto" or any(
+            v is not None for v in (model, embedder, directory, codec, rag)
+        ):
             raise TypeError(
-                "found llm and one of model, embedder, directory, device, rag; give one"
+                "found llm and one of model, embedder, directory, device, codec, rag; give one"
             )
         if not isinstance(llm, KVLink):
             raise TypeError(
@@ -79,7 +90,7 @@ class KVLinkSynthesizer(BaseSynthesizer):
     def synthesize(
         self,
         query: QueryType,
-        nodes: list[NodeWithScore],
+        nodes: Sequence[NodeWithScore | BaseNode],
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
@@ -87,8 +98,8 @@ class KVLinkSynthesizer(BaseSynthesizer):
         trace: dict[str, Any] = {}
         response = super().synthesize(
             query,
-            nodes,
-            additional_source_nodes,
+            _scored(nodes),
+            additional_source_nodes and _scored(additional_source_nodes),
             documents=to_documents(nodes),
             trace=trace,
             **response_kwargs,
@@ -98,7 +109,7 @@ class KVLinkSynthesizer(BaseSynthesizer):
     async def asynthesize(
         self,
         query: QueryType,
-        nodes: list[NodeWithScore],
+        nodes: Sequence[NodeWithScore | BaseNode],
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
@@ -106,8 +117,8 @@ class KVLinkSynthesizer(BaseSynthesizer):
         trace: dict[str, Any] = {}
         response = await super().asynthesize(
             query,
-            nodes,
-            additional_source_nodes,
+            _scored(nodes),
+            additional_source_nodes and _scored(additional_source_nodes),
             documents=to_documents(nodes),
             trace=trace,
             **response_kwargs,
@@ -154,6 +165,15 @@ class KVLinkSynthesizer(BaseSynthesizer):
                 f"found prompts {sorted(prompts)}, but the prompt of a KVLinkSynthesizer is the "
                 "model's own; set system_prompt of KVLink, or use CompactAndRefine"
             )
+
+
+def _scored(nodes: Sequence[NodeWithScore | BaseNode]) -> list[NodeWithScore]:
+    """All nodes as LlamaIndex hands them over. Raises `DocumentError` for what is none."""
+    bare = bare_nodes(nodes)
+    return [
+        node if isinstance(node, NodeWithScore) else NodeWithScore(node=bare[i])
+        for i, node in enumerate(nodes)
+    ]
 
 
 def _passages(documents: Sequence[Document] | None, texts: Sequence[str]) -> list[Document]:

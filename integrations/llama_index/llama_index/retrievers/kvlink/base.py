@@ -13,6 +13,7 @@ from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelL
 from llama_index.llms.kvlink.nodes import to_documents, to_node
 
 from kvlink_rag.errors import ConfigError
+from kvlink_rag.retrieval import check_count
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkRAG
@@ -22,9 +23,10 @@ class KVLinkRetriever(BaseRetriever):
     """Finds the `k` best nodes of a collection; fewer where there are fewer.
 
     Args:
-        k: nodes a query; at least 1.
+        k: nodes a query; an integer of at least 1.
         rounds: 2 searches again from the best first hits, for two-hop questions.
-        model, embedder, directory, device, rag: as everywhere in this integration, see `KVLink`.
+        model, embedder, directory, device, codec, rag: as everywhere in this integration, see
+            `KVLink`.
 
     Examples:
         ```python
@@ -44,19 +46,24 @@ class KVLinkRetriever(BaseRetriever):
         embedder: Any = None,
         directory: DirectoryLike = None,
         device: str = "auto",
+        codec: str | None = None,
         rag: KVLinkRAG | None = None,
         callback_manager: CallbackManager | None = None,
         object_map: dict[str, Any] | None = None,
         objects: list[IndexNode] | None = None,
         verbose: bool = False,
     ) -> None:
-        if k < 1:
-            raise ConfigError(f"k is {k}, expected at least 1")
+        check_count(k)
         if rounds not in (1, 2):
             raise ConfigError(f"rounds is {rounds}, expected 1 or 2")
         self.k, self.rounds = k, rounds
         self._collection = Collection(
-            model=model, embedder=embedder, directory=directory, device=device, rag=rag
+            model=model,
+            embedder=embedder,
+            directory=directory,
+            device=device,
+            codec=codec,
+            rag=rag,
         )
         super().__init__(
             callback_manager=callback_manager,
@@ -71,11 +78,12 @@ class KVLinkRetriever(BaseRetriever):
         return self._collection.rag()
 
     def add(self, nodes: Sequence[BaseNode]) -> None:
-        """Embed, index and encode all nodes that have text; what is there costs nothing.
+        """Embed, index and encode nodes; what is there costs nothing.
 
-        Raises `kvlink_rag.errors.DocumentError`.
+        Raises `kvlink_rag.errors.DocumentError`, and adds none, for a node without text and for
+        metadata that is not JSON, which would not come back as it was.
         """
-        self.rag.add(to_documents(nodes))
+        self.rag.add(to_documents(nodes, strict=True))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """The best nodes for the bundle's embedding texts: the query, or what HyDE made of it."""
