@@ -383,7 +383,7 @@ def test_arguments_of_a_wrong_type_are_told(rag: KVLinkRAG) -> None:
     rag.add(towns(2))
     document = towns(1)[0]
     for wrong in (None, "", " \n", 7):
-        with pytest.raises(PromptError, match=r"the question is .*, expected a string with text in it"):
+        with pytest.raises(PromptError, match=r"the question is .*, expected a string"):
             rag.ask(wrong)  # type: ignore[arg-type]
     for k in (2.5, "3", True, None):
         with pytest.raises(ConfigError, match=r"k is .*, expected a whole number of at least 1"):
