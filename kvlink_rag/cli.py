@@ -20,6 +20,7 @@ from .splitting import MAX_TOKENS
 
 CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
 SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
+ORDERS = ("score", "id")  # those of `retrieval`, likewise
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -234,6 +235,12 @@ def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:
         choices=(1, 2),
         default=1,
         help="2: retrieve again with the first hits, for questions over two facts (%(default)s)",
+    )
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        help="of the passages in the prompt: best first, or by id, which lets questions over the "
+        "same passages reuse more (the collection's, else score)",
     )
     parser.add_argument(
         "--mode",

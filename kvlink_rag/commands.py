@@ -132,9 +132,14 @@ def chat(arguments: argparse.Namespace) -> int:
     with _open(arguments) as rag:
         _require_documents(rag)
         _show_notice(rag)
-        conversation = Conversation(rag, arguments.k, arguments.rounds, system=arguments.system)
         options = _answering(arguments)
-        options.pop("rounds")
+        conversation = Conversation(
+            rag,
+            arguments.k,
+            options.pop("rounds"),
+            system=arguments.system,
+            order=options.pop("order"),
+        )
         for question in _questions():
             turn = conversation.ask(question, **options)
             _print_pieces(turn)
@@ -422,7 +427,7 @@ def _show_report(rag: KVLinkRAG, report: IngestReport, *, as_json: bool) -> None
 
 def _answering(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of an answer, as `KVLinkRAG.stream` takes them."""
-    names = ("rounds", "mode", "max_new_tokens", "temperature", "top_p", "seed")
+    names = ("rounds", "order", "mode", "max_new_tokens", "temperature", "top_p", "seed")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -50,7 +50,7 @@ from .model import KVLinkModel, Verification
 from .outline import ModelOutline
 from .prefix import PrefixCache
 from .recognition import MIN_TOKENS, Recogniser
-from .retrieval import Where, check_count, retrieve
+from .retrieval import Where, check_count, check_order, in_order, retrieve
 from .settings import Settings
 from .spec import Spec
 from .store import SnapshotStore
@@ -143,6 +143,7 @@ class KVLinkRAG:
         spec: Spec | None = None,
         codec: str | None = None,
         search: str | None = None,
+        order: str | None = None,
         size_limit: int | None = None,
         prefix_budget: int = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
@@ -156,7 +157,9 @@ class KVLinkRAG:
         pair. codec: how snapshots are kept, "exact" (the model's dtype), "int8", "int4" or "fp8"
         (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
         exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
-        size (see `VectorIndex`); None: as the directory remembers, else auto. size_limit: bytes of
+        size (see `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in
+        the prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
+        size_limit: bytes of
         snapshots to keep at most. prefix_budget: bytes of computed runs to keep in memory; 0 keeps
         none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
         the directory remembers another model, embedder or codec, take the new one and encode again.
@@ -183,6 +186,8 @@ class KVLinkRAG:
         )
         if search is not None:
             catalog.set_settings({"search": check_search(search)})
+        if order is not None:
+            catalog.set_settings({"order": check_order(order)})
         try:
             rag._settle(reencode)
         except BaseException:
@@ -293,10 +298,21 @@ class KVLinkRAG:
         return index.vectors([rows[id] for id in wanted])
 
     def stream(
-        self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any
+        self,
+        question: str,
+        *,
+        k: int = 10,
+        rounds: int = 1,
+        order: str | None = None,
+        **arguments: Any,
     ) -> AnswerStream:
-        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`."""
-        return AnswerStream(self, question, k, rounds, arguments)
+        """Stream the answer to `question`. Other arguments as in `KVLinkModel.stream`.
+
+        order: of the hits in the prompt, "score" (best first) or "id", by which questions that find
+        the same documents reuse more kept runs; None: the collection's. The hits that are listed
+        stay best first. Raises `ConfigError` for another order.
+        """
+        return AnswerStream(self, question, k, rounds, self.order(order), arguments)
 
     def ask(self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any) -> Answer:
         """The whole answer, its hits and its trace. Arguments as in `stream`."""
@@ -445,6 +461,10 @@ class KVLinkRAG:
     def codec(self) -> str:
         """How snapshots are kept."""
         return self._settings.codec
+
+    def order(self, asked: str | None = None) -> str:
+        """How hits follow each other in a prompt: `asked`, else as the collection remembers."""
+        return check_order(asked or str(self.catalog.settings().get("order", "score")))
 
     @property
     def snapshots(self) -> StoredSnapshots:
@@ -705,12 +725,18 @@ class AnswerStream(Iterator[str]):
     """
 
     def __init__(
-        self, rag: KVLinkRAG, question: str, k: int, rounds: int, arguments: dict[str, Any]
+        self,
+        rag: KVLinkRAG,
+        question: str,
+        k: int,
+        rounds: int,
+        order: str,
+        arguments: dict[str, Any],
     ) -> None:
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._rag, self._question, self._k, self._rounds = rag, question, k, rounds
-        self._arguments = arguments
+        self._order, self._arguments = order, arguments
         self._stream: TextStream | None = None
         self._pieces = self._run()
 
@@ -729,7 +755,8 @@ class AnswerStream(Iterator[str]):
         with self.trace.stage("retrieval"):
             self.hits = rag.search(self._question, self._k, rounds=self._rounds)
         # 2. hits → prompt
-        parts = model.prompt([hit.document for hit in self.hits], self._question)
+        laid = in_order(self.hits, self._order)
+        parts = model.prompt([hit.document for hit in laid], self._question)
         # 3. prompt → text (answering)
         self._stream = model.stream(parts, reuse=rag.reuse, trace=self.trace, **self._arguments)
         yield from self._stream

@@ -13,6 +13,7 @@ from .documents import Document, Hit
 from .errors import ConfigError
 
 FIRST_HITS = 3  # best hits of round one that round two starts from
+ORDERS = ("score", "id")  # how hits follow each other in the prompt
 
 SearchMany = Callable[[Sequence[str], int], list[list[Hit]]]
 Where = Callable[[Document], bool]
@@ -39,6 +40,24 @@ def check_count(k: int) -> None:
     """Raise `ConfigError` where `k` is no number of hits to ask for."""
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1")
+
+
+def check_order(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such order."""
+    if name not in ORDERS:
+        raise ConfigError(f"found order {name!r}, expected one of {', '.join(ORDERS)}")
+    return name
+
+
+def in_order(hits: Sequence[Hit], order: str) -> list[Hit]:
+    """The same hits, "score": as they are, best first; "id": by their document's id.
+
+    By id, questions that find the same documents share a longer beginning of the prompt, and so
+    more of the kept runs. Raises `ConfigError` for another order.
+    """
+    if check_order(order) == "score":
+        return list(hits)
+    return sorted(hits, key=lambda hit: str(hit.document.id))
 
 
 def followed(question: str, document: Document) -> str:

@@ -154,6 +154,22 @@ def test_quality() -> None:
     assert mine["epic exact"]["divergence"] > 0
 
 
+def test_order(tmp_path: Path) -> None:
+    figure = tmp_path / "figure"
+    rows = last_line("order.py", "--documents", "10", "--questions", "3", "--figure", str(figure))[
+        "rows"
+    ]
+    score, by_id = rows
+    assert [(row["documents"], row["order"], row["questions"]) for row in rows] == [
+        (10, "score", 3), (10, "id", 3)]  # fmt: skip
+    assert by_id["kept_share"] > score["kept_share"]
+    for row in rows:  # both are the same tokens
+        assert row["computed_tokens"] + row["kept_tokens"] == pytest.approx(
+            score["computed_tokens"] + score["kept_tokens"], abs=0.2
+        )
+    assert "<svg" in figure.with_suffix(".svg").read_text()
+
+
 def test_load(tmp_path: Path) -> None:
     rows = last_line("load.py", *TINY, "--sizes", "2x16", "--scratch", str(tmp_path))["rows"]
     assert [(row["codec"], row["place"]) for row in rows] == [
