@@ -20,6 +20,7 @@ from .splitting import MAX_TOKENS
 
 CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not light
 SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
+COMPRESSIONS = ("none", "zstd")  # those of `settings`, likewise
 ORDERS = ("score", "id")  # those of `retrieval`, likewise
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
@@ -224,6 +225,13 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="how to keep snapshots: as they are, or smaller at a price that `verify` states "
         "(the collection's, else exact)",
+    )
+    parser.add_argument(
+        "--compression",
+        choices=COMPRESSIONS,
+        default=None,
+        help="compress snapshots on top of the codec, without loss; needs kvlink-rag[zstd] "
+        "(the collection's, else none)",
     )
 
 

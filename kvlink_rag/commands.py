@@ -62,6 +62,7 @@ def index(arguments: argparse.Namespace) -> int:
             create=True,
             size_limit=arguments.size_limit,
             codec=arguments.codec,
+            compression=arguments.compression,
             search=arguments.search,
         ) as rag,
         _progress(sum(file.size() for file in files)) as bar,
@@ -300,6 +301,7 @@ def _open(
     create: bool = False,
     size_limit: int | None = None,
     codec: str | None = None,
+    compression: str | None = None,
     search: str | None = None,
 ) -> KVLinkRAG:
     """The collection; one that is not there yet is made only to index into."""
@@ -318,6 +320,7 @@ def _open(
         reencode=arguments.reencode,
         size_limit=size_limit,
         codec=codec,
+        compression=compression,
         search=search,
         create=create,
     )
@@ -329,6 +332,7 @@ def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
     if _has_collection(_directory(arguments)):
         with KVLinkRAG.open(_directory(arguments), create=False) as rag:
             known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
+            known["compression"] = rag.compression
     _hush(arguments)
     model = KVLinkModel.from_pretrained(
         arguments.model or known.get("model", BUNDLED),
@@ -339,7 +343,10 @@ def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
         arguments.embedder or known.get("embedder", BUNDLED), device=arguments.device
     )
     codec = arguments.codec or known.get("codec")
-    return lambda path: KVLinkRAG.open(path, model=model, embedder=embedder, codec=codec)
+    compression = arguments.compression or known.get("compression")
+    return lambda path: KVLinkRAG.open(
+        path, model=model, embedder=embedder, codec=codec, compression=compression
+    )
 
 
 def _require_documents(rag: KVLinkRAG) -> None:

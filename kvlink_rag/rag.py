@@ -51,7 +51,7 @@ from .outline import ModelOutline
 from .prefix import PrefixCache
 from .recognition import MIN_TOKENS, Recogniser
 from .retrieval import Where, check_count, check_order, in_order, retrieve
-from .settings import Settings
+from .settings import Settings, check_compression
 from .spec import Spec
 from .store import SnapshotStore
 from .stored import StoredSnapshots
@@ -142,6 +142,7 @@ class KVLinkRAG:
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
         codec: str | None = None,
+        compression: str | None = None,
         search: str | None = None,
         order: str | None = None,
         size_limit: int | None = None,
@@ -159,10 +160,11 @@ class KVLinkRAG:
         exact. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
         size (see `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in
         the prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
-        size_limit: bytes of
-        snapshots to keep at most. prefix_budget: bytes of computed runs to keep in memory; 0 keeps
-        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
-        the directory remembers another model, embedder or codec, take the new one and encode again.
+        compression: "zstd" compresses snapshots on top of the codec, without loss; "none"; None: as
+        the directory remembers, else none. size_limit: bytes of snapshots to keep at most.
+        prefix_budget: bytes of computed runs to keep in memory; 0 keeps none. min_tokens: the
+        shortest stretch that `recognise` takes for a passage. reencode: where the directory
+        remembers another model, embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
@@ -180,7 +182,10 @@ class KVLinkRAG:
         settings = Settings(
             catalog, model, embedder, device=device, dtype=dtype, spec=spec, codec=codec
         )
-        store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit)
+        if compression is not None:
+            catalog.set_settings({"compression": check_compression(compression)})
+        compress = catalog.settings().get("compression", "none") != "none"
+        store = SnapshotStore(path / SNAPSHOTS, size_limit=size_limit, compress=compress)
         rag = cls(
             path, settings, catalog, store, prefix_budget=prefix_budget, min_tokens=min_tokens
         )
@@ -461,6 +466,11 @@ class KVLinkRAG:
     def codec(self) -> str:
         """How snapshots are kept."""
         return self._settings.codec
+
+    @property
+    def compression(self) -> str:
+        """What compresses new snapshots, "zstd" or "none"."""
+        return "zstd" if self.store.compress else "none"
 
     def order(self, asked: str | None = None) -> str:
         """How hits follow each other in a prompt: `asked`, else as the collection remembers."""

@@ -15,14 +15,16 @@ import torch
 
 from .catalog import Catalog
 from .embedder import ContrieverEmbedder, Embedder
-from .errors import SettingsMismatch
+from .errors import ConfigError, SettingsMismatch
 from .foreign import AnyEmbedder, ForeignEmbedder
 from .loading import BUNDLED
 from .model import KVLinkModel
 from .outline import ModelOutline, outline
+from .sealed import COMPRESSION, require_compression
 from .snapshot import EXACT, check_codec
 from .spec import Spec
 
+COMPRESSIONS = ("none", COMPRESSION)
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
 
 
@@ -204,6 +206,18 @@ class Settings:
         self._catalog.set_settings(values)
         self._remembered.update(values)
         self._unfinished.discard(what)
+
+
+def check_compression(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such compression, `MissingExtra`.
+
+    It is no part of a snapshot's identity: it loses nothing, and files of both kinds are read.
+    """
+    if name not in COMPRESSIONS:
+        raise ConfigError(f"found compression {name!r}, expected one of {', '.join(COMPRESSIONS)}")
+    if name != "none":
+        require_compression()
+    return name
 
 
 def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:

@@ -45,6 +45,7 @@ import diskcache
 
 from . import files
 from .errors import ConfigError, SnapshotCorrupt, StorageError
+from .sealed import require_compression
 from .snapshot import AnySnapshot, read_snapshot, snapshot_size, write_snapshot
 
 logger = logging.getLogger(__name__)
@@ -94,13 +95,23 @@ class SnapshotStore:
 
     size_limit: bytes of snapshot files to keep at most (the table, some 300 bytes an entry, comes
         on top); None: no limit. Above it the least recently used go.
+    compress: whether new files are compressed, losslessly; what is read may be either.
     Raises `StorageError` where the directory cannot be opened or written. A damaged table is
     rebuilt from the files. On a read-only file system the store can be read, and only that.
+    Raises `MissingExtra` where `compress` is asked for and zstandard is not installed.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, size_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        size_limit: int | None = None,
+        compress: bool = False,
+    ) -> None:
+        if compress:
+            require_compression()
         self.directory = Path(os.path.realpath(directory))
-        self.size_limit = size_limit
+        self.size_limit, self.compress = size_limit, compress
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         try:
@@ -158,7 +169,7 @@ class SnapshotStore:
         try:
             self._make_room(size)
             with files.temporary(self._temporary, Path(name).name) as file:
-                write_snapshot(file, snapshot, key)
+                size = write_snapshot(file, snapshot, key, compress=self.compress)
                 self._insert(key, _Entry(name, size, Path(file.name)))
         except StorageError:
             raise

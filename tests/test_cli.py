@@ -24,7 +24,7 @@ import torch
 from conftest import byte_spec, byte_tokenizer, random_model
 from transformers import BertConfig, BertModel
 
-from kvlink_rag import cli, index, retrieval, snapshot, terminal
+from kvlink_rag import cli, index, retrieval, settings, snapshot, terminal
 from kvlink_rag.cli import main
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -487,6 +487,7 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert cli.CODECS == snapshot.CODECS
     assert cli.SEARCHES == index.SEARCHES
     assert cli.ORDERS == retrieval.ORDERS
+    assert cli.COMPRESSIONS == settings.COMPRESSIONS
 
 
 def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:
