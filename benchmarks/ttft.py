@@ -133,7 +133,13 @@ class Size:
         first, *others = (self.model.prompt(self.documents, q) for q in self.questions)
         for codec in self.arguments.codecs:
             for place in self.arguments.places:
-                check(self.model, first, self.laid[codec].at(place))
+                laid = self.laid[codec]
+                check(self.model, first, laid.at(place))
+                if place == "cold":
+                    print(
+                        f"# {codec} cold: before each question the pages of all {len(laid.files)} "
+                        f"files ({laid.nbytes:,} bytes) are dropped, and mincore finds none"
+                    )
         self.one_round(first)  # to warm up
         for kept in (self.seconds, self.stages, self.disk):
             kept.clear()
