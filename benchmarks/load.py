@@ -13,14 +13,13 @@ Assembly is compared with the masked prefill first. The last line is one JSON ob
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import Row, finish, load, make_cold, median, parser, show
+from measuring import Row, finish, load, median, parser, read_cold, show
 from shapes import words
 from ways import Laid, check
 
@@ -28,7 +27,6 @@ from kvlink_rag import Document, KVLinkModel, Part, Trace
 from kvlink_rag.answering import PromptRun, Reuse
 from kvlink_rag.snapshot import CODECS, EXACT
 
-CHUNK = 1 << 20
 COLUMNS = ("size", "codec", "place", "read_ms", "assembly_ms", "both_ms", "memcpy_ms",
            "sequential_ms", "cache_gb_per_s", "memcpy_gb_per_s", "over_memcpy",
            "file_gb_per_s", "disk_gb_per_s")  # fmt: skip
@@ -62,7 +60,7 @@ def measure(model: KVLinkModel, directory: Path, size: str, codec: str, rounds: 
     copies, reads = [], []
     for _ in range(rounds + 1):
         copies.append(memcpy(cache_bytes))
-        reads.append(sequential(laid.files))
+        reads.append(read_cold(laid.files))
         for place, traces in found.items():
             traces.append(assembled(model, prompt, laid.at(place, system_prompt=False)))
     laid.close()
@@ -112,19 +110,6 @@ def memcpy(size: int) -> float:
     source = torch.ones(size, dtype=torch.uint8)
     start = time.perf_counter()
     torch.empty(size, dtype=torch.uint8).copy_(source)
-    return time.perf_counter() - start
-
-
-def sequential(files: Sequence[Path]) -> float:
-    """Seconds to read cold files one after the other."""
-    make_cold(files)
-    buffer = bytearray(CHUNK)
-    start = time.perf_counter()
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while file.readinto(buffer):
-                pass
     return time.perf_counter() - start
 
 

@@ -25,6 +25,8 @@ from kvlink_rag.errors import MissingExtra
 
 Row = dict[str, Any]
 
+CHUNK = 1 << 20  # bytes that the disk is read in
+
 
 # Options and models.
 
@@ -129,6 +131,19 @@ def make_cold(paths: Sequence[Path]) -> None:
             f"{len(warm)} of {len(paths)} files stay in memory after posix_fadvise(DONTNEED), as "
             f"mincore tells ({warm[0].name} first); put --scratch on a disk that is not tmpfs"
         )
+
+
+def read_cold(paths: Sequence[Path]) -> float:
+    """Seconds to read cold files one after the other, and nothing else: the disk's own rate."""
+    make_cold(paths)
+    buffer = bytearray(CHUNK)
+    start = time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
 
 
 def resident_pages(path: Path) -> int:

@@ -1,7 +1,11 @@
 """Time to first token: reuse of snapshots against full prefill and other ways to reuse.
 
     python benchmarks/ttft.py --sizes 10x200 10x500 --rounds 15
+    python benchmarks/ttft.py --sizes paper passages --random-weights llama-3.2-3b
     python benchmarks/ttft.py --codecs exact int8 --places cold cached ram --ways full cacheblend
+
+Sizes are passages x tokens; "paper" stands for 10x100, 10x200, … 10x500 (KVLink's own), "passages"
+for 5x200, 20x200, 40x200.
 
 Each round asks a new question of 12 tokens over the same passages and times, one after the other:
     reuse       for each codec and place: first `next()` of the stream, that is layout, snapshots
@@ -11,20 +15,26 @@ Each round asks a new question of 12 tokens over the same passages and times, on
     floor       transformers' own forward of reuse's computed tokens over a cache that stands in
                 memory (`DynamicCache`, attention implementation "sdpa", the mask given)
 and, as `--ways` says, on the prompt without link tokens (`kvlink_rag.baselines`):
-    full        transformers' own forward over the whole prompt, "sdpa", causal (no mask in memory),
-                logits of the last token only
+    full        transformers' own `generate` of one token over the whole prompt, by its best
+                attention (flash-attn on a GPU that has it, else "sdpa": causal, no mask in memory)
+    forward     the forward of it alone, logits of the last token only
     prefix      prefix caching: the prompt before it had the same system prompt and the same first
                 passage (`--shared-passages`), and then others
     naive       snapshots side by side without link tokens
     cacheblend  naive, 15 % of the passages' tokens computed again
     epic        naive, the first 16 tokens of each passage computed again
+Ratios are over_<way>: the median of the rounds' ratios.
+Of a cold place also: bytes of the files, the rate at which the disk gives the same files, cold,
+read one after the other in the same round, and whether the first token came within 1.3 times the
+floor and those bytes at that rate (`target_s`).
 The last three read exact snapshots that are in the page cache, and keep the system prompt, as reuse
 does. Retrieval is not part of it. Link tokens, mem_end, question and assistant header are computed
 every time.
 
 No figure without proof: before each size reuse is compared with the masked full prefill of the
 same prompt, for each codec and place; each timed run must have read all its snapshots and computed
-as many tokens as it claims; prefix must give full's logits. The last line is one JSON object.
+as many tokens as it claims; prefix and forward must give full's logits. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -35,9 +45,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Row, draw, finish, load, median, parser, percentile, refuse, show, timed
+from measuring import (
+    Row,
+    draw,
+    finish,
+    load,
+    median,
+    parser,
+    percentile,
+    read_cold,
+    refuse,
+    show,
+    timed,
+)
 from shapes import words
 from transformers import DynamicCache
+from transformers.utils import is_flash_attn_2_available
 from ways import PLACES, Laid, check, first_token
 
 from kvlink_rag import Document, KVLinkModel, Layout, Part, Trace
@@ -48,9 +71,17 @@ from kvlink_rag.model import TOLERANCE, compare
 from kvlink_rag.snapshot import CODECS, EXACT
 
 QUESTION_TOKENS = 12
+COLD_TARGET = 1.3  # of the floor; the bytes over the disk's own rate come on top
+WAYS = (*METHODS, "forward")
+GROUPS = {
+    "paper": [f"10x{tokens}" for tokens in (100, 200, 300, 400, 500)],
+    "passages": [f"{passages}x200" for passages in (5, 20, 40)],
+}
 STAGES = ("layout", "read", "assembly", "prefill")
 COLUMNS = ("size", "way", "codec", "place", "ttft_p50_s", "ttft_p95_s", "over_full", "over_floor",
            "read_ms", "assembly_ms", "prefill_ms", "computed_tokens")  # fmt: skip
+COLD = ("size", "codec", "snapshot_bytes", "disk_gb_per_s", "ttft_p50_s", "over_floor", "target_s",
+        "within_target")  # fmt: skip
 
 Seconds = dict[str, list[float]]  # of each way, one a round
 
@@ -63,7 +94,10 @@ def main() -> None:
         for size in arguments.sizes:
             passages, tokens = (int(n) for n in size.split("x"))
             rows += Size(model, Path(directory) / size, passages, tokens, arguments).measure()
-            show([row for row in rows if row["size"] == size], COLUMNS)
+            mine = [row for row in rows if row["size"] == size]
+            show(mine, COLUMNS)
+            if cold := [row for row in mine if "target_s" in row]:
+                show(cold, COLD)
     draw(
         arguments.figure, lambda axes: plot(axes, rows), title=f"Time to first token, {model.name}"
     )
@@ -92,16 +126,23 @@ class Size:
         self.seconds: Seconds = {}
         self.facts: dict[str, Row] = {}
         self.stages: dict[str, list[Trace]] = {}
+        self.disk: Seconds = {}  # to read a codec's files cold
 
     def measure(self) -> list[Row]:
         """Check, then rounds; one row a way."""
         first, *others = (self.model.prompt(self.documents, q) for q in self.questions)
         for codec in self.arguments.codecs:
             for place in self.arguments.places:
-                check(self.model, first, self.laid[codec].at(place))
+                laid = self.laid[codec]
+                check(self.model, first, laid.at(place))
+                if place == "cold":
+                    print(
+                        f"# {codec} cold: before each question the pages of all {len(laid.files)} "
+                        f"files ({laid.nbytes:,} bytes) are dropped, and mincore finds none"
+                    )
         self.one_round(first)  # to warm up
-        self.seconds.clear()
-        self.stages.clear()
+        for kept in (self.seconds, self.stages, self.disk):
+            kept.clear()
         for prompt in others:
             self.one_round(prompt)
         for laid in self.laid.values():
@@ -114,6 +155,8 @@ class Size:
         bare = floor(self.model, self.model.layout(prompt), exact.at("cached"))
         self.note("floor", "floor", bare)
         for codec in self.arguments.codecs:
+            if "cold" in self.arguments.places:
+                self.disk.setdefault(codec, []).append(read_cold(self.laid[codec].files))
             for place in self.arguments.places:
                 reuse = self.laid[codec].at(place)
                 trace = first_token(self.model, prompt, reuse)
@@ -126,15 +169,22 @@ class Size:
         logits: dict[str, torch.Tensor] = {}
         for way in self.arguments.ways:
             logits[way] = self.baseline(way, prompt)
-        if "prefix" in logits and "full" in logits:
-            same(self.model, logits["prefix"], logits["full"])
+        for way in {"prefix", "forward"} & logits.keys() if "full" in logits else ():
+            same(self.model, way, logits[way], logits["full"])
 
     def baseline(self, way: str, prompt: list[Part]) -> torch.Tensor:
-        """One of the ways of `Baselines`; full by transformers' own forward."""
-        if way == "full":
+        """One of the ways of `Baselines`; full and forward by transformers itself."""
+        if way in ("full", "forward"):
             laid = self.baselines.layout(prompt)
-            seconds, logits = full_prefill(self.model, laid)
-            self.note(way, way, seconds, computed_tokens=len(laid))
+            run = generate if way == "full" else bare_forward
+            seconds, logits = run(self.model, laid)
+            self.note(
+                way,
+                way,
+                seconds,
+                computed_tokens=len(laid),
+                attention=best_attention(self.model),
+            )
             return logits
         self.baselines.forget()
         if way != "prefix":
@@ -170,7 +220,7 @@ class Size:
             "ttft_p50_s": round(median(taken), 5),
             "ttft_p95_s": round(percentile(taken, 0.95), 5),
         }
-        for other in ("full", "floor"):
+        for other in ("floor", *WAYS):
             if other in self.seconds:
                 ratios = (a / b for a, b in zip(taken, self.seconds[other], strict=True))
                 row[f"over_{other}"] = round(median(ratios), 4)
@@ -179,7 +229,20 @@ class Size:
             row |= {
                 f"{s}_ms": round(median(getattr(t, f"{s}_ms") for t in traces), 3) for s in STAGES
             }
+        if row.get("place") == "cold":
+            row |= self.against_disk(row)
         return row
+
+    def against_disk(self, row: Row) -> Row:
+        """The disk's own rate, and the time that a first token from cold files may take."""
+        seconds = median(self.disk[row["codec"]])
+        target = COLD_TARGET * median(self.seconds["floor"]) + seconds
+        return {
+            "disk_s": round(seconds, 5),
+            "disk_gb_per_s": round(row["snapshot_bytes"] / seconds / 1e9, 3),
+            "target_s": round(target, 5),
+            "within_target": row["ttft_p50_s"] <= target,
+        }
 
     def side_by_side(self, name: str) -> Row:
         """Medians of one way of reuse, of full prefill and of the floor, for a row that has all."""
@@ -191,14 +254,35 @@ class Size:
         }
 
 
-def same(model: KVLinkModel, logits: torch.Tensor, expected: torch.Tensor) -> None:
+def same(model: KVLinkModel, way: str, logits: torch.Tensor, expected: torch.Tensor) -> None:
     """Refuse where a way that must be exact is not."""
     verdict = compare(logits, expected, TOLERANCE[model.backbone.dtype])
     if not verdict.holds:
-        refuse(f"prefix caching does not give the full prefill's logits ({verdict.difference:.2e})")
+        refuse(f"{way} does not give the full prefill's logits ({verdict.difference:.2e})")
 
 
-def full_prefill(model: KVLinkModel, laid: Layout) -> tuple[float, torch.Tensor]:
+def generate(model: KVLinkModel, laid: Layout) -> tuple[float, torch.Tensor]:
+    """Seconds and logits of one token by transformers' own `generate` over the whole prompt."""
+    ids = laid.token_ids[None].to(model.backbone.device)
+    found: list[Any] = []
+
+    def call() -> None:
+        output = model.backbone.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        output.sequences[0, -1].item()
+        found.append(output.logits[0][0])
+
+    return plainly(model, call, best_attention(model)), found[0].float().cpu()
+
+
+def bare_forward(model: KVLinkModel, laid: Layout) -> tuple[float, torch.Tensor]:
     """Seconds and logits of transformers' own forward over the whole prompt."""
     ids = laid.token_ids[None].to(model.backbone.device)
     found: list[torch.Tensor] = []
@@ -208,7 +292,7 @@ def full_prefill(model: KVLinkModel, laid: Layout) -> tuple[float, torch.Tensor]
         output.logits.argmax().item()
         found.append(output.logits[0, -1].float().cpu())
 
-    return plainly(model, call), found[0]
+    return plainly(model, call, best_attention(model)), found[0]
 
 
 def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
@@ -243,14 +327,21 @@ def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
     )
 
 
-def plainly(model: KVLinkModel, call: Any) -> float:
+def plainly(model: KVLinkModel, call: Any, attention: str = "sdpa") -> float:
     """Seconds of `call` with transformers' own attention."""
     config = model.backbone.config
-    ours, config._attn_implementation = config._attn_implementation, "sdpa"
+    ours, config._attn_implementation = config._attn_implementation, attention
     try:
         return timed(model, call)
     finally:
         config._attn_implementation = ours
+
+
+def best_attention(model: KVLinkModel) -> str:
+    """The name of transformers' fastest attention for a causal prompt on this machine."""
+    half = model.backbone.dtype in (torch.bfloat16, torch.float16)
+    flash = model.backbone.device.type == "cuda" and half and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def label(row: Row) -> str:
@@ -271,13 +362,26 @@ def plot(axes: Any, rows: list[Row]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--sizes", nargs="+", default=["10x200", "10x500"], metavar="PxT")
+    options = parser(__doc__, rounds=15)
+    options.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["10x200", "10x500"],
+        metavar="PxT",
+        help=f"passages x tokens, or a group of sizes: {', '.join(GROUPS)}",
+    )
     options.add_argument("--codecs", nargs="+", default=[EXACT], choices=CODECS)
     options.add_argument("--places", nargs="+", default=["cached"], choices=PLACES)
-    options.add_argument("--ways", nargs="*", default=["full"], choices=METHODS)
+    options.add_argument("--ways", nargs="*", default=["full"], choices=WAYS)
     options.add_argument("--shared-passages", type=int, default=1, help="with the prompt before")
-    return options.parse_args()
+    arguments = options.parse_args()
+    arguments.sizes = expanded(arguments.sizes)
+    return arguments
+
+
+def expanded(sizes: list[str]) -> list[str]:
+    """Each size once, groups by their members."""
+    return list(dict.fromkeys(size for name in sizes for size in GROUPS.get(name, [name])))
 
 
 if __name__ == "__main__":

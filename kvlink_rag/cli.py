@@ -24,6 +24,8 @@ CODECS = ("exact", "int8", "int4", "fp8")  # those of `snapshot`, which is not l
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
 MAX_SEED = 2**64 - 1  # torch's
+COMPRESSIONS = ("none", "zstd")  # those of `settings`, likewise
+ORDERS = ("score", "id")  # those of `retrieval`, likewise
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -229,6 +231,13 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         help="how to keep snapshots: as they are (exact; bf16 is the same of a bfloat16 model), "
         "or smaller at a price that `verify` states (the collection's, else exact)",
     )
+    parser.add_argument(
+        "--compression",
+        choices=COMPRESSIONS,
+        default=None,
+        help="compress snapshots on top of the codec, without loss; needs kvlink-rag[zstd] "
+        "(the collection's, else none)",
+    )
 
 
 def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:
@@ -239,6 +248,12 @@ def _add_answering(parser: argparse.ArgumentParser, *, k: int) -> None:
         choices=(1, 2),
         default=1,
         help="2: retrieve again with the first hits, for questions over two facts (%(default)s)",
+    )
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        help="of the passages in the prompt: best first, or by id, which lets questions over the "
+        "same passages reuse more (the collection's, else score)",
     )
     parser.add_argument(
         "--mode",

@@ -62,6 +62,7 @@ def index(arguments: argparse.Namespace) -> int:
             create=True,
             size_limit=arguments.size_limit,
             codec=arguments.codec,
+            compression=arguments.compression,
             search=arguments.search,
         ) as rag,
         _progress(sum(file.size() for file in files)) as bar,
@@ -133,9 +134,14 @@ def chat(arguments: argparse.Namespace) -> int:
     with _open(arguments) as rag:
         _require_documents(rag)
         _show_notice(rag)
-        conversation = Conversation(rag, arguments.k, arguments.rounds, system=arguments.system)
         options = _answering(arguments)
-        options.pop("rounds")
+        conversation = Conversation(
+            rag,
+            arguments.k,
+            options.pop("rounds"),
+            system=arguments.system,
+            order=options.pop("order"),
+        )
         for question in _questions():
             turn = conversation.ask(question, **options)
             _print_pieces(turn)
@@ -299,6 +305,7 @@ def _open(
     create: bool = False,
     size_limit: int | None = None,
     codec: str | None = None,
+    compression: str | None = None,
     search: str | None = None,
 ) -> KVLinkRAG:
     """The collection; one that is not there yet is made only to index into."""
@@ -317,6 +324,7 @@ def _open(
         reencode=arguments.reencode,
         size_limit=size_limit,
         codec=codec,
+        compression=compression,
         search=search,
         create=create,
     )
@@ -328,6 +336,7 @@ def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
     if _has_collection(_directory(arguments)):
         with KVLinkRAG.open(_directory(arguments), create=False) as rag:
             known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
+            known["compression"] = rag.compression
     _hush(arguments)
     model = KVLinkModel.from_pretrained(
         arguments.model or known.get("model", BUNDLED),
@@ -338,7 +347,10 @@ def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
         arguments.embedder or known.get("embedder", BUNDLED), device=arguments.device
     )
     codec = arguments.codec or known.get("codec")
-    return lambda path: KVLinkRAG.open(path, model=model, embedder=embedder, codec=codec)
+    compression = arguments.compression or known.get("compression")
+    return lambda path: KVLinkRAG.open(
+        path, model=model, embedder=embedder, codec=codec, compression=compression
+    )
 
 
 def _require_documents(rag: KVLinkRAG) -> None:
@@ -426,7 +438,7 @@ def _show_report(rag: KVLinkRAG, report: IngestReport, *, as_json: bool) -> None
 
 def _answering(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of an answer, as `KVLinkRAG.stream` takes them."""
-    names = ("rounds", "mode", "max_new_tokens", "temperature", "top_p", "seed")
+    names = ("rounds", "order", "mode", "max_new_tokens", "temperature", "top_p", "seed")
     return {name: getattr(arguments, name) for name in names}
 
 

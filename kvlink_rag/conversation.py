@@ -15,6 +15,7 @@ from .answering import TextStream
 from .documents import Hit, Part, Passage, Text
 from .errors import PromptTooLong, TooManyPassages
 from .rag import KVLinkRAG
+from .retrieval import in_order
 from .trace import Trace
 
 SYSTEM = "You answer questions from the documents."
@@ -24,13 +25,21 @@ class Conversation:
     """A chat over the passages of a collection.
 
     k: passages retrieved for each question; those already in the conversation are not repeated.
+    order: of a question's passages in the prompt, see `KVLinkRAG.stream`.
     When slots or window are used up, the oldest turns are forgotten, with their passages.
     """
 
     def __init__(
-        self, rag: KVLinkRAG, k: int = 4, rounds: int = 1, *, system: str | None = None
+        self,
+        rag: KVLinkRAG,
+        k: int = 4,
+        rounds: int = 1,
+        *,
+        system: str | None = None,
+        order: str | None = None,
     ) -> None:
         self._rag, self._k, self._rounds = rag, k, rounds
+        self.order = rag.order(order)
         self._system = {"role": "system", "content": SYSTEM if system is None else system}
         self._turns: list[Turn] = []
         self._numbered = 0
@@ -93,7 +102,8 @@ class Turn(Iterator[str]):
 
     def message(self) -> dict[str, Any]:
         """The user's message: the passages, then the question."""
-        passages: list[Part] = [Passage(hit.document) for hit in self.hits]
+        laid = in_order(self.hits, self._conversation.order)
+        passages: list[Part] = [Passage(hit.document) for hit in laid]
         return {"role": "user", "content": [*passages, Text(self.question)]}
 
     def _run(self) -> Iterator[str]:

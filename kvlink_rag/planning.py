@@ -33,9 +33,9 @@ class Plan:
     """What `index` would make of some files in an empty collection.
 
     passages: as split, each counted once. snapshots, tokens: different ones, since equal passages
-    share theirs. snapshot_bytes: exact. other_bytes (catalog, index, table of snapshots) and
-    seconds (embedding and encoding): from a sample of `sample_passages` passages, whose last step
-    ran at `tokens_per_second`.
+    share theirs. snapshot_bytes: exact; with compression, the most. other_bytes (catalog, index,
+    table of snapshots) and seconds (embedding and encoding): from a sample of `sample_passages`
+    passages, whose last step ran at `tokens_per_second`.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Plan:
     seconds: float
     tokens_per_second: float
     sample_passages: int
+    compression: str = "none"
 
     @property
     def total_bytes(self) -> int:
@@ -90,7 +91,7 @@ def plan(
             sampled, rate = _index(rag, count.sample, seconds)
             with open_empty(Path(scratch) / "empty"):
                 pass
-            names = rag.stats()
+            names, compression = rag.stats(), rag.compression
         # 3. what the sample took beside snapshots, for all
         empty, filled = (_other_bytes(Path(scratch) / name) for name in ("empty", "sample"))
     grown = (filled - empty) * count.passages / sampled if sampled else 0
@@ -109,6 +110,7 @@ def plan(
         seconds=round(count.tokens / rate, 1) if rate else 0.0,
         tokens_per_second=round(rate, 1),
         sample_passages=sampled,
+        compression=compression,
     )
 
 

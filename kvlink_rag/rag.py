@@ -50,8 +50,8 @@ from .model import KVLinkModel, Verification
 from .outline import ModelOutline
 from .prefix import PrefixCache
 from .recognition import MIN_TOKENS, Recogniser, count_passages
-from .retrieval import Where, check_count, check_question, retrieve
-from .settings import Settings
+from .retrieval import Where, check_count, check_order, check_question, in_order, retrieve
+from .settings import Settings, check_compression
 from .sizes import parse_size
 from .spec import Spec
 from .store import SnapshotStore
@@ -143,7 +143,9 @@ class KVLinkRAG:
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
         codec: str | None = None,
+        compression: str | None = None,
         search: str | None = None,
+        order: str | None = None,
         size_limit: int | str | None = None,
         prefix_budget: int | str = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
@@ -156,13 +158,15 @@ class KVLinkRAG:
         LlamaIndex's, see `foreign`); None: what the directory remembers, else the bundled small
         pair. codec: how snapshots are kept, "exact" (the model's dtype; for a bfloat16 model also
         "bf16"), "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price); None: as
-        the directory remembers, else exact. search: how the nearest passages are found, "exact",
-        "ivf" or "auto", which goes by size (see `VectorIndex`); None: as the directory remembers,
-        else auto. size_limit: bytes of snapshots to keep at most, as a number or text such as
-        "20GB"; what is over it goes at once. prefix_budget: likewise, of computed runs to keep in
-        memory; 0 keeps none. min_tokens: the shortest stretch that `recognise` takes for a passage.
-        reencode: where the directory remembers another model, embedder or codec, take the new one
-        and encode again.
+        the directory remembers, else exact. compression: "zstd" compresses snapshots on top of the
+        codec, without loss; "none"; None: as the directory remembers, else none. search: how the
+        nearest passages are found, "exact", "ivf" or "auto", which goes by size (see
+        `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in the
+        prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
+        size_limit: bytes of snapshots to keep at most, as a number or text such as "20GB"; what is
+        over it goes at once. prefix_budget: likewise, of computed runs to keep in memory; 0 keeps
+        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
+        the directory remembers another model, embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
@@ -186,10 +190,15 @@ class KVLinkRAG:
         settings = Settings(
             catalog, model, embedder, device=device, dtype=dtype, spec=spec, codec=codec
         )
-        store = SnapshotStore(path / SNAPSHOTS, size_limit=limit)
+        if compression is not None:
+            catalog.set_settings({"compression": check_compression(compression)})
+        compress = catalog.settings().get("compression", "none") != "none"
+        store = SnapshotStore(path / SNAPSHOTS, size_limit=limit, compress=compress)
         rag = cls(path, settings, catalog, store, prefix_budget=budget, min_tokens=min_tokens)
         if search is not None:
             catalog.set_settings({"search": check_search(search)})
+        if order is not None:
+            catalog.set_settings({"order": check_order(order)})
         try:
             rag._settle(reencode)
         except BaseException:
@@ -300,14 +309,23 @@ class KVLinkRAG:
         return index.vectors([rows[id] for id in wanted])
 
     def stream(
-        self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any
+        self,
+        question: str,
+        *,
+        k: int = 10,
+        rounds: int = 1,
+        order: str | None = None,
+        **arguments: Any,
     ) -> AnswerStream:
-        """Stream the answer to `question`. Arguments as in `KVLinkModel.stream`.
+        """Stream the answer to `question`. Other arguments as in `KVLinkModel.stream`.
 
-        Raises `PromptError` for a question without text; the rest is told by the first `next()`.
+        order: of the hits in the prompt, "score" (best first) or "id", by which questions that find
+        the same documents reuse more kept runs; None: the collection's. The hits that are listed
+        stay best first. Raises `ConfigError` for another order, `PromptError` for a question
+        without text; the rest is told by the first `next()`.
         """
         check_question(question)
-        return AnswerStream(self, question, k, rounds, arguments)
+        return AnswerStream(self, question, k, rounds, self.order(order), arguments)
 
     def ask(self, question: str, *, k: int = 10, rounds: int = 1, **arguments: Any) -> Answer:
         """The whole answer, its hits and its trace. Arguments as in `stream`."""
@@ -473,6 +491,15 @@ class KVLinkRAG:
     def codec(self) -> str:
         """How snapshots are kept."""
         return self._settings.codec
+
+    @property
+    def compression(self) -> str:
+        """What compresses new snapshots, "zstd" or "none"."""
+        return "zstd" if self.store.compress else "none"
+
+    def order(self, asked: str | None = None) -> str:
+        """How hits follow each other in a prompt: `asked`, else as the collection remembers."""
+        return check_order(asked or str(self.catalog.settings().get("order", "score")))
 
     @property
     def snapshots(self) -> StoredSnapshots:
@@ -779,12 +806,18 @@ class AnswerStream(Iterator[str]):
     """
 
     def __init__(
-        self, rag: KVLinkRAG, question: str, k: int, rounds: int, arguments: dict[str, Any]
+        self,
+        rag: KVLinkRAG,
+        question: str,
+        k: int,
+        rounds: int,
+        order: str,
+        arguments: dict[str, Any],
     ) -> None:
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._rag, self._question, self._k, self._rounds = rag, question, k, rounds
-        self._arguments = arguments
+        self._order, self._arguments = order, arguments
         self._stream: TextStream | None = None
         self._pieces = self._run()
 
@@ -803,7 +836,8 @@ class AnswerStream(Iterator[str]):
         with self.trace.stage("retrieval"):
             self.hits = rag.search(self._question, self._k, rounds=self._rounds)
         # 2. hits → prompt
-        parts = model.prompt([hit.document for hit in self.hits], self._question)
+        laid = in_order(self.hits, self._order)
+        parts = model.prompt([hit.document for hit in laid], self._question)
         # 3. prompt → text (answering)
         self._stream = model.stream(parts, reuse=rag.reuse, trace=self.trace, **self._arguments)
         yield from self._stream

@@ -14,6 +14,7 @@ from .errors import ConfigError, PromptError
 from .sizes import is_count
 
 FIRST_HITS = 3  # best hits of round one that round two starts from
+ORDERS = ("score", "id")  # how hits follow each other in the prompt
 
 SearchMany = Callable[[Sequence[str], int], list[list[Hit]]]
 Where = Callable[[Document], bool]
@@ -49,6 +50,24 @@ def check_question(question: str) -> None:
     if not isinstance(question, str) or not question.strip():
         found = repr(question) if isinstance(question, str) else f"a {type(question).__name__}"
         raise PromptError(f"the question is {found}, expected a string with text in it")
+
+
+def check_order(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such order."""
+    if name not in ORDERS:
+        raise ConfigError(f"found order {name!r}, expected one of {', '.join(ORDERS)}")
+    return name
+
+
+def in_order(hits: Sequence[Hit], order: str) -> list[Hit]:
+    """The same hits, "score": as they are, best first; "id": by their document's id.
+
+    By id, questions that find the same documents share a longer beginning of the prompt, and so
+    more of the kept runs. Raises `ConfigError` for another order.
+    """
+    if check_order(order) == "score":
+        return list(hits)
+    return sorted(hits, key=lambda hit: str(hit.document.id))
 
 
 def followed(question: str, document: Document) -> str:

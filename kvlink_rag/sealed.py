@@ -24,12 +24,16 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .errors import StorageError
+from .errors import MissingExtra, StorageError
 from .files import write_all
-from .pages import find_madvise
+from .pages import find_madvise, prefer_huge
 
 MAX_HEADER = 1 << 16  # bytes; ours are below 1 KiB
 ALIGNMENT = 64  # bytes: where the second tensor starts (the first one is small)
+COMPRESSION = "zstd"  # the one there is
+MOST_RATIO = 16  # bytes that one compressed byte may stand for; real ones stand for 1.0 to 1.3
+_LEVEL = 1  # higher ones take several times as long for a hundredth of the bytes
+_MOST_WINDOW = 8 << 20  # bytes; level 1 has half a MiB
 _UNSEALED = "0" * 32
 _MADV_POPULATE_READ = 22
 
@@ -68,23 +72,41 @@ class _Entry:
 
 
 def write_sealed(
-    file: FileIO, kind: Kind, tensors: Mapping[str, Tensor], facts: Mapping[str, str]
+    file: FileIO,
+    kind: Kind,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    *,
+    compress: bool = False,
 ) -> int:
     """Write `tensors` and `facts` to an unbuffered `file`; returns the bytes written.
 
-    The memory of contiguous CPU tensors is written as it is, without a copy.
+    The memory of contiguous CPU tensors is written as it is, without a copy. With `compress` it is
+    one zstd frame instead, where that is smaller. Raises `MissingExtra` without zstandard.
     """
     entries = [_Entry(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
     buffers = [_memory(tensor) for tensor in tensors.values()]
     facts = {**facts, "format": kind.format, "version": str(kind.version)}
+    if compress and (packed := _packed(buffers)) is not None:
+        buffers = [packed]
+        facts |= {"compression": COMPRESSION, "stored": str(len(packed))}
     header = _header(entries, facts, _checksum(_header(entries, facts, _UNSEALED), *buffers))
     for buffer in (memoryview(header), *buffers):
         write_all(file, buffer)
-    return sealed_size(tensors, kind, facts)
+    return len(header) + sum(buffer.nbytes for buffer in buffers)
+
+
+def require_compression() -> Any:
+    """The module `zstandard`. Raises `MissingExtra` where it is not installed."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtra.of("zstandard", "zstd", "Compressing snapshots") from error
+    return zstandard
 
 
 def sealed_size(tensors: Mapping[str, Tensor], kind: Kind, facts: Mapping[str, str]) -> int:
-    """The bytes that `write_sealed` would write."""
+    """The bytes that `write_sealed` would write; the most it would write with `compress`."""
     entries = [_Entry(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
     facts = {**facts, "format": kind.format, "version": str(kind.version)}
     return len(_header(entries, facts, _UNSEALED)) + sum(entry.nbytes for entry in entries)
@@ -94,8 +116,9 @@ def read_sealed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, st
     """The tensors and facts of the file at `path`.
 
     The tensors are views of a private mapping of the file: nothing is copied, no descriptor
-    stays open, and they outlive the file's name. Raises `kind.corrupt` where the bytes are not
-    what `write_sealed` wrote, `FileNotFoundError` and other `OSError` where it cannot be read.
+    stays open, and they outlive the file's name. Those of a compressed file are in memory of this
+    process; without zstandard `MissingExtra` is raised. Raises `kind.corrupt` where the bytes are
+    not what `write_sealed` wrote, `FileNotFoundError` and other `OSError` where it cannot be read.
     """
     try:
         return _parse(_map(path), kind)
@@ -114,7 +137,9 @@ def _parse(mapped: Tensor, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str
     facts = _facts(fields, kind)
     entries = [_entry(name, value) for name, value in fields.items()]
     checksum = facts.pop("checksum", "").removeprefix("xxh3_128:")
-    expected = len(raw) + sum(entry.nbytes for entry in entries)
+    size = sum(entry.nbytes for entry in entries)
+    stored = _stored(facts, size)
+    expected = len(raw) + stored
     if len(mapped) != expected:
         raise _Damage(f"found {len(mapped)} bytes, expected {expected}")
     if raw != _header(entries, facts, checksum):
@@ -122,7 +147,52 @@ def _parse(mapped: Tensor, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str
     data = mapped.numpy().data[len(raw) :]
     if (found := _checksum(_header(entries, facts, _UNSEALED), data)) != checksum:
         raise _Damage(f"found checksum {found}, expected {checksum!r}")
+    if facts.pop("compression", None) is not None:
+        del facts["stored"]
+        mapped = _unpacked(data, len(raw), size)
     return _views(mapped, len(raw), entries), facts
+
+
+def _stored(facts: Mapping[str, str], size: int) -> int:
+    """Bytes after the header: `size`, or those of the frame that they are compressed to."""
+    how, stored = facts.get("compression"), facts.get("stored", "")
+    if how is None:
+        return size
+    if how != COMPRESSION:
+        raise _Damage(f"found compression {how!r}, expected {COMPRESSION!r} or none")
+    if not (stored.isascii() and stored.isdigit() and len(stored) < 16):
+        raise _Damage(f"found {stored!r} stored bytes, expected a number")
+    if size > MOST_RATIO * int(stored):
+        raise _Damage(f"found {stored} bytes for {size}, expected at least a {MOST_RATIO}th")
+    return int(stored)
+
+
+def _packed(buffers: list[memoryview]) -> memoryview | None:
+    """All buffers as one zstd frame; None where that is not smaller, or beyond `MOST_RATIO`."""
+    size = sum(buffer.nbytes for buffer in buffers)
+    frame = require_compression().ZstdCompressor(level=_LEVEL).compressobj(size=size)
+    packed = b"".join([*map(frame.compress, buffers), frame.flush()])
+    worth = len(packed) + 4 * ALIGNMENT <= size <= MOST_RATIO * len(packed)  # the header grows too
+    return memoryview(packed) if worth else None
+
+
+def _unpacked(data: memoryview, start: int, size: int) -> Tensor:
+    """uint8 [start + size], the frame `data` decompressed from `start` on: exactly `size` bytes."""
+    zstandard = require_compression()
+    plain = torch.empty(start + size, dtype=torch.uint8)
+    prefer_huge(plain)
+    place = plain.numpy().data[start:]
+    reader = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW).stream_reader(data)
+    try:
+        found = 0
+        while found < size and (count := reader.readinto(place[found:])):
+            found += count
+        more = reader.read(1)
+    except zstandard.ZstdError as error:
+        raise _Damage(f"found a frame that cannot be decompressed ({error})") from None
+    if found != size or more:
+        raise _Damage(f"found a frame of {'more' if more else found} bytes, expected {size}")
+    return plain
 
 
 def _map(path: Path) -> Tensor:

@@ -20,10 +20,12 @@ from .foreign import AnyEmbedder, ForeignEmbedder
 from .loading import BUNDLED
 from .model import KVLinkModel
 from .outline import ModelOutline, outline
+from .sealed import COMPRESSION, require_compression
 from .snapshot import EXACT, check_codec
 from .spec import Spec
 
 BF16 = "bf16"  # the exact codec of a bfloat16 model, by another name
+COMPRESSIONS = ("none", COMPRESSION)
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
 
 
@@ -229,6 +231,18 @@ class Settings:
         self._catalog.set_settings(values)
         self._remembered.update(values)
         self._unfinished.discard(what)
+
+
+def check_compression(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such compression, `MissingExtra`.
+
+    It is no part of a snapshot's identity: it loses nothing, and files of both kinds are read.
+    """
+    if name not in COMPRESSIONS:
+        raise ConfigError(f"found compression {name!r}, expected one of {', '.join(COMPRESSIONS)}")
+    if name != "none":
+        require_compression()
+    return name
 
 
 def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:

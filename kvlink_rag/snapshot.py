@@ -111,17 +111,18 @@ def snapshot_key(
     return hashlib.sha256(head + b"\n" + ids).hexdigest()
 
 
-def write_snapshot(file: FileIO, snapshot: AnySnapshot, key: str) -> int:
+def write_snapshot(file: FileIO, snapshot: AnySnapshot, key: str, *, compress: bool = False) -> int:
     """Write `snapshot` to an unbuffered `file` and return the bytes written.
 
-    Contiguous CPU tensors are written from their own memory. Raises `OSError` where the file
-    cannot be written.
+    Contiguous CPU tensors are written from their own memory. compress: losslessly, by zstd. Raises
+    `OSError` where the file cannot be written, `MissingExtra` without zstandard.
     """
-    return write_sealed(file, KIND, snapshot.tensors, _facts(key, snapshot.codec))
+    facts = _facts(key, snapshot.codec)
+    return write_sealed(file, KIND, snapshot.tensors, facts, compress=compress)
 
 
 def snapshot_size(snapshot: AnySnapshot, key: str) -> int:
-    """The bytes that `write_snapshot` would write."""
+    """The bytes that `write_snapshot` would write; the most it would write with `compress`."""
     return sealed_size(snapshot.tensors, KIND, _facts(key, snapshot.codec))
 
 

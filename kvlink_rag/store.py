@@ -33,7 +33,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ import diskcache
 
 from . import files
 from .errors import ConfigError, SnapshotCorrupt, StorageError
+from .sealed import require_compression
 from .snapshot import AnySnapshot, read_snapshot, snapshot_size, write_snapshot
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ _LOCK = "lock"
 _TEMPORARY = "tmp"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?P<fan>[0-9a-f]{2})/(?P<key>(?P=fan)[0-9a-f]{62})-[0-9a-f]{16}\.safetensors")
+READERS = 8  # files that are read side by side
 _TABLE_READY = 1  # PRAGMA user_version once every file has its row
 _BUSY_SECONDS = 60
 _LOCKING_SECONDS = 0.2
@@ -92,13 +95,23 @@ class SnapshotStore:
 
     size_limit: bytes of snapshot files to keep at most (the table, some 300 bytes an entry, comes
         on top); None: no limit. Above it the least recently used go, at opening with a warning.
+    compress: whether new files are compressed, losslessly; what is read may be either.
     Raises `StorageError` where the directory cannot be opened or written. A damaged table is
     rebuilt from the files. On a read-only file system the store can be read, and only that.
+    Raises `MissingExtra` where `compress` is asked for and zstandard is not installed.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, size_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        size_limit: int | None = None,
+        compress: bool = False,
+    ) -> None:
+        if compress:
+            require_compression()
         self.directory = Path(os.path.realpath(directory))
-        self.size_limit = size_limit
+        self.size_limit, self.compress = size_limit, compress
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         try:
@@ -118,10 +131,30 @@ class SnapshotStore:
         Its real token ids must be `token_ids`. A corrupt file is logged, counted and removed. The
         tensors are views of a mapping that outlives eviction.
         """
-        path = self._path(key)
-        snapshot = None if path is None else self._read(key, path, token_ids)
-        self._count("misses" if snapshot is None else "hits")
-        return snapshot
+        return self.get_many({key: token_ids})[key]
+
+    def get_many(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, AnySnapshot | None]:
+        """As `get`, of several keys (each with its token ids) whose files are read side by side.
+
+        A disk gives most when several reads are under way, and the checksum of one file runs while
+        the next one comes in.
+        """
+        paths = {key: self._path(key) for key in wanted}
+        reads: dict[str, Callable[[], AnySnapshot]] = {
+            key: partial(read_snapshot, path, key=key, token_ids=wanted[key])
+            for key, path in paths.items()
+            if path is not None
+        }
+        if len(reads) > 1:
+            with ThreadPoolExecutor(min(len(reads), READERS), "snapshots") as readers:
+                reads = {key: readers.submit(read).result for key, read in reads.items()}
+        found = {
+            key: self._read(key, path, reads[key]) if path is not None else None
+            for key, path in paths.items()
+        }
+        for snapshot in found.values():
+            self._count("misses" if snapshot is None else "hits")
+        return found
 
     def put(self, key: str, snapshot: AnySnapshot) -> bool:
         """Store `snapshot` under `key`, in place of what was there.
@@ -137,7 +170,7 @@ class SnapshotStore:
         try:
             self._make_room(size)
             with files.temporary(self._temporary, Path(name).name) as file:
-                write_snapshot(file, snapshot, key)
+                size = write_snapshot(file, snapshot, key, compress=self.compress)
                 self._insert(key, _Entry(name, size, Path(file.name)))
         except StorageError:
             raise
@@ -171,12 +204,6 @@ class SnapshotStore:
         with self._counts_lock:
             seen = {name: self._counts[name] for name in ("hits", "misses", "corrupt", "evicted")}
         return StoreStats(count=len(self), bytes=self.bytes(), **seen)
-
-    def read_ahead(self, keys: Sequence[str]) -> None:
-        """Let the kernel read these snapshots from the disk, all at once, while others are used."""
-        for path in filter(None, map(self._path, keys)):
-            with contextlib.suppress(OSError):
-                _will_need(path)
 
     def check(self, fix: bool = False) -> list[str]:
         """What is wrong in the directory, one line each; reads every file. `fix` mends it all.
@@ -216,9 +243,10 @@ class SnapshotStore:
             logger.warning("snapshot %s cannot be looked up: %s", key, error)
             return None
 
-    def _read(self, key: str, path: Path, token_ids: Sequence[int]) -> AnySnapshot | None:
+    def _read(self, key: str, path: Path, read: Callable[[], AnySnapshot]) -> AnySnapshot | None:
+        """What `read` gives of the file at `path`; None, logged, where it raises."""
         try:
-            snapshot = read_snapshot(path, key=key, token_ids=token_ids)
+            snapshot = read()
             _touch(path)
             return snapshot
         except SnapshotCorrupt as error:
@@ -774,16 +802,6 @@ def _touch(path: Path) -> None:
     """Note that the file was used; a store that may not be written keeps no recency."""
     with contextlib.suppress(OSError):
         os.utime(path, follow_symlinks=False)
-
-
-def _will_need(path: Path) -> None:
-    if not hasattr(os, "posix_fadvise"):
-        return
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(fd)
 
 
 def _inode(path: Path) -> int:

@@ -58,8 +58,8 @@ class StoredSnapshots:
         """One snapshot a passage, in order, from the store or encoded now."""
         keys = {ids: self.key(ids) for ids in passages}
         with trace.stage("read"):
-            self.store.read_ahead(list(keys.values()))
-            read = {ids: self.store.get(key, ids) for ids, key in keys.items()}
+            held = self.store.get_many({key: ids for ids, key in keys.items()})
+            read = {ids: held[key] for ids, key in keys.items()}
         found = {ids: snapshot for ids, snapshot in read.items() if snapshot is not None}
         trace.snapshots_found += len(found)
         missing = [ids for ids in keys if ids not in found]

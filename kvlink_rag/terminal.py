@@ -52,14 +52,15 @@ def number(count: float, one: str, many: str = "") -> str:
 def plan(fields: Mapping[str, Any]) -> list[str]:
     """A plan for people."""
     exact = "" if fields["codec"] == "exact" else f" as {fields['codec']}"
+    most = "up to " if fields["compression"] != "none" else ""
     seconds = fields["seconds"]
     long = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:,.0f} s"
     return [
         f"{number(fields['files'], 'file')}, {number(fields['documents'], 'document')}, "
         f"{number(fields['passages'], 'passage')}: {number(fields['snapshots'], 'snapshot')} of "
         f"{number(fields['tokens'], 'token')}{exact}",
-        f"{size(fields['total_bytes'])}: snapshots {size(fields['snapshot_bytes'])}, catalog and "
-        f"index {size(fields['other_bytes'])}",
+        f"{most}{size(fields['total_bytes'])}: snapshots {most}{size(fields['snapshot_bytes'])}, "
+        f"catalog and index {size(fields['other_bytes'])}",
         f"about {long} with {fields['model']!r} and {fields['embedder']!r}, at "
         f"{fields['tokens_per_second']:,.0f} tokens a second "
         f"({number(fields['sample_passages'], 'passage')} tried)",

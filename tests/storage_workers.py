@@ -177,7 +177,8 @@ def read_only(directory: str) -> Iterator[None]:
         assert opened.get(key_of(2), ids_of(2)) is None
         assert opened.check() == []
         assert len(opened) == 1
-        opened.read_ahead([key_of(1)])
+        both = opened.get_many({key_of(1): ids_of(1), key_of(2): ids_of(2)})
+        assert [both[key_of(n)] is None for n in (1, 2)] == [False, True]
         for change in (
             lambda: opened.put(key_of(2), make_snapshot(2)),
             lambda: opened.delete(key_of(1)),

@@ -19,6 +19,7 @@ from conftest import ModelMaker
 
 import kvlink_rag.backbone
 from kvlink_rag import Document
+from kvlink_rag.baselines import Baselines
 from kvlink_rag.cli import main
 from kvlink_rag.commands import find_benchmarks
 from kvlink_rag.prefix import PrefixCache
@@ -26,6 +27,7 @@ from kvlink_rag.prefix import PrefixCache
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import measuring  # noqa: E402
+import ttft  # noqa: E402
 import ways  # noqa: E402
 
 
@@ -45,7 +47,8 @@ def test_ttft(tmp_path: Path) -> None:
     found = last_line(
         *("ttft.py", "--shape", "tiny", "--dtype", "bfloat16", "--rounds", "1"),
         *("--sizes", "2x16", "3x24", "--codecs", "exact", "int8", "--places", "cold", "ram"),
-        *("--ways", "full", "prefix", "naive", "cacheblend", "epic", "--figure", str(figure)),
+        *("--ways", "full", "forward", "prefix", "naive", "cacheblend", "epic"),
+        *("--figure", str(figure)),
         *("--scratch", str(tmp_path)),
     )
     rows = found["rows"]
@@ -53,7 +56,7 @@ def test_ttft(tmp_path: Path) -> None:
         mine = {row_name(row): row for row in rows if row["size"] == size}
         reused = [f"reuse {c} {place}" for c in ("exact", "int8") for place in ("cold", "ram")]
         exact = [f"{way} exact cached" for way in ("naive", "cacheblend", "epic")]
-        assert list(mine) == ["floor", *reused, "full", "prefix", *exact]
+        assert list(mine) == ["floor", *reused, "full", "forward", "prefix", *exact]
         for name in reused:
             row = mine[name]
             assert row["reused_tokens"] == passages * tokens
@@ -64,8 +67,17 @@ def test_ttft(tmp_path: Path) -> None:
             assert row["ttft_full_s"] == mine["full"]["ttft_p50_s"]
             assert row["ttft_floor_s"] == mine["floor"]["ttft_p50_s"]
             assert row["source"] == row["place"]
+            assert row["over_epic"] > 0
+            assert ("target_s" in row) == (row["place"] == "cold")
+        for name in ("reuse exact cold", "reuse int8 cold"):
+            row, floor = mine[name], mine["floor"]["ttft_p50_s"]
+            at_disk = row["snapshot_bytes"] / row["disk_s"] / 1e9
+            assert row["disk_gb_per_s"] == pytest.approx(at_disk, rel=0.1, abs=1e-3)
+            assert row["target_s"] == pytest.approx(1.3 * floor + row["disk_s"], abs=1e-4)
+            assert row["within_target"] == (row["ttft_p50_s"] <= row["target_s"])
         context = 43 + passages * tokens + 12 + 5
-        assert mine["full"]["computed_tokens"] == context
+        assert mine["full"]["computed_tokens"] == mine["forward"]["computed_tokens"] == context
+        assert mine["full"]["attention"] == "sdpa"
         assert mine["prefix"]["computed_tokens"] == context - (43 + tokens) // 16 * 16
         assert mine["naive exact cached"]["computed_tokens"] == 12 + 5
         blended = -(-15 * passages * tokens // 100)
@@ -76,6 +88,35 @@ def test_ttft(tmp_path: Path) -> None:
     assert sizes["int8"] < sizes["exact"]
     assert figure.with_suffix(".png").stat().st_size > 1000
     assert "<svg" in figure.with_suffix(".svg").read_text()
+
+
+def test_groups_of_sizes() -> None:
+    assert ttft.expanded(["paper", "2x16", "10x200"]) == [
+        "10x100", "10x200", "10x300", "10x400", "10x500", "2x16"]  # fmt: skip
+    assert ttft.expanded(["passages"]) == ["5x200", "20x200", "40x200"]
+
+
+def test_full_prefill_is_transformers_own_generate(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", torch.float32)
+    laid = Baselines(model).layout(model.prompt([Document("The harbour of Orvale.")], "where?"))
+    asked: list[dict[str, Any]] = []
+    own = model.backbone.model.generate
+
+    def noted(**arguments: Any) -> Any:
+        asked.append(arguments)
+        assert model.backbone.config._attn_implementation == "sdpa"
+        return own(**arguments)
+
+    monkeypatch.setattr(model.backbone.model, "generate", noted)
+    _, generated = ttft.generate(model, laid)
+    _, forward = ttft.bare_forward(model, laid)
+    assert asked[0]["max_new_tokens"] == 1
+    assert asked[0]["input_ids"].tolist() == [laid.token_ids.tolist()]
+    torch.testing.assert_close(generated, forward)
+    with pytest.raises(SystemExit, match="no figures: forward does not give the full prefill"):
+        ttft.same(model, "forward", forward.roll(1), generated)
 
 
 def row_name(row: dict[str, str]) -> str:
@@ -152,6 +193,22 @@ def test_quality() -> None:
     assert 0 < mine["reuse int8"]["divergence"] < mine["reuse int4"]["divergence"] < 1
     assert mine["reuse int8"]["reference"] == "reuse exact"
     assert mine["epic exact"]["divergence"] > 0
+
+
+def test_order(tmp_path: Path) -> None:
+    figure = tmp_path / "figure"
+    rows = last_line("order.py", "--documents", "10", "--questions", "3", "--figure", str(figure))[
+        "rows"
+    ]
+    score, by_id = rows
+    assert [(row["documents"], row["order"], row["questions"]) for row in rows] == [
+        (10, "score", 3), (10, "id", 3)]  # fmt: skip
+    assert by_id["kept_share"] > score["kept_share"]
+    for row in rows:  # both are the same tokens
+        assert row["computed_tokens"] + row["kept_tokens"] == pytest.approx(
+            score["computed_tokens"] + score["kept_tokens"], abs=0.2
+        )
+    assert "<svg" in figure.with_suffix(".svg").read_text()
 
 
 def test_load(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import torch
 from conftest import byte_spec, byte_tokenizer, random_model
 from transformers import BertConfig, BertModel
 
-from kvlink_rag import cli, index, snapshot, terminal
+from kvlink_rag import cli, index, retrieval, settings, snapshot, terminal
 from kvlink_rag.cli import main
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -168,6 +168,7 @@ def test_version(tmp_path: Path) -> None:
         ["ask", "x", "-k", "many"],
         ["ask", "x", "--rounds", "3"],
         ["ask", "x", "--mode", "guess"],
+        ["ask", "x", "--order", "title"],
         ["index", "x", "--size-limit", "lots"],
         ["index", "x", "--size-limit", "-5GB"],
         ["index", "x", "--passage-tokens", "1.5"],
@@ -588,6 +589,8 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert "--reencode" in the_error(other)
     assert cli.CODECS == snapshot.CODECS
     assert cli.SEARCHES == index.SEARCHES
+    assert cli.ORDERS == retrieval.ORDERS
+    assert cli.COMPRESSIONS == settings.COMPRESSIONS
 
 
 def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:

@@ -31,6 +31,16 @@ def said(conversation: Conversation, question: str, **options: object) -> tuple[
     return text, [str(hit.document.id) for hit in turn.hits]
 
 
+def test_passages_by_id(rag: KVLinkRAG) -> None:
+    conversation = Conversation(rag, k=4, order="id")
+    turn = conversation.ask("Has Velt a harbour?", max_new_tokens=3)
+    list(turn)
+    found = [hit.document.id for hit in turn.hits]
+    laid = [part.document.id for part in turn.message()["content"][:-1]]
+    assert found[0] == "Velt"
+    assert laid == sorted(found) != found
+
+
 def test_passages_are_not_repeated_and_numbers_count_on(rag: KVLinkRAG) -> None:
     conversation = Conversation(rag, k=3)
     seen: list[str] = []

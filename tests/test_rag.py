@@ -15,7 +15,7 @@ from conftest import ModelMaker, WordEmbedder
 
 import kvlink_rag.index
 import kvlink_rag.indexing
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Passage
+from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -25,6 +25,7 @@ from kvlink_rag.errors import (
     PromptError,
     SettingsMismatch,
 )
+from kvlink_rag.retrieval import in_order
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]
 
@@ -442,6 +443,51 @@ def test_two_rounds_find_what_the_question_does_not_name(rag: KVLinkRAG) -> None
     question = "Which birthplace has the head of Falcon?"
     assert "two" not in [hit.document.id for hit in rag.search(question, 2)]
     assert [hit.document.id for hit in rag.search(question, 2, rounds=2)] == ["one", "two"]
+
+
+def test_hits_by_id_are_the_same_hits_and_share_more_runs(rag: KVLinkRAG) -> None:
+    rag.add(towns(4))
+    questions = ["Which town is Teldon?", "Which town is Brisk?"]
+    for order in ("score", "id"):
+        rag._prefix.clear()
+        answers = [rag.ask(q, k=4, order=order, max_new_tokens=6) for q in questions]
+        for question, answer in zip(questions, answers, strict=True):
+            assert answer.hits == rag.search(question, 4)  # listed best first, with their scores
+            laid = [hit.document for hit in answer.hits]
+            laid = sorted(laid, key=lambda d: d.id) if order == "id" else laid
+            parts = rag.model.prompt(laid, question)
+            assert answer.text == rag.model.generate(parts, mode="masked", max_new_tokens=6)
+        first, second = (answer.trace for answer in answers)
+        everything = second.prefix_tokens + second.computed_tokens
+        assert answers[0].hits[0] != answers[1].hits[0]
+        # by score the first passage differs, by id only the question does
+        begin = len(rag.model.layout(rag.model.prompt([], "")).token_ids)
+        if order == "score":
+            assert second.prefix_tokens <= begin
+        else:
+            assert second.prefix_tokens > everything - begin - len(questions[1])
+            assert second.computed_tokens < first.computed_tokens
+
+
+def test_the_order_is_remembered_and_a_wrong_one_refused(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder
+) -> None:
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        assert rag.order() == "score"
+        with pytest.raises(ConfigError, match="found order 'title', expected one of score, id"):
+            rag.ask("Where?", order="title")
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder, order="id") as rag:
+        assert rag.order() == "id"
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        assert (rag.order(), rag.order("score")) == ("id", "score")
+        with pytest.raises(ConfigError, match="expected one of score, id"):
+            KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder, order="best")
+
+
+def test_equal_scores_keep_their_order_by_score_and_follow_ids_by_id() -> None:
+    hits = [Hit(Document("same text", id=id), 0.5) for id in ("c", "a", "b")]
+    assert in_order(hits, "score") == hits
+    assert [hit.document.id for hit in in_order(hits, "id")] == ["a", "b", "c"]
 
 
 def test_questions_are_answered_while_documents_are_added(

@@ -143,9 +143,22 @@ def test_keys_are_digests_only(store: SnapshotStore, key: Any) -> None:
             action()
 
 
-def test_read_ahead_takes_hits_and_misses(store: SnapshotStore) -> None:
-    put(store, 1)
-    store.read_ahead([key_of(1), key_of(2)])
+def test_many_are_read_as_one_is(store: SnapshotStore) -> None:
+    for number in range(1, 13):
+        put(store, number)
+    wanted = {key_of(n): ids_of(n) for n in range(14)}
+    path = next(p for p in snapshot_files(store.directory) if key_of(5) in p.name)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    before = store.stats()
+    found = store.get_many(wanted)
+    assert list(found) == list(wanted)
+    assert [n for n in range(14) if found[key_of(n)] is None] == [0, 5, 13]
+    for number in (1, 12):
+        assert same(found[key_of(number)], make_snapshot(number))
+    after = store.stats()
+    assert (after.hits - before.hits, after.misses - before.misses) == (11, 3)
+    assert (after.corrupt, len(store), path.exists()) == (1, 11, False)
+    assert store.get_many({}) == {}
 
 
 # The budget.
@@ -511,7 +524,7 @@ def test_a_name_that_escapes_the_store_is_never_used(
     plant(store, filename=name)
     assert not get(store, 1)
     assert key not in store
-    store.read_ahead([key])
+    assert store.get_many({key: [1], key_of(7): [7]})[key] is None
     put(store, 1)
     assert get(store, 1)
     sql(store, "UPDATE Cache SET filename = ?", name)
@@ -557,7 +570,7 @@ def test_a_fifo_does_not_hang_the_reader(store: SnapshotStore) -> None:
     (path,) = snapshot_files(store.directory)
     path.unlink()
     os.mkfifo(path)
-    store.read_ahead([key_of(1)])
+    assert store.get_many({key_of(1): [1], key_of(2): [2]}) == {key_of(1): None, key_of(2): None}
     assert not get(store, 1)
 
 
