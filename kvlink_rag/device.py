@@ -85,6 +85,7 @@ class Side:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream(self.device))
 
+    @torch.inference_mode()  # else what was made in it could not be written to
     def upload(self, target: Tensor, source: Tensor) -> None:
         """Copy contiguous CPU `source` to contiguous `target` on the device, on the stream.
 

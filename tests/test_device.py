@@ -5,12 +5,16 @@ On a CPU the "device" is the CPU itself: the copies are real, the streams are no
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton_by_hand
 from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random_model
 from test_oracle import F32, NAMES, difference, prompt
 from test_static import DEVICES, static_model, workspaces
@@ -71,7 +75,8 @@ def test_each_memory_gives_the_answer_of_the_store(tmp_path: Path, codec: str, d
     assert read.trace.snapshots_encoded == 0
     for again in (resident, pinned, read):
         assert torch.equal(again.logits, first.logits)
-    found = model.verify(parts, reuse=reuse)
+    memory.on_device.budget = memory.pinned.budget = 0
+    found = model.verify(parts, reuse=stored(model, tmp_path, memory, codec))
     assert found.holds, found.message
 
 
@@ -136,8 +141,6 @@ def test_a_copy_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_host_copy_is_dropped_once_all_is_there() -> None:
-    import weakref
-
     host = snapshot()
     watch = weakref.ref(host.keys)
     held = DeviceSnapshot(Side(torch.device("cpu")), host)
@@ -287,6 +290,36 @@ def test_the_kernel_gives_what_plain_torch_gives(dtype: torch.dtype, tokens: int
     else:
         assert torch.equal(out.cpu(), expected)
     assert float(wide[:, :, :4].abs().max()) == float(wide[:, :, 4 + tokens :].abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 31, 33])
+def test_the_kernels_own_lines_give_what_plain_torch_gives(
+    dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Triton: the kernel's function, run by hand over the middle of larger tensors."""
+    for name, module in triton_by_hand.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "kvlink_rag.rope_kernel", raising=False)
+    kernel = importlib.import_module("kvlink_rag.rope_kernel")
+    monkeypatch.delitem(sys.modules, "kvlink_rag.rope_kernel")
+    torch.manual_seed(tokens)
+    keys = torch.randn(5, 2, tokens, 16).to(dtype)[1:4]
+    cos, sin = (torch.randn(tokens + 3, 16).to(dtype)[3:] for _ in "cs")
+    expected = torch.empty_like(keys)
+    rotate_into(expected, keys, cos, sin)
+    wide = torch.zeros(3, 2, tokens + 2, 16, dtype=dtype)
+    out = wide[:, :, 1:-1]
+    assert kernel.can_rotate(out, keys, cos, sin)
+    assert not kernel.can_rotate(out, keys, cos.double(), sin)
+    assert not kernel.can_rotate(out[..., :12], keys[..., :12], cos, sin)  # no power of two
+    kernel.rotate(out, keys, cos, sin)
+    if dtype == F32:
+        assert torch.allclose(out, expected, atol=1e-6)
+    else:
+        assert torch.equal(out, expected)
+    assert not wide[:, :, 0].any()
+    assert not wide[:, :, -1].any()
 
 
 def test_a_kernel_that_fails_is_told_once_and_not_tried_again(
