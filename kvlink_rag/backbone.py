@@ -248,9 +248,13 @@ class Backbone:
         return int(2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read afterwards is true."""
+        """Wait for what this thread told the device, so that a clock read afterwards is true.
+
+        Not for the whole device, which would break a graph that another thread records.
+        """
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self.side.join()
+            torch.cuda.current_stream(self.device).synchronize()
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of int64 `positions` [tokens]: each [tokens, head_dim], model dtype."""

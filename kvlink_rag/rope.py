@@ -36,7 +36,8 @@ def rotate_into(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
 def _rotated_by_kernel(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the Triton kernel has done it; where it fails once it is not tried again."""
     kernel = _kernel()
-    if kernel is None or _refused or not kernel.can_rotate(out, keys, cos, sin):
+    here = out.device.index == torch.cuda.current_device()  # where a kernel would be launched
+    if kernel is None or _refused or not here or not kernel.can_rotate(out, keys, cos, sin):
         return False
     try:
         kernel.rotate(out, keys, cos, sin)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -44,6 +45,7 @@ class Workspaces:
         self._held: list[Workspace] = []  # the most recently taken last
         self._weights: tuple[int, ...] = ()
         self._lock = threading.Lock()
+        self.recording = threading.Lock()  # one graph at a time
 
     @classmethod
     def of(cls, backbone: Backbone) -> Workspaces | None:
@@ -191,7 +193,7 @@ class Workspace:
         forward.runs += 1
         cache.ready = ()
         if self._done is not None:
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(self.at.device))
         stop = start + tokens
         cache.positions, cache.segments = self.at[:stop], self.segments[:stop]
         for layer in cache.layers:
@@ -249,15 +251,18 @@ class _Forward:
 
     def record(self) -> None:
         """Record all groups, as graphs. Raises `RuntimeError` where CUDA cannot."""
-        graphs = []
-        for group in range(len(self._workspace.groups)):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self._workspace.pool, capture_error_mode="thread_local"
-            ):
-                self._run(group)
-            graphs.append(graph)
-        self._graphs = graphs
+        workspace, device = self._workspace, self._inputs.device
+        with workspace.owner.recording, _on_stream_of_before(device):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            graphs = []
+            for group in range(len(workspace.groups)):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(
+                    graph, pool=workspace.pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    self._run(group)
+                graphs.append(graph)
+            self._graphs = graphs
 
     def _run(self, group: int) -> None:
         """On tensors that stay where they are, without a look at their numbers."""
@@ -295,6 +300,20 @@ def capacity_of(entries: int) -> int:
     while size < entries:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
+
+
+@contextmanager
+def _on_stream_of_before(device: torch.device) -> Iterator[None]:
+    """On `device`; then on the stream of before again, where a failed recording leaves another."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream(device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
 
 def _send(source: Tensor, target: Tensor) -> None:

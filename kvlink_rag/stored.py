@@ -56,8 +56,12 @@ class StoredSnapshots:
 
     def key(self, token_ids: Sequence[int]) -> str:
         """The key of a passage encoded by this model and kept by this codec."""
-        backbone = self.backbone
-        return snapshot_key(backbone.fingerprint, token_ids, dtype=backbone.dtype, codec=self.codec)
+        return self._keys([token_ids])[0]
+
+    def _keys(self, passages: Sequence[Sequence[int]]) -> list[str]:
+        """The keys of several passages; the fingerprint looks at every parameter, so once."""
+        fingerprint, dtype = self.backbone.fingerprint, self.backbone.dtype
+        return [snapshot_key(fingerprint, ids, dtype=dtype, codec=self.codec) for ids in passages]
 
     def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
         """Store a snapshot just encoded, in the codec; what was stored. Raises `StorageError`."""
@@ -67,7 +71,8 @@ class StoredSnapshots:
 
     def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> Sequence[Source]:
         """One snapshot a passage, in order, from the device, the store or encoded now."""
-        keys = {ids: self.key(ids) for ids in passages}
+        unique = list(dict.fromkeys(passages))
+        keys = dict(zip(unique, self._keys(unique), strict=True))
         with trace.stage("read"):
             found = self._on_device(keys)
             asked = {ids: key for ids, key in keys.items() if ids not in found}

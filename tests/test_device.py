@@ -338,6 +338,7 @@ def test_a_kernel_that_fails_is_told_once_and_not_tried_again(
     broken = Broken()
     monkeypatch.setattr(kvlink_rag.rope, "_kernel", lambda: broken)
     monkeypatch.setattr(kvlink_rag.rope, "_refused", set())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as that of a CPU tensor
     tensors = [torch.ones(1)] * 4
     assert not kvlink_rag.rope._rotated_by_kernel(*tensors)
     assert not kvlink_rag.rope._rotated_by_kernel(*tensors)
