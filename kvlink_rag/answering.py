@@ -193,7 +193,10 @@ class PromptRun:
     def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
-        assembled = self.assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
+        if trace.mode == "reuse":  # a workspace's forward begins while snapshots still arrive
+            assembled = self.assemble(room, wait=backbone.workspaces is None)
+        else:
+            assembled = self._nothing_reused(room)
         self.cache = assembled.cache
         trace.computed_tokens = len(assembled.computed)
         with trace.stage("prefill", backbone.synchronize):
@@ -211,12 +214,12 @@ class PromptRun:
         self._said.append(token_id)
         return logits
 
-    def assemble(self, room: int) -> Assembled:
+    def assemble(self, room: int, *, wait: bool = True) -> Assembled:
+        """Read and assemble; with `wait` until all is in place, else `cache.ready` says when."""
         backbone, trace = self.backbone, self.trace
         passages = [self.prompt.passage_ids(span) for span in self.prompt.passages]
         snapshots = self.reuse.snapshots.fetch(passages, trace) if passages else []
-        overlapped = backbone.workspaces is not None  # then the prefill begins meanwhile
-        with trace.stage("assembly", None if overlapped else backbone.synchronize):
+        with trace.stage("assembly", backbone.synchronize if wait else None):
             runs = self._kept_runs()
             assembled = assemble(backbone, self.prompt, snapshots, runs, room=room)
         trace.reused_tokens = self.prompt.reused_tokens

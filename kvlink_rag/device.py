@@ -122,7 +122,7 @@ class _Staging:
             self._event.synchronize()
         held = self._buffer[: len(piece)]
         held.copy_(piece)
-        target.copy_(held, non_blocking=True)
+        target.copy_(held, non_blocking=self._event is not None)
         if self._event is not None:
             self._event.record()
 

@@ -687,7 +687,7 @@ class KVLinkRAG:
         device = model.backbone.device
         if budget is None:
             budget = default_budget(device)
-        if device.type == "cpu" and not budget and not pinned:
+        if device.type != "cuda" and not budget and not pinned:
             return None
         return DeviceMemory(model.backbone.side, budget, pinned)
 

@@ -81,7 +81,7 @@ class Workspaces:
     def clear(self) -> None:
         """Drop the workspaces that are free, and their graphs."""
         with self._lock:
-            self._held = [workspace for workspace in self._held if workspace.busy]
+            self._keep([workspace for workspace in self._held if workspace.busy])
 
     def refuse(self, reason: BaseException) -> None:
         """Take the plain forward from now on; says so once."""
@@ -89,7 +89,7 @@ class Workspaces:
             self.refused = f"{type(reason).__name__}: {reason}"
             logger.warning("no CUDA graphs from now on, the plain forward is used: %s", reason)
         with self._lock:
-            self._held.clear()  # an answer under way has its own hold on what it needs
+            self._keep([])  # an answer under way has its own hold on what it needs
 
     def _find(self, entries: int) -> Workspace | None:
         """A free workspace of that many entries, made where there is room for another one."""
@@ -107,7 +107,7 @@ class Workspaces:
             return None
         else:
             if len(self._held) >= KEPT:
-                self._held.remove(free.pop(0))
+                self._keep([w for w in self._held if w is not free[0]])
             free.clear()  # so that the dropped one's memory can be taken
             try:
                 found = Workspace(self, backbone, size)
@@ -121,8 +121,14 @@ class Workspaces:
         """A graph reads weights where they lay; where they have moved it is of no use."""
         weights = tuple(p.data_ptr() for p in backbone.model.parameters())
         if weights != self._weights:
-            self._held.clear()
+            self._keep([])
             self._weights = weights
+
+    def _keep(self, workspaces: list[Workspace]) -> None:
+        """Drop the others; what still writes to their buffers comes before what takes them next."""
+        if (backbone := self._backbone()) is not None:
+            backbone.side.join()
+        self._held = workspaces
 
 
 class Workspace:
@@ -151,6 +157,7 @@ class Workspace:
         """A live cache here, whose first entries, at these positions, are still to be filled."""
         if self._done is not None:
             torch.cuda.current_stream(self.at.device).wait_event(self._done)
+        self.backbone.side.join()  # copies for an answer that failed before its forward
         standing = len(positions)
         facts = torch.zeros(2, self.capacity, dtype=torch.int64)
         facts[0] = HIDDEN
