@@ -124,6 +124,14 @@ def same(got: AnySnapshot, expected: AnySnapshot) -> None:
         )
 
 
+def test_layers_before_those_asked_for_come_too() -> None:
+    host = snapshot()
+    held = DeviceSnapshot(Side(torch.device("cpu")), host)
+    same(held.part(slice(2, 3)), host.part(slice(2, 3)))
+    same(held.part(slice(0, 1)), host.part(slice(0, 1)))
+    same(held.part(ALL), host)
+
+
 def test_a_copy_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     host = snapshot()
     held = DeviceSnapshot(Side(torch.device("cpu")), host)

@@ -130,11 +130,14 @@ def test_stale_numbers_of_an_earlier_answer_are_never_seen() -> None:
     assert workspaces(model)._held == [held]
 
 
-def test_logits_stay_when_the_next_forward_runs() -> None:
-    model = static_model()
+@needs_cuda
+def test_logits_stay_when_the_next_graph_is_replayed() -> None:
+    model = static_model(device="cuda")
     run = PromptRun(model.backbone, model.layout(prompt(model, 2)), Trace(), fresh(model))
-    run.start(4)
-    first = run.step(65)
+    run.start(6)
+    for token in (70, 71, 65):  # the second one records
+        first = run.step(token)
+    assert workspaces(model).replays > 0
     kept = first.clone()
     run.step(66)
     assert torch.equal(first, kept)
