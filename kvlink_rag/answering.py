@@ -20,13 +20,14 @@ from torch import Tensor
 
 from .assembly import Assembled, assemble
 from .backbone import Backbone, LiveCache
+from .device import DeviceMemory
 from .documents import Part
 from .encoding import encode_many
 from .errors import DeviceMemoryError
 from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
 from .layout import Layout, Span
 from .prefix import PrefixCache, Run, chain_keys, run_key
-from .snapshot import EXACT, AnySnapshot, check_codec, in_codec
+from .snapshot import EXACT, AnySnapshot, Source, check_codec, in_codec
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 class SnapshotSource(Protocol):
     """Where the snapshots of a prompt's passages come from."""
 
-    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[AnySnapshot]:
+    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> Sequence[Source]:
         """One snapshot a passage (token ids), in order; times and counts go into `trace`."""
         ...
 
@@ -69,11 +70,13 @@ class Reuse:
     """What a collection brings to a model: its snapshots and its kept runs (None: keep none).
 
     scope: of the kept runs; another one for each codec, since runs come from what they follow.
+    memory: where on the device its snapshots are kept, or None.
     """
 
     snapshots: SnapshotSource
     prefix: PrefixCache | None = None
     scope: str = ""
+    memory: DeviceMemory | None = None
 
 
 class TextStream(Iterator[str]):
@@ -162,26 +165,38 @@ class PromptRun:
     def start(self, room: int) -> Tensor:
         """Prefill: logits [vocab] of the first token.
 
-        A device without memory for it gets it back from the kept runs and is asked once more.
+        A device without memory for it gets back what is kept there (runs, snapshots, workspaces)
+        and is asked once more.
         Raises `DeviceMemoryError`.
         """
         try:
             return self._start(room)
         except torch.cuda.OutOfMemoryError as error:
             logger.warning("the device ran out of memory, kept runs are dropped: %s", error)
-        self.cache = None
-        if self.reuse.prefix is not None:
-            self.reuse.prefix.clear()
-        torch.cuda.empty_cache()
+        self._give_back()
         try:
             return self._start(room)
         except torch.cuda.OutOfMemoryError as error:
             raise _out_of_memory(len(self.prompt), error) from error
 
+    def _give_back(self) -> None:
+        """Drop what is kept on the device."""
+        self.cache = None
+        if self.reuse.prefix is not None:
+            self.reuse.prefix.clear()
+        if self.reuse.memory is not None:
+            self.reuse.memory.shrink()
+        if self.backbone.workspaces is not None:
+            self.backbone.workspaces.clear()
+        torch.cuda.empty_cache()
+
     def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
-        assembled = self.assemble(room) if trace.mode == "reuse" else self._nothing_reused(room)
+        if trace.mode == "reuse":  # a workspace's forward begins while snapshots still arrive
+            assembled = self.assemble(room, wait=backbone.workspaces is None)
+        else:
+            assembled = self._nothing_reused(room)
         self.cache = assembled.cache
         trace.computed_tokens = len(assembled.computed)
         with trace.stage("prefill", backbone.synchronize):
@@ -199,11 +214,12 @@ class PromptRun:
         self._said.append(token_id)
         return logits
 
-    def assemble(self, room: int) -> Assembled:
+    def assemble(self, room: int, *, wait: bool = True) -> Assembled:
+        """Read and assemble; with `wait` until all is in place, else `cache.ready` says when."""
         backbone, trace = self.backbone, self.trace
         passages = [self.prompt.passage_ids(span) for span in self.prompt.passages]
         snapshots = self.reuse.snapshots.fetch(passages, trace) if passages else []
-        with trace.stage("assembly", backbone.synchronize):
+        with trace.stage("assembly", backbone.synchronize if wait else None):
             runs = self._kept_runs()
             assembled = assemble(backbone, self.prompt, snapshots, runs, room=room)
         trace.reused_tokens = self.prompt.reused_tokens

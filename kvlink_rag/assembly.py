@@ -15,7 +15,8 @@ from torch import Tensor
 from .backbone import Backbone, LiveCache
 from .layout import Layout, Span
 from .prefix import Run
-from .snapshot import AnySnapshot
+from .snapshot import Source
+from .static import GROUPS, layer_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Assembled:
 def assemble(
     backbone: Backbone,
     prompt: Layout,
-    snapshots: Sequence[AnySnapshot],
+    snapshots: Sequence[Source],
     runs: Mapping[int, Run],
     *,
     room: int = 0,
@@ -41,30 +42,48 @@ def assemble(
     """Put one snapshot a passage and the kept `runs` (by span number) into a new live cache.
 
     snapshots: in the order of `prompt.passages`. A run may hold the beginning of its span only.
-    room: entries to leave free for generated tokens.
+    room: entries to leave free for generated tokens. On a GPU the cache is filled on the side
+    stream, behind `cache.ready` where it is a workspace's, else before anything that comes next.
     """
     begun = [(prompt.spans[i].start, len(run)) for i, run in runs.items()]
-    kept = [Span(start, start + tokens) for start, tokens in begun]
-    reused = prompt.passages + kept
+    reused = prompt.passages + [Span(start, start + tokens) for start, tokens in begun]
     taken = _indices(reused)
-    cache = backbone.new_cache(
-        prompt.positions[taken], prompt.segments[taken], capacity=len(prompt) + room
-    )
+    cache = _live_cache(backbone, prompt, taken, room)
     keys, values = cache.buffers
-    cos, sin = backbone.rotary(prompt.positions[taken])
-    at = 0
-    for snapshot in snapshots:
-        stop = at + len(snapshot.token_ids)
-        snapshot.fill(keys[:, :, at:stop], values[:, :, at:stop], cos[at:stop], sin[at:stop])
-        at = stop
+    arriving = any(getattr(snapshot, "arriving", False) for snapshot in snapshots)
+    sources: list[Source | Run] = [*snapshots, *runs.values()]
+    marks = []
+    with backbone.side.work():
+        cos, sin = backbone.rotary(prompt.positions[taken])
+        for layers in layer_groups(backbone.layers, GROUPS if arriving else 1):
+            at = 0
+            for source, span in zip(sources, reused, strict=True):
+                place = slice(at, at + len(span))
+                source.part(layers).fill(
+                    keys[layers, :, place], values[layers, :, place], cos[place], sin[place]
+                )
+                at = place.stop
+            marks.append(backbone.side.mark())
     for run in runs.values():
-        stop = at + len(run)
-        keys[:, :, at:stop].copy_(run.keys)
-        values[:, :, at:stop].copy_(run.values)
-        at = stop
+        backbone.side.borrow(run.keys, run.values)
+    if cache.workspace is None:
+        backbone.side.wait(marks[-1])
+    else:
+        cache.ready = marks
     left = torch.ones(len(prompt), dtype=torch.bool)
     left[taken] = False
     return Assembled(cache, left.nonzero()[:, 0])
+
+
+def _live_cache(backbone: Backbone, prompt: Layout, taken: Tensor, room: int) -> LiveCache:
+    """One in a free workspace where that suits the prompt, else a new one."""
+    positions, segments = prompt.positions[taken], prompt.segments[taken]
+    capacity = len(prompt) + room
+    if backbone.workspaces is not None:
+        cache = backbone.workspaces.take(positions, segments, capacity, len(prompt) - len(taken))
+        if cache is not None:
+            return cache
+    return backbone.new_cache(positions, segments, capacity)
 
 
 def _indices(spans: Sequence[Span]) -> Tensor:

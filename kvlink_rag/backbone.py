@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention import NAME as GROUPED
 from .attention import pack_mask
+from .device import Mark, Side
 from .errors import ModelNotSupported
 from .fingerprint import module_digest, weights_digest
 from .layout import visibility
 from .pages import prefer_huge
 from .rope import rotate_into
+
+if TYPE_CHECKING:
+    from .static import Workspace, Workspaces
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -90,7 +94,12 @@ class LiveCache(Cache):  # type: ignore[misc]
 
     Entries may stand in any order; `positions` and `segments` (int64 [entries], on the device)
     say where in the prompt each one belongs. Never shared, never stored.
+    workspace: whose buffers it fills and whose forward it takes, or None. ready: for each group of
+    layers there, when its entries are in place; empty where they are.
     """
+
+    workspace: Workspace | None = None
+    ready: Sequence[Mark] = ()
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, segments: Tensor) -> None:
         """keys, values: [layers, kv_heads, capacity, head_dim], filled up to len(positions)."""
@@ -119,8 +128,8 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """What the layers of `recompute` take beside the hidden states."""
+class Step:
+    """What `run_layer` takes beside the hidden states."""
 
     positions: Tensor
     rotary: tuple[Tensor, Tensor]
@@ -185,6 +194,8 @@ class Backbone:
         )
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.window: int = self.config.max_position_embeddings
+        self.side = Side(self.device)
+        self.workspaces: Workspaces | None = None  # the plain forward alone
         self._capture = Capture()
         self._install_hooks()
         self._parameters = list(self.model.parameters())
@@ -237,9 +248,13 @@ class Backbone:
         return int(2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read afterwards is true."""
+        """Wait for what this thread told the device, so that a clock read afterwards is true.
+
+        Not for the whole device, which would break a graph that another thread records.
+        """
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self.side.join()
+            torch.cuda.current_stream(self.device).synchronize()
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of int64 `positions` [tokens]: each [tokens, head_dim], model dtype."""
@@ -269,21 +284,25 @@ class Backbone:
 
         Returns float32 logits [keep, vocabulary] of the last `keep` tokens.
         """
+        if cache is not None and cache.workspace is not None:
+            logits = cache.workspace.forward(token_ids, positions, segments, cache, keep)
+            if logits is not None:
+                return logits
         ids, at, seg = (t.to(self.device) for t in (token_ids, positions, segments))
         key_at, key_seg = at, seg
         if cache is not None:
             cache.positions = key_at = torch.cat([cache.positions, at])
             cache.segments = key_seg = torch.cat([cache.segments, seg])
+        causal = _is_causal(positions, segments, len(key_at))  # as given: nothing waits for a GPU
         output = self.model(
             input_ids=ids[None],
             position_ids=at[None],
             past_key_values=cache,
-            attention_mask=self._masks(at, seg, key_at, key_seg),
+            attention_mask=self._masks(at, seg, key_at, key_seg, causal),
             use_cache=cache is not None,
             logits_to_keep=keep,
         )
-        logits: Tensor = output.logits[0].float()
-        return logits
+        return output.logits[0].float()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def recompute(
@@ -297,16 +316,45 @@ class Backbone:
         [kv_heads, tokens, head_dim]. Returns float32 logits [vocabulary] of the last token.
         """
         places = places.to(self.device)
-        hidden = self.model.model.embed_tokens(token_ids.to(self.device)[None])
+        hidden = self.embed(token_ids.to(self.device))
         step = self._recomputing(places, cache)
         for number, layer in enumerate(self.model.model.layers):
             if choose is not None and number == 1:
                 going = choose(*self._states(layer, hidden, step.rotary)).to(self.device)
                 hidden, places = hidden[:, going], places[going]
                 step = self._recomputing(places, cache)
-            live = cache.layers[number]
-            live.places = places
-            hidden = layer(
+            hidden = self.run_layer(number, hidden, step, cache, places)
+        return self.head(hidden[:, -1])
+
+    def _recomputing(self, places: Tensor, cache: LiveCache) -> Step:
+        at, none = cache.positions[places], torch.zeros_like(cache.positions)
+        causal = _is_causal(at, none[places], len(none))
+        return self.step(at, cache.positions, none, causal=causal)
+
+    # The forward in pieces.
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states [1, tokens, hidden_size] of int64 [tokens] on the device."""
+        return self.model.model.embed_tokens(token_ids[None])  # type: ignore[no-any-return]
+
+    def step(self, at: Tensor, key_at: Tensor, key_seg: Tensor, *, causal: bool = False) -> Step:
+        """What the layers take for computed tokens at positions `at` over the entries of a cache.
+
+        All int64 on the device: at [tokens], key_at and key_seg [entries], positions and segments
+        of what the cache holds, these tokens among them. causal: see `_is_causal`.
+        """
+        masks = self._masks(at, torch.zeros_like(at), key_at, key_seg, causal)
+        cos, sin = self.rotary(at)
+        return Step(at, (cos[None], sin[None]), masks)
+
+    def run_layer(
+        self, number: int, hidden: Tensor, step: Step, cache: LiveCache, places: Tensor
+    ) -> Tensor:
+        """Layer `number` over `hidden`, whose entries in `cache` at `places` it writes."""
+        live = cache.layers[number]
+        live.places = places
+        try:
+            return self.model.model.layers[number](  # type: ignore[no-any-return]
                 hidden,
                 attention_mask=step.mask(self.config, number),
                 position_ids=step.positions[None],
@@ -314,17 +362,12 @@ class Backbone:
                 use_cache=True,
                 position_embeddings=step.rotary,
             )
+        finally:
             live.places = None
-        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden[:, -1]))[0].float()
-        return logits
 
-    def _recomputing(self, places: Tensor, cache: LiveCache) -> _Step:
-        at = cache.positions[places]
-        mask = self._masks(
-            at, torch.zeros_like(at), cache.positions, torch.zeros_like(cache.positions)
-        )
-        cos, sin = self.rotary(at)
-        return _Step(at, (cos[None], sin[None]), mask)
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 logits [vocabulary] of the hidden state [1, hidden_size] of one token."""
+        return self.model.lm_head(self.model.model.norm(hidden))[0].float()  # type: ignore[no-any-return]
 
     def _states(
         self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]
@@ -366,10 +409,10 @@ class Backbone:
         finally:
             self._capture.given = None
 
-    def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor) -> Any:
+    def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor, causal: bool) -> Any:
         """The attention masks [1, 1, queries, keys]: one, or one for each kind of layer."""
         window = self._sliding_window()
-        if window is None and _is_causal(at, seg, key_at):
+        if window is None and causal:
             return None  # transformers' own causal attention, without a mask in memory
         everywhere = visibility(at, seg, key_at, key_seg)
         if window is None:
@@ -424,11 +467,11 @@ class Backbone:
                 module.register_forward_hook(lambda _, __, output, hook=hook: hook(output))
 
 
-def _is_causal(at: Tensor, seg: Tensor, key_at: Tensor) -> bool:
+def _is_causal(at: Tensor, seg: Tensor, keys: int) -> bool:
     """Whether plain causal attention is right: one computed token, or a whole computed prompt."""
     if bool(seg.any()):
         return False
-    return len(at) == 1 or (len(at) == len(key_at) and bool((at.diff() > 0).all()))
+    return len(at) == 1 or (len(at) == keys and bool((at.diff() > 0).all()))
 
 
 def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:

@@ -37,8 +37,9 @@ from .loading import (
     resolve,
 )
 from .prefix import PrefixCache
-from .snapshot import EXACT, AnySnapshot
+from .snapshot import EXACT, Source
 from .spec import PLAIN_PRESET, PromptPreset, Spec
+from .static import Workspaces
 from .tokens import PartTokenizer
 from .trace import Trace
 
@@ -96,7 +97,8 @@ class KVLinkModel:
     """A causal LM, its tokenizer and its spec, ready to answer from snapshots.
 
     model, tokenizer: as transformers loads them. spec: see `Spec`; None means no link tokens.
-    name: shown to people. source: the directory of the weights, if any.
+    name: shown to people. source: the directory of the weights, if any. graphs: whether forwards of
+    fixed shape are used (`static`), on CUDA as recorded graphs; None: on CUDA only.
     Safe to share between threads. Raises `ModelNotSupported`, `SpecError`.
     """
 
@@ -108,8 +110,11 @@ class KVLinkModel:
         *,
         name: str = "model",
         source: Path | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.backbone = Backbone(model, source)
+        if self.backbone.device.type == "cuda" if graphs is None else graphs:
+            self.backbone.workspaces = Workspaces.of(self.backbone)
         self.tokenizer = PartTokenizer(tokenizer)
         self.spec = spec if spec is not None else default_spec(tokenizer)
         self.name = name
@@ -124,12 +129,14 @@ class KVLinkModel:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
+        graphs: bool | None = None,
     ) -> KVLinkModel:
         """Load a directory, a hub id or "bundled".
 
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: "auto" is the
         checkpoint's own. spec: None takes the `kvlink.json` beside the weights, else the built-in
-        one of a published checkpoint, else a spec without link tokens.
+        one of a published checkpoint, else a spec without link tokens. graphs: False keeps CUDA
+        graphs off, see `KVLinkModel`.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
         target, precision = find_device(device), find_dtype(dtype)
@@ -138,7 +145,7 @@ class KVLinkModel:
         spec = spec or find_spec(str(path_or_id), directory)
         model = load_model(directory, precision).to(target)
         tokenizer = load_tokenizer(directory, spec)
-        return cls(model, tokenizer, spec, name=str(path_or_id), source=directory)
+        return cls(model, tokenizer, spec, name=str(path_or_id), source=directory, graphs=graphs)
 
     @property
     def window(self) -> int:
@@ -254,7 +261,7 @@ class KVLinkModel:
         given = self._masked_over(prompt, snapshots)
         return _with_price(compare(logits, given, tolerance), codec_price(codec, logits, masked))
 
-    def _masked_over(self, prompt: Layout, snapshots: Sequence[AnySnapshot]) -> Tensor:
+    def _masked_over(self, prompt: Layout, snapshots: Sequence[Source]) -> Tensor:
         """Logits of the masked prefill whose passages have the keys and values of `snapshots`."""
         states = [snapshot.exact(self.backbone.dtype) for snapshot in snapshots]
         keys, values = (torch.cat(each, dim=2) for each in zip(*states, strict=True))

@@ -40,6 +40,15 @@ class Run:
         """Bytes held."""
         return self.keys.nbytes + self.values.nbytes
 
+    def part(self, layers: slice) -> Run:
+        """Some layers, as views."""
+        return Run(self.keys[layers], self.values[layers])
+
+    def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Write them in place, [layers, kv_heads, tokens, head_dim]; the keys stand rotated."""
+        keys.copy_(self.keys)
+        values.copy_(self.values)
+
     def first(self, count: int) -> Run:
         """The first `count` tokens, as views."""
         return Run(self.keys[:, :, :count], self.values[:, :, :count])

@@ -9,7 +9,7 @@ stand in `docs/formats.md`. Knows tensors; knows no file, no model and no exact 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +115,15 @@ class Quantised:
         """Bytes of all tensors in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Quantised:
+        """The snapshot of what `move` makes of all tensors but the token ids."""
+        moved = {n: t if n == "token_ids" else move(t) for n, t in self.tensors.items()}
+        return Quantised(self.codec, moved)
+
+    def part(self, layers: slice) -> Quantised:
+        """Some layers, as views."""
+        return self if layers == slice(None) else self.moved(lambda tensor: tensor[layers])
+
     def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Write the keys, rotated by `cos` and `sin` [tokens, head_dim], and the values in place.
 
@@ -126,7 +135,8 @@ class Quantised:
             for name, tensor in self.tensors.items()
             if name != "token_ids"
         }
-        for at, group in self._slabs():
+        slab = SLAB if keys.device.type == "cpu" else self.shape[2]  # there, fewer kernels
+        for at, group in self._slabs(slab):
             plain = self._keys(parts, at, group).to(keys.dtype)
             rotate_into(keys[:, :, at], plain, cos[at], sin[at])
             values[:, :, at] = self._values(parts, at)
@@ -134,16 +144,16 @@ class Quantised:
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, [layers, kv_heads, tokens, head_dim] each, in `dtype`."""
         keys, values = (torch.empty(self.shape, dtype=dtype) for _ in "kv")
-        for at, group in self._slabs():
+        for at, group in self._slabs(SLAB):
             keys[:, :, at] = self._keys(self.tensors, at, group)
             values[:, :, at] = self._values(self.tensors, at)
         return keys, values
 
-    def _slabs(self) -> Iterator[tuple[slice, int]]:
-        """Stretches of tokens, and the number of the group of keys that each lies in."""
+    def _slabs(self, most: int) -> Iterator[tuple[slice, int]]:
+        """Stretches of at most `most` tokens, and the number of the group of keys of each."""
         for number, group in enumerate(CODECS[self.codec].key_groups(self.shape[2])):
-            for start in range(group.start, group.stop, SLAB):
-                yield slice(start, min(start + SLAB, group.stop)), number
+            for start in range(group.start, group.stop, most):
+                yield slice(start, min(start + most, group.stop)), number
 
     def _keys(self, parts: Parts, at: slice, group: int) -> Tensor:
         """float32 [layers, kv_heads, tokens of `at`, head_dim]."""

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from . import files
 from .answering import Reuse, TextStream
 from .catalog import Catalog, Entry
+from .device import DeviceMemory, default_budget
 from .documents import Document, Hit, Part, Passage, Text
 from .embedder import Embedder, Vectors
 from .errors import (
@@ -120,6 +121,8 @@ class KVLinkRAG:
         *,
         prefix_budget: int,
         min_tokens: int = MIN_TOKENS,
+        device_budget: int | None = None,
+        pinned_budget: int = 0,
     ) -> None:
         self.directory, self.catalog, self.store = directory, catalog, store
         self._settings = settings
@@ -130,6 +133,7 @@ class KVLinkRAG:
         self._index_version = self._saved_version = 0
         self._parts: tuple[KVLinkModel, StoredSnapshots, Reuse, Recogniser] | None = None
         self._min_tokens = min_tokens
+        self._budgets = device_budget, pinned_budget
         self._system_prompts: tuple[str, ...] = ()
 
     @classmethod
@@ -149,6 +153,8 @@ class KVLinkRAG:
         size_limit: int | str | None = None,
         prefix_budget: int | str = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
+        device_budget: int | str | None = None,
+        pinned_budget: int | str = 0,
         reencode: bool = False,
         create: bool = True,
     ) -> KVLinkRAG:
@@ -165,13 +171,18 @@ class KVLinkRAG:
         prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
         size_limit: bytes of snapshots to keep at most, as a number or text such as "20GB"; what is
         over it goes at once. prefix_budget: likewise, of computed runs to keep in memory; 0 keeps
-        none. min_tokens: the shortest stretch that `recognise` takes for a passage. reencode: where
-        the directory remembers another model, embedder or codec, take the new one and encode again.
+        none. min_tokens: the shortest stretch that `recognise` takes for a passage. device_budget:
+        bytes of snapshots to keep in the device's memory; None: a quarter of what a GPU has free,
+        none on a CPU. pinned_budget: bytes of them to keep in pinned host memory as well, which is
+        for GPUs and taken from all other programs. reencode: where the directory remembers another
+        model, embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
         limit = None if size_limit is None else parse_size(size_limit, "size_limit")
         budget = parse_size(prefix_budget, "prefix_budget")
+        resident = None if device_budget is None else parse_size(device_budget, "device_budget")
+        pinned = parse_size(pinned_budget, "pinned_budget")
         if not isinstance(embedder, str | Path | None):
             embedder = as_embedder(embedder)
         try:
@@ -194,7 +205,13 @@ class KVLinkRAG:
             catalog.set_settings({"compression": check_compression(compression)})
         compress = catalog.settings().get("compression", "none") != "none"
         store = SnapshotStore(path / SNAPSHOTS, size_limit=limit, compress=compress)
-        rag = cls(path, settings, catalog, store, prefix_budget=budget, min_tokens=min_tokens)
+        rag = cls(
+            *(path, settings, catalog, store),
+            prefix_budget=budget,
+            min_tokens=min_tokens,
+            device_budget=resident,
+            pinned_budget=pinned,
+        )
         if search is not None:
             catalog.set_settings({"search": check_search(search)})
         if order is not None:
@@ -734,11 +751,13 @@ class KVLinkRAG:
             if self._parts is None:
                 model = self._settings.model()
                 codec = self._settings.codec
+                memory = self._device_memory(model)
                 snapshots = StoredSnapshots(
-                    self.store, model.backbone, codec=codec, users=self.catalog.users
+                    self.store, model.backbone, codec=codec, users=self.catalog.users, memory=memory
                 )
                 # kept runs come from what was read, so they depend on the codec
-                reuse = Reuse(snapshots, self._prefix, scope=f"{self.catalog.identity} {codec}")
+                scope = f"{self.catalog.identity} {codec}"
+                reuse = Reuse(snapshots, self._prefix, scope, memory)
                 recogniser = Recogniser(
                     self.catalog,
                     model.tokenizer,
@@ -747,6 +766,16 @@ class KVLinkRAG:
                 )
                 self._parts = model, snapshots, reuse, recogniser
             return self._parts
+
+    def _device_memory(self, model: KVLinkModel) -> DeviceMemory | None:
+        """Where hot snapshots are kept on the model's device; None on a CPU unless asked for."""
+        budget, pinned = self._budgets
+        device = model.backbone.device
+        if budget is None:
+            budget = default_budget(device)
+        if device.type != "cuda" and not budget and not pinned:
+            return None
+        return DeviceMemory(model.backbone.side, budget, pinned)
 
     def _settle(self, allow: bool) -> None:
         """Compare what was asked for with what the directory remembers; encode again if told to."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 KIND = Kind("kvlink-snapshot", FORMAT_VERSION, SnapshotCorrupt)
 EXACT = "exact"  # the codec of keys and values as they are, in the model's dtype
 EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALL = slice(None)  # layers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +64,14 @@ class Snapshot:
         """Bytes of the three tensors in memory."""
         return self.keys.nbytes + self.values.nbytes + self.token_ids.nbytes
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Snapshot:
+        """The snapshot of what `move` makes of keys and values, such as copies elsewhere."""
+        return Snapshot(move(self.keys), move(self.values), self.token_ids)
+
+    def part(self, layers: slice) -> Snapshot:
+        """Some layers, as views."""
+        return self if layers == ALL else self.moved(lambda tensor: tensor[layers])
+
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values in `dtype`."""
         return self.keys.to(dtype), self.values.to(dtype)
@@ -77,6 +86,27 @@ class Snapshot:
 
 
 AnySnapshot: TypeAlias = Snapshot | Quantised
+
+
+class Source(Protocol):
+    """What assembly takes: a snapshot in the host's memory, or one in a device's.
+
+    Methods and attributes as those of `Snapshot`.
+    """
+
+    @property
+    def codec(self) -> str: ...
+
+    @property
+    def token_ids(self) -> Tensor: ...
+
+    def part(self, layers: slice) -> AnySnapshot: ...
+
+    def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
+    def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None: ...
+
+
 CODECS = (EXACT, *quantised.CODECS)
 
 

@@ -10,9 +10,18 @@ import logging
 from collections.abc import Callable, Sequence
 
 from .backbone import Backbone
+from .device import DeviceMemory
 from .encoding import encode_many
 from .errors import StorageError
-from .snapshot import EXACT, AnySnapshot, Snapshot, check_codec, in_codec, snapshot_key
+from .snapshot import (
+    EXACT,
+    AnySnapshot,
+    Snapshot,
+    Source,
+    check_codec,
+    in_codec,
+    snapshot_key,
+)
 from .store import SnapshotStore
 from .trace import Trace
 
@@ -26,7 +35,7 @@ class StoredSnapshots:
 
     codec: of the snapshots it keeps. keep: whether a snapshot encoded for a question is stored for
     the next one. users: the ids of the documents of a key, for log lines. encoded: how many the
-    store did not have, so far.
+    store did not have, so far. memory: where hot ones are kept on the device, or None.
     """
 
     def __init__(
@@ -37,16 +46,22 @@ class StoredSnapshots:
         codec: str = EXACT,
         keep: bool = True,
         users: Callable[[str], list[str]] = lambda key: [],
+        memory: DeviceMemory | None = None,
     ) -> None:
         self.store, self.backbone, self.keep = store, backbone, keep
         self.codec = check_codec(codec)
+        self.memory = memory
         self.encoded = 0
         self._users = users
 
     def key(self, token_ids: Sequence[int]) -> str:
         """The key of a passage encoded by this model and kept by this codec."""
-        backbone = self.backbone
-        return snapshot_key(backbone.fingerprint, token_ids, dtype=backbone.dtype, codec=self.codec)
+        return self._keys([token_ids])[0]
+
+    def _keys(self, passages: Sequence[Sequence[int]]) -> list[str]:
+        """The keys of several passages; the fingerprint looks at every parameter, so once."""
+        fingerprint, dtype = self.backbone.fingerprint, self.backbone.dtype
+        return [snapshot_key(fingerprint, ids, dtype=dtype, codec=self.codec) for ids in passages]
 
     def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
         """Store a snapshot just encoded, in the codec; what was stored. Raises `StorageError`."""
@@ -54,21 +69,35 @@ class StoredSnapshots:
         self.store.put(key, kept)
         return kept
 
-    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[AnySnapshot]:
-        """One snapshot a passage, in order, from the store or encoded now."""
-        keys = {ids: self.key(ids) for ids in passages}
+    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> Sequence[Source]:
+        """One snapshot a passage, in order, from the device, the store or encoded now."""
+        unique = list(dict.fromkeys(passages))
+        keys = dict(zip(unique, self._keys(unique), strict=True))
         with trace.stage("read"):
-            held = self.store.get_many({key: ids for ids, key in keys.items()})
-            read = {ids: held[key] for ids, key in keys.items()}
-        found = {ids: snapshot for ids, snapshot in read.items() if snapshot is not None}
+            found = self._on_device(keys)
+            asked = {key: ids for ids, key in keys.items() if ids not in found}
+            for key, snapshot in self.store.get_many(asked).items():
+                if snapshot is not None:
+                    found[asked[key]] = self._to_device(key, snapshot)
         trace.snapshots_found += len(found)
         missing = [ids for ids in keys if ids not in found]
         if missing:
             with trace.stage("encode", self.backbone.synchronize):
-                found.update(self._encode(missing, keys))
+                for ids, snapshot in self._encode(missing, keys).items():
+                    found[ids] = self._to_device(keys[ids], snapshot)
             trace.snapshots_encoded += len(missing)
             self.encoded += len(missing)
         return [found[ids] for ids in passages]
+
+    def _on_device(self, keys: dict[TokenIds, str]) -> dict[TokenIds, Source]:
+        """Those that are kept in the device's memory, or pinned for it."""
+        if self.memory is None:
+            return {}
+        held = {ids: self.memory.get(key) for ids, key in keys.items()}
+        return {ids: snapshot for ids, snapshot in held.items() if snapshot is not None}
+
+    def _to_device(self, key: str, snapshot: AnySnapshot) -> Source:
+        return snapshot if self.memory is None else self.memory.take(key, snapshot)
 
     def _encode(
         self, missing: Sequence[TokenIds], keys: dict[TokenIds, str]

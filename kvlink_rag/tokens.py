@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import copy
 import re
+from array import array
+from collections import OrderedDict
 from typing import Any
 
+KEPT = 2048  # texts whose token ids are remembered
+LONGEST = 1 << 14  # characters of such a text
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PartTokenizer:
     """A Hugging Face tokenizer that encodes one part at a time. Safe to share between threads.
+
+    The ids of the latest plain texts are remembered: the same passages come with each question, and
+    encoding 5,000 tokens takes as long as a GPU needs for the rest of the first token.
 
     hf: the tokenizer as loaded (`PreTrainedTokenizerBase`).
     """
@@ -23,6 +30,7 @@ class PartTokenizer:
         self.hf = hf
         # `split_special_tokens` is state of the backend, not of the call: a copy, so no race.
         self._plain = copy.deepcopy(hf)
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of `text` alone: nothing is added before or after.
@@ -33,9 +41,20 @@ class PartTokenizer:
         clean = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
         if not clean:
             return []
-        tokenizer = self.hf if special else self._plain
+        if special:  # templates: few, short, and of a tokenizer that others may change
+            return self._encode(self.hf, clean, special)
+        if (known := self._known.get(clean)) is not None:
+            return known.tolist()
+        ids = self._encode(self._plain, clean, special)
+        if len(clean) <= LONGEST:
+            self._known[clean] = array("q", ids)
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        return ids
+
+    def _encode(self, tokenizer: Any, text: str, special: bool) -> list[int]:
         ids = tokenizer(
-            clean, add_special_tokens=False, split_special_tokens=not special, verbose=False
+            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
         )["input_ids"]
         return list(ids)
 

@@ -19,7 +19,9 @@ class Trace:
     passages: passages in the prompt. reused_tokens: their tokens, taken from snapshots.
     passages_as_text: passages recognised and computed all the same, for want of slots or room.
     prefix_tokens: computed tokens taken from the prefix cache. computed_tokens: tokens the prefill
-    ran the model over. snapshots_found: read from the store; snapshots_encoded: encoded now.
+    ran the model over. snapshots_found: read from the store, or kept on the device;
+    snapshots_encoded: encoded now. With CUDA graphs copies go on behind `assembly_ms`, and
+    `prefill_ms` waits for them.
     """
 
     retrieval_ms: float = 0.0

@@ -18,6 +18,7 @@ import torch
 from conftest import ModelMaker
 
 import kvlink_rag.backbone
+import kvlink_rag.static
 from kvlink_rag import Document
 from kvlink_rag.baselines import Baselines
 from kvlink_rag.cli import main
@@ -230,6 +231,44 @@ def test_decode(tmp_path: Path) -> None:
     assert row["new_tokens"] == 3
     assert row["reuse_tokens_per_s"] > 0
     assert row["full_tokens_per_s"] > 0
+
+
+def test_gpu_goes_through_its_steps_on_a_cpu(tmp_path: Path) -> None:
+    arguments = ["--shapes", "tiny", "--dtype", "float32", "--rounds", "2", "--device", "cpu"]
+    arguments += ["--sizes", "2x16", "3x24", "--codecs", "exact", "int8", "--new-tokens", "3"]
+    found = last_line("gpu.py", *arguments, "--scratch", str(tmp_path))
+    ways = [("full", None, None, None)]
+    ways += [
+        ("reuse", codec, place, forward)
+        for codec in ("exact", "int8")
+        for place in ("gpu", "pinned", "cached")
+        for forward in ("graphs", "plain")
+    ]
+    for size, computed in (("2x16", 5 * 2 + 1 + 12 + 5), ("3x24", 5 * 3 + 1 + 12 + 5)):
+        mine = [row for row in found["rows"] if row["size"] == size]
+        names = ("way", "codec", "place", "forward")
+        assert [tuple(row.get(name) for name in names) for row in mine] == ways
+        assert all(row["computed_tokens"] == computed for row in mine[1:])
+        assert all(0 < row["ttft_p50_ms"] <= row["ttft_p95_ms"] for row in mine)
+    forwards = [row["forward"] for row in found["decode"]]
+    assert forwards == ["graphs", "plain", "transformers"] * 2
+    assert all(row["tokens_per_s"] > 0 for row in found["decode"])
+
+
+def test_gpu_has_no_figures_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(SystemExit, match="no figures: found no CUDA device"):
+        last_line("gpu.py")
+
+
+def test_gpu_has_no_figures_of_a_forward_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvlink_rag.static.Workspaces, "take", lambda *arguments: None)
+    arguments = ["--shapes", "tiny", "--dtype", "float32", "--rounds", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="no figures: the forward was not the one of 'graphs'"):
+        last_line("gpu.py", *arguments, "--sizes", "2x16", "--scratch", str(tmp_path))
 
 
 def test_throughput() -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import byte_spec, byte_tokenizer
 from transformers import AutoTokenizer
 
+import kvlink_rag.tokens
 from kvlink_rag import Document, Passage, Spec, Text
 from kvlink_rag.errors import PromptError, TooManyPassages
 from kvlink_rag.layout import layout, visibility
@@ -175,3 +176,28 @@ def test_published_specs_hold_48_passages() -> None:
     for name in ("Shiyu-Lab/Llama1B-KVLink5", "Shiyu-Lab/Llama3B-KVLink5"):
         spec: Spec = PUBLISHED[name]
         assert spec.link_ids(47)[-1] < 128254 <= spec.first_link_id + 5 * 49 - 1
+
+
+def test_ids_that_are_remembered_are_those_of_the_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kvlink_rag.tokens, "KEPT", 3)
+    monkeypatch.setattr(kvlink_rag.tokens, "LONGEST", 40)
+    tokenizer, asked = PartTokenizer(byte_tokenizer()), []
+    plain = tokenizer._encode
+    monkeypatch.setattr(
+        tokenizer,
+        "_encode",
+        lambda hf, text, special: asked.append(text) or plain(hf, text, special),
+    )
+    texts = ["one", "<bos>", "two", "<bos>", "x" * 41, "x" * 41]
+    for text in texts:
+        expected = PartTokenizer(byte_tokenizer()).encode(text)
+        tokenizer.encode(text).clear()  # a list of the caller's own
+        assert tokenizer.encode(text) == expected
+    assert asked == ["one", "<bos>", "two", *["x" * 41] * 4]
+    assert len(tokenizer.encode("<bos>", special=True)) == 1  # not the plain text's
+    for text in ("three", "four", "one"):
+        tokenizer.encode(text)
+    assert len(tokenizer._known) == 3
+    assert asked[-3:] == ["three", "four", "one"]
