@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel
 
 from kvlink_rag import cli, index, snapshot, terminal
 from kvlink_rag.cli import main
+from kvlink_rag.evaluation.summary import GROUPS
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 FILES = {
@@ -485,6 +486,7 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert "--reencode" in the_error(other)
     assert cli.CODECS == snapshot.CODECS
     assert cli.SEARCHES == index.SEARCHES
+    assert cli.GROUPS == GROUPS
 
 
 def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:
