@@ -80,19 +80,18 @@ def main() -> None:
 
 
 def questions_of(arguments: argparse.Namespace, part: Part) -> Path:
-    folder: Path = arguments.out / "questions" / part.name
-    return folder
+    return Path(arguments.out, "questions", part.name)
 
 
 def evaluate(arguments: argparse.Namespace, part: Part, name: str) -> None:
     """One model's answers to one part. Stops where reuse said something else than masked."""
-    model = name if name == "bundled" else str(arguments.models / name)
+    model = name if name == "bundled" else str(Path(arguments.models, name))
     modes = ",".join(mode for mode in MODES[name] if mode not in part.left_out)
     code = kvlink_rag(
         [
             *("--model", model, "--dtype", "float32", "eval", "generated"),
             *("--data", str(questions_of(arguments, part))),
-            *("--out", str(arguments.out / name / part.name)),
+            *("--out", str(Path(arguments.out, name, part.name))),
             *("--modes", modes, "--max-new-tokens", "48", "--batch", "32", "--by", "kind,passages"),
             *part.options,
         ]
@@ -107,7 +106,7 @@ def lines(arguments: argparse.Namespace, parts: Sequence[Part]) -> list[Line]:
     for name in arguments.names:
         records: list[Record] = []
         for part in parts:
-            records += read(arguments.out / name / part.name)
+            records += read(Path(arguments.out, name, part.name))
         found += summarize(records, by=("kind", "passages"))
     return found
 
@@ -184,9 +183,9 @@ def plot(axes: Any, found: Sequence[Line]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=Path("runs/small"), help="their folder")
+    parser.add_argument("--models", default="runs/small", help="their folder")
     parser.add_argument("--names", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--out", type=Path, default=Path("runs/small-models"))
+    parser.add_argument("--out", default="runs/small-models")
     parser.add_argument("--n", type=int, default=100, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
