@@ -34,7 +34,7 @@ SIZED = ("one-hop", "two-hop", "continued")  # asked over other numbers of passa
 BASELINES = ("naive", "cacheblend", "epic")
 MODES = {
     "bundled": ("full", "masked", "reuse", "reuse:0", *BASELINES),
-    "links-5": ("full", "masked", "reuse", "reuse:0", "naive"),
+    "links-5": ("full", "reuse", "reuse:0", "naive"),
     "links-1": ("reuse",),
     "links-0": ("reuse",),
     "full": ("full", *BASELINES),
@@ -65,7 +65,7 @@ PARTS = (
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    for part in PARTS:
+    for part in () if arguments.tables else PARTS:
         folder = questions_of(arguments, part)
         write(
             folder, max(1, round(arguments.n * part.share)), part.sizes, arguments.seed, part.kinds
@@ -101,11 +101,13 @@ def evaluate(arguments: argparse.Namespace, part: Part, name: str) -> None:
 
 
 def lines(arguments: argparse.Namespace, parts: Sequence[Part]) -> list[Line]:
-    """The summary of some parts of all models, with the models' names instead of their places."""
+    """The summary of some parts of all models, with a line for each kind and number of passages."""
     found: list[Line] = []
     for name in arguments.names:
         records: list[Record] = []
         for part in parts:
+            if arguments.tables and not Path(arguments.out, name, part.name).exists():
+                continue
             records += read(Path(arguments.out, name, part.name))
         found += summarize(records, by=("kind", "passages"))
     return found
@@ -188,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default="runs/small-models")
     parser.add_argument("--n", type=int, default=100, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", action="store_true", help="ask nothing, show what is there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--figure", help="write PATH_KIND.png and PATH_KIND.svg")
     return parser.parse_args()
