@@ -32,6 +32,7 @@ from kvlink_rag.training.held_out import DEPENDENT, KINDS, write
 TEN, SIZES = 10, (2, 5, 20)
 SIZED = ("one-hop", "two-hop", "continued")  # asked over other numbers of passages as well
 BASELINES = ("naive", "cacheblend", "epic")
+STYLES = {"full": ":", "reuse": "-", "naive": "--"}  # of lines in the figures
 MODES = {
     "bundled": ("full", "masked", "reuse", "reuse:0", *BASELINES),
     "links-5": ("full", "reuse", "reuse:0", "naive"),
@@ -160,7 +161,7 @@ def table(found: Sequence[Line], columns: Iterable[Any], column: Any) -> None:
 
 def figures(path: str | None, by_kind: Sequence[Line]) -> None:
     """The share of right answers over the number of passages, one picture for each kind."""
-    shown = [line for line in by_kind if line.mode in ("full", "reuse", "naive")]
+    shown = [line for line in by_kind if line.mode in STYLES]
     for kind in SIZED if path else ():
         if own := [line for line in shown if line.kind == kind]:
             title = f"{kind} questions of the generated world, small models"
@@ -168,19 +169,21 @@ def figures(path: str | None, by_kind: Sequence[Line]) -> None:
 
 
 def plot(axes: Any, found: Sequence[Line]) -> None:
+    """A colour for each model, a kind of line for each mode."""
+    models = list(dict.fromkeys(label(line)[0] for line in found))
     for name in dict.fromkeys(label(line) for line in found):
         own = [line for line in found if label(line) == name]
         sizes, scores = [line.passages for line in own], [line.scores["final"] for line in own]
-        (drawn,) = axes.plot(
-            sizes, [100 * s.mean for s in scores], marker="o", label=" ".join(name)
-        )
+        color, style = f"C{models.index(name[0])}", STYLES[name[1]]
+        means = [100 * score.mean for score in scores]
+        axes.plot(sizes, means, style, marker="o", color=color, label=" ".join(name))
         low, high = [100 * s.low for s in scores], [100 * s.high for s in scores]
-        axes.fill_between(sizes, low, high, alpha=0.1, color=drawn.get_color())
+        axes.fill_between(sizes, low, high, alpha=0.06, color=color)
     axes.set_xticks(sorted([*SIZES, TEN]))
     axes.set_xlabel("passages")
     axes.set_ylabel("final answers, % (95 % interval)")
     axes.set_ylim(0, 102)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def parse() -> argparse.Namespace:
