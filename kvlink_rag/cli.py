@@ -26,6 +26,7 @@ SEARCHES = ("auto", "exact", "ivf")  # those of `index`, likewise
 MAX_SEED = 2**64 - 1  # torch's
 COMPRESSIONS = ("none", "zstd")  # those of `settings`, likewise
 ORDERS = ("score", "id")  # those of `retrieval`, likewise
+GROUPS = ("kind", "passages")  # those of `evaluation.summary`, likewise
 FAILED, USAGE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 _ABOUT = """\
@@ -377,6 +378,13 @@ def _eval(commands: Any) -> argparse.ArgumentParser:
         help="places (from 0) of the one gold document: 0-9, or 0,4,9; each question once for each",
     )
     parser.add_argument(
+        "--by",
+        type=_groups,
+        default=[],
+        metavar="A,B",
+        help="also a line for each kind of question, number of passages, or both: kind,passages",
+    )
+    parser.add_argument(
         "--retrieve", type=_count, metavar="K", help="ask over K passages that --embedder finds"
     )
     parser.add_argument("--corpus", metavar="PATH", help="passages to search (the set's own)")
@@ -421,6 +429,13 @@ def _places(text: str) -> list[int]:
     if not found or min(found) < 0:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected places such as 0-9 or 0,4,9")
     return list(found)
+
+
+def _groups(text: str) -> list[str]:
+    """kind, passages or both."""
+    if unknown := set(found := text.split(",")) - set(GROUPS):
+        raise argparse.ArgumentTypeError(f"found {sorted(unknown)}, expected {', '.join(GROUPS)}")
+    return found
 
 
 def _count(text: str) -> int:

@@ -268,7 +268,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from .evaluation.command import report, run
 
     if arguments.compare:
-        return report(arguments.compare, arguments.out or arguments.compare[0])
+        return report(arguments.compare, arguments.out or arguments.compare[0], by=arguments.by)
     if arguments.set is None or arguments.out is None:
         raise ConfigError("name a data set and --out DIR, or directories with --compare")
     return run(arguments, _load_model(arguments))

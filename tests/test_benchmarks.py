@@ -28,6 +28,7 @@ from kvlink_rag.prefix import PrefixCache
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import measuring  # noqa: E402
+import small_models  # noqa: E402
 import ttft  # noqa: E402
 import ways  # noqa: E402
 
@@ -299,3 +300,26 @@ def test_encode() -> None:
     found = last_line("encode.py", "--shape", "tiny", *arguments)
     assert found["memory"]["passages"] == 50
     assert found["rows"][0]["encode_over_plain"] > 0
+
+
+def test_small_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = (
+        small_models.Part("kinds", 1.0, (10,), ("one-hop", "same")),
+        small_models.Part("passages", 1.0, (2,), ("one-hop",)),
+        small_models.Part("places", 1.0, (10,), ("one-hop",), ("--gold-at", "0-9")),
+    )
+    monkeypatch.setattr(small_models, "MODES", {"bundled": ("full", "masked", "reuse")})
+    monkeypatch.setattr(small_models, "PARTS", parts)
+    given = ["--n", "2", "--out", str(tmp_path / "out"), "--figure", str(tmp_path / "figure")]
+    monkeypatch.setattr(sys, "argv", ["small_models.py", *given])
+    small_models.main()
+    *_, shown = capsys.readouterr().out.splitlines()
+    rows = json.loads(shown)["rows"]
+    groups = {(r["kind"], r["passages"], r["gold_at"]): r for r in rows if r["mode"] == "reuse"}
+    assert {("one-hop", 10, None), ("same", 10, None), ("one-hop", 2, None)} < set(groups)
+    assert {place for *_, place in groups if place is not None} == set(range(10))
+    assert groups["one-hop", 2, None]["questions"] == 2
+    assert groups["one-hop", 2, None]["final"][0] == 1.0  # the bundled model knows these
+    assert (tmp_path / "figure_one-hop.svg").exists()

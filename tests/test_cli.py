@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel
 
 from kvlink_rag import cli, index, retrieval, settings, snapshot, terminal
 from kvlink_rag.cli import main
+from kvlink_rag.evaluation.summary import GROUPS
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 FILES = {
@@ -591,6 +592,7 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert cli.SEARCHES == index.SEARCHES
     assert cli.ORDERS == retrieval.ORDERS
     assert cli.COMPRESSIONS == settings.COMPRESSIONS
+    assert cli.GROUPS == GROUPS
 
 
 def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:

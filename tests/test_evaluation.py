@@ -228,6 +228,71 @@ def test_held_out_questions_differ_in_distractors_only(tmp_path: Path) -> None:
     assert score("It is Tarn.", ["It is Marnik."]) == {"final": 0.0}
 
 
+def test_questions_that_hang_on_another_passage(tmp_path: Path) -> None:
+    paths = write_held_out(tmp_path, 3, [2, 5], seed=0, kinds=["continued", "same", "table"])
+    rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in paths}
+    assert list(rows) == [f"{kind}-{k}" for kind in ("continued", "same", "table") for k in (2, 5)]
+    for name, found in rows.items():
+        assert [r["id"] for r in found] == [f"{name}-{i}" for i in range(3)]
+        assert {len(r["ctxs"]) for r in found} == {int(name.rpartition("-")[2])}
+    gold = {name: [[c["isgold"] for c in r["ctxs"]] for r in found] for name, found in rows.items()}
+    for row, where in zip(rows["continued-5"], gold["continued-5"], strict=True):
+        first = where.index(True)
+        assert where[first : first + 2] == [True, True]  # the page, then its continuation
+        assert row["answers"][0] in row["ctxs"][first + 1]["text"]
+    assert all("same as that of" in json.dumps(row["ctxs"]) for row in rows["same-2"])
+    assert all(row["ctxs"][0]["text"].startswith("Table of") for row in rows["table-5"])
+    more = write_held_out(tmp_path / "more", 5, [5], seed=0, kinds=["continued"])
+    assert [json.loads(line) for line in more[0].read_text().splitlines()][:3] == rows[
+        "continued-5"
+    ]
+
+
+def test_a_line_for_each_kind_and_number_of_passages(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    write_held_out(tmp_path / "asked", 2, [2, 3], seed=0, kinds=["one-hop", "same"])
+    options = ["--data", tmp_path / "asked", "--modes", "full,reuse", "--by", "kind,passages"]
+    out = tmp_path / "out"
+    assert run("generated", "--model", model, "--out", out, *options) == 0
+    lines = [line for line in summary(out)["lines"] if line["mode"] == "reuse"]
+    assert [(line["kind"], line["passages"], line["examples"]) for line in lines] == [
+        (None, None, 8), ("one-hop", 2, 2), ("one-hop", 3, 2), ("same", 2, 2), ("same", 3, 2)
+    ]  # fmt: skip
+    assert all(line["difference"] is not None for line in lines)
+    assert "| mode | kind | passages |" in capsys.readouterr().out
+    assert main(["eval", "--compare", str(out), "--out", str(tmp_path / "k"), "--by", "kind"]) == 0
+    kinds = [(line["mode"], line["kind"]) for line in summary(tmp_path / "k")["lines"]]
+    assert kinds == [(m, kind) for m in ("full", "reuse") for kind in (None, "one-hop", "same")]
+    with pytest.raises(SystemExit):
+        main(["eval", "generated", "--by", "length"])
+    assert "expected kind, passages" in capsys.readouterr().err
+
+
+def test_answers_written_before_kinds_were_known_can_still_be_read(tmp_path: Path) -> None:
+    with Records(tmp_path, {}) as records:
+        records.add(record("reuse", "1", 1.0))
+    path = tmp_path / "answers.jsonl"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("kind", "passages")}
+    path.write_text(json.dumps(old) + "\n")
+    assert read(tmp_path) == [record("reuse", "1", 1.0)]
+
+
+def test_groups_are_paired_with_their_own_reference() -> None:
+    """Reuse is right on a's one and wrong on b's; full the other way round, on each kind."""
+    records = [
+        record(mode, key, score, kind=kind)
+        for mode, key, score, kind in (
+            ("full", "1", 0.0, "a"), ("reuse", "1", 1.0, "a"),
+            ("full", "2", 1.0, "b"), ("reuse", "2", 0.0, "b"),
+        )
+    ]  # fmt: skip
+    lines = {(x.mode, x.kind): x for x in summarize(records, by=("kind",))}
+    found = [lines["reuse", kind].difference for kind in (None, "a", "b")]
+    assert [each and each.mean for each in found] == [0.0, 1.0, -1.0]
+
+
 def record(mode: str, key: str, score: float, **fields: object) -> Record:
     values = {
         "data_set": "nq", "model": "m", "mode": mode, "key": key, "question": "?",

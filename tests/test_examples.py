@@ -285,6 +285,7 @@ def test_real_files_load_whole(
     assert sum(size == documents for size in sizes) > 0.95 * count
     if name == "hotpotqa":
         assert all(len(example.gold) == 2 for example in found)
+        assert {example.kind for example in found} == {"bridge", "comparison"}
     if name == "nq":
         text = found[0].documents[0].text
         assert contained(text, found[0].answers)

@@ -17,7 +17,7 @@ from kvlink_rag.training.formats import preset
 from kvlink_rag.training.mixture import Mixture, draw_prompt
 from kvlink_rag.training.packing import CachedEncoder, Packed, pack
 from kvlink_rag.training.questions import exercise
-from kvlink_rag.training.small import corpus
+from kvlink_rag.training.small import COMPARED, corpus, make_compared
 from kvlink_rag.training.tokenizer import small_spec, special_tokens, train_tokenizer
 
 SPEC = small_spec()
@@ -156,3 +156,30 @@ def test_training_lowers_the_loss_and_resumes_where_it_stopped(
     second.load(tmp_path / "checkpoint.pt")
     assert second.done == 3
     assert [second.step(batch) for _ in range(3)] == pytest.approx(losses[3:], rel=1e-3)
+
+
+def test_a_dependent_model_goes_on_where_the_model_of_its_name_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe begins with the other's, and training starts from the other's checkpoint."""
+    plain, longer = COMPARED["links-0"], COMPARED["links-0-dependent"]
+    assert longer.stages[: len(plain.stages)] == plain.stages
+    assert longer.links == 0
+    assert longer.mixture(plain.steps).dependent == 1.0
+    assert longer.mixture(plain.steps - 1) == plain.mixture(plain.steps - 1)
+    train_tokenizer(corpus(0, worlds=60)).save_pretrained(tmp_path / "lm")
+    ended = lm.Trainer(lm.build(), plain)
+    ended.done = plain.steps
+    (tmp_path / "work" / "links-0").mkdir(parents=True)
+    ended.save(tmp_path / "work" / "links-0" / "checkpoint.pt")
+    begun = []
+
+    def train(recipe: lm.Recipe, encoder: PartTokenizer, directory: Path) -> None:
+        trainer = lm.Trainer(lm.build(1), recipe)
+        trainer.load(directory / "checkpoint.pt")
+        begun.append(trainer.done)
+
+    monkeypatch.setattr(lm, "train", train)
+    make_compared(tmp_path, tmp_path / "work", "links-0-dependent", 0)
+    assert begun == [plain.steps]
+    assert (tmp_path / "links-0-dependent" / "kvlink.json").exists()

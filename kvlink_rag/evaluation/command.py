@@ -28,7 +28,7 @@ from .records import read as read_records
 from .retrieved import Corpus, read_corpus
 from .run import Case, at_positions, evaluate, usable
 from .scores import scorer
-from .summary import agreement, summarize, table
+from .summary import By, agreement, summarize, table
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, model: KVLinkModel) -> int:
             most=arguments.max_new_tokens,
             advance=bar.update,
         )
-    return report([arguments.out], arguments.out, model, skipped)
+    return report([arguments.out], arguments.out, model, skipped, by=arguments.by)
 
 
 def report(
@@ -67,10 +67,12 @@ def report(
     out: Path,
     model: KVLinkModel | None = None,
     skipped: Skipped | None = None,
+    *,
+    by: Sequence[By] = (),
 ) -> int:
     """Summarise the answers of one or more directories into `out`, and print the table."""
     records = [record for directory in directories for record in read_records(directory)]
-    lines = summarize(records)
+    lines = summarize(records, by=by)
     found = {
         "lines": [line.to_dict() for line in lines],
         "skipped": dict(skipped.reasons) if skipped else {},

@@ -25,7 +25,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     if placed:
         _places(axes, placed)
     else:
-        _bars(axes, lines)
+        _bars(axes, [line for line in lines if line.kind is None and line.passages is None])
     axes.set_ylabel(f"{next(iter(lines[0].scores))}, % (95 % interval)")
     axes.set_ylim(0, None)
     figure.savefig(path, dpi=150)

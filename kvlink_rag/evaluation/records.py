@@ -22,7 +22,8 @@ ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 class Record:
     """One answer. key: the example, and after `@` the place of its gold document, if that is set.
 
-    margins: see `Decoded`. recall: of retrieved documents, else None. Times in milliseconds.
+    margins: see `Decoded`. recall: of retrieved documents, else None. Times in milliseconds. kind:
+    of question, "" where the set has no kinds. passages: in the prompt, before it was closed.
     """
 
     data_set: str
@@ -41,6 +42,8 @@ class Record:
     computed_tokens: int
     tokens: tuple[int, ...]
     margins: tuple[float, ...]
+    kind: str = ""
+    passages: int = 0
 
     @property
     def example(self) -> str:
@@ -88,8 +91,9 @@ def _record(line: str, directory: Path) -> Record:
         found = json.loads(line)
         for name in ("answers", "tokens", "margins"):
             found[name] = tuple(found[name])
-        return Record(**{field.name: found[field.name] for field in fields(Record)})
-    except (ValueError, LookupError, TypeError) as error:
+        known = {field.name for field in fields(Record)}  # the last two are newer than the rest
+        return Record(**{name: value for name, value in found.items() if name in known})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{directory / ANSWERS} holds a line that is no answer ({error}); delete the line"
         ) from error

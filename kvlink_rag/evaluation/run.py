@@ -130,4 +130,6 @@ def _record(
         computed_tokens=trace.computed_tokens,
         tokens=tuple(answer.tokens),
         margins=tuple(round(margin, 6) for margin in answer.margins),
+        kind=case.example.kind,
+        passages=len(case.example.documents),
     )

@@ -6,10 +6,10 @@ its gold document at several places counts once, with the mean over them. Knows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from .records import Record
 
 RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
+By = Literal["kind", "passages"]
+GROUPS: tuple[By, ...] = get_args(By)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table. gold_at: None over all places.
+    """One line of the table. gold_at: None over all places; kind, passages: None over all of them.
 
     difference: of the first score to the reference mode's on the same examples, paired; None for
     the reference itself. Times and counts are medians.
@@ -51,6 +53,8 @@ class Line:
     ttft_ms: float
     prompt_tokens: int
     computed_tokens: int
+    kind: str | None = None
+    passages: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
@@ -82,30 +86,44 @@ def bootstrap(values: Sequence[float] | Floats, *, seed: int = 0) -> Interval:
     return Interval(float(data.mean()), float(low), float(high))
 
 
-def summarize(records: Iterable[Record], *, reference: str = "full") -> list[Line]:
-    """The table: for each data set, model and mode all places together, then each place."""
+def summarize(
+    records: Iterable[Record], *, reference: str = "full", by: Sequence[By] = ()
+) -> list[Line]:
+    """The table: for each data set, model and mode all examples together, then each place of the
+    gold document, then each group of examples that are alike in all that `by` names.
+    """
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.data_set, record.model, record.mode), []).append(record)
     lines = []
     for (data_set, model, _), group in groups.items():
         against = groups.get((data_set, model, reference), [])
-        lines.append(_line(group, against, None))
-        places = sorted({r.gold_at for r in group if r.gold_at is not None})
-        for place in places if len(places) > 1 else []:
-            there = [[r for r in side if r.gold_at == place] for side in (group, against)]
-            lines.append(_line(there[0], there[1], place))
+        lines.append(_line(group, against))
+        placed = [r for r in group if r.gold_at is not None]
+        if len({r.gold_at for r in placed}) > 1:
+            lines += _split(placed, against, ("gold_at",))
+        lines += _split(group, against, by) if by else []
     return lines
 
 
-def _line(group: Sequence[Record], against: Sequence[Record], place: int | None) -> Line:
+def _split(group: Sequence[Record], against: Sequence[Record], by: Sequence[str]) -> Iterator[Line]:
+    """A line for each combination of the values of the fields `by`, in order."""
+    parts: dict[tuple[Any, ...], list[Record]] = {}
+    for record in group:
+        parts.setdefault(tuple(getattr(record, name) for name in by), []).append(record)
+    for values in sorted(parts):
+        other = [r for r in against if tuple(getattr(r, name) for name in by) == values]
+        yield replace(_line(parts[values], other), **dict(zip(by, values, strict=True)))
+
+
+def _line(group: Sequence[Record], against: Sequence[Record]) -> Line:
     first = group[0]
     recalls = [r.recall for r in group if r.recall is not None]
     return Line(
         data_set=first.data_set,
         model=first.model,
         mode=first.mode,
-        gold_at=place,
+        gold_at=None,
         examples=len({r.example for r in group}),
         scores={name: bootstrap(list(_by_example(group, name).values())) for name in first.scores},
         difference=_difference(group, against),
@@ -159,19 +177,21 @@ def _verdict(found: Record, wanted: Record, tolerance: float) -> str:
 def table(lines: Sequence[Line]) -> list[str]:
     """The lines as a Markdown table, scores in per cent with their 95 % intervals."""
     names = list(dict.fromkeys(name for line in lines for name in line.scores))
-    head = ["set", "model", "mode", "gold at", "n", *names, "against full", "recall@k"]
+    groups = [name for name in GROUPS if any(getattr(line, name) is not None for line in lines)]
+    head = ["set", "model", "mode", *groups, "gold at", "n", *names, "against full", "recall@k"]
     head += ["TTFT ms", "prompt tokens", "computed"]
-    rows = [head, ["---"] * len(head), *(_cells(line, names) for line in lines)]
+    rows = [head, ["---"] * len(head), *(_cells(line, groups, names) for line in lines)]
     return ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
-def _cells(line: Line, names: Sequence[str]) -> list[str]:
+def _cells(line: Line, groups: Sequence[str], names: Sequence[str]) -> list[str]:
     scores = [str(line.scores[n]) if n in line.scores else "" for n in names]
     return [
         line.data_set,
         line.model,
         line.mode,
-        "all" if line.gold_at is None else str(line.gold_at),
+        *(_over(getattr(line, name)) for name in groups),
+        _over(line.gold_at),
         str(line.examples),
         *scores,
         "" if line.difference is None else str(line.difference),
@@ -180,3 +200,7 @@ def _cells(line: Line, names: Sequence[str]) -> list[str]:
         str(line.prompt_tokens),
         str(line.computed_tokens),
     ]
+
+
+def _over(value: int | str | None) -> str:
+    return "all" if value is None else str(value)

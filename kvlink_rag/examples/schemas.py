@@ -24,7 +24,8 @@ DIALOGUE_TURNS = 4
 class Example:
     """One question. answers: any of them is right (for a summary: the references).
 
-    gold: places in `documents` of those that hold the answer, where the data set says so.
+    gold: places in `documents` of those that hold the answer, where the data set says so. kind: of
+    question, in the data set's own words, where it has any.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Example:
     answers: tuple[str, ...]
     documents: tuple[Document, ...] = ()
     gold: tuple[int, ...] = ()
+    kind: str = ""
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -53,11 +55,14 @@ def question_answering(row: Row, number: int) -> Example:
     - `question, answer, context, supporting_facts`: HotpotQA and 2WikiMultihopQA; context is a
       list of [title, sentences], an object of titles and sentences, or such a list as JSON
     - `question, answer` alone: NQ-open, TriviaQA (`value` and `aliases`); documents are retrieved
+
+    `kind`, or `type` as HotpotQA and 2WikiMultihopQA call it, is the kind of question.
     """
     question = _text(row, "question")
     name = str(row.get("id") or row.get("_id") or row.get("question_id") or number)
     documents, gold = _documents(row)
-    return Example(name, question, _answers(row), documents, gold)
+    kind = str(row.get("kind") or row.get("type") or "")
+    return Example(name, question, _answers(row), documents, gold, kind)
 
 
 def multi_news(row: Row, number: int) -> Example:

@@ -87,6 +87,11 @@ STAGES = (
     Stage(12_500, Mixture(strange=0.5), 7500, 12_500),
 )
 COMPARED = _plan(1200, 2400, 3000, 5000)  # models that it is compared with, at half its budget
+# The same, then worlds whose pages all depend on each other, and few pages as often as ten.
+_DEPENDENT = Mixture(
+    dependent=1.0, across=0.6, usual_pages=(2, 3, 4, 6, 8, 10), usual_share=0.9, varied_share=0.05
+)
+COMPARED_DEPENDENT = (*COMPARED, Stage(5800, _DEPENDENT, 5400, 5800))
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Mixture:
     plain: float = 0.0
     sizes: tuple[int, ...] = SIZES
     dependent: float = 0.25
+    across: float = 0.2
     strange: float = 0.0
 
 
@@ -78,6 +79,7 @@ def draw_prompt(
         plain=mixture.plain,
         sizes=mixture.sizes,
         dependent=mixture.dependent,
+        across=mixture.across,
         strange=mixture.strange,
     )
     if text:

@@ -159,13 +159,15 @@ def exercise(
     plain: float = 0.0,
     sizes: Sequence[int] = SIZES,
     dependent: float = 0.25,
+    across: float = 0.2,
     strange: float = 0.0,
     split: Split = "train",
 ) -> Exercise:
     """A small world of its own, k of its pages, and a mixture of questions over them, of which the
     share `absent` asks for what the pages do not say; `plain` is the chance of a plain world,
     `dependent` that of one whose pages depend on each other, `strange` that of one with names of
-    any syllables, `sizes` as in `Builder`.
+    any syllables, `sizes` as in `Builder`. `across` is the share of questions, as far as there are
+    any, whose answer hangs on another page.
     """
     world = _small_world(
         rng,
@@ -178,7 +180,8 @@ def exercise(
     )
     pages = _choose(list(world.pages.values()), k, rng)
     return Exercise(
-        tuple(pages), tuple(_mixture(world, {p.id for p in pages}, questions, absent, rng))
+        tuple(pages),
+        tuple(_mixture(world, {p.id for p in pages}, questions, absent, across, rng)),
     )
 
 
@@ -238,27 +241,44 @@ def _choose(pages: list[Page], k: int, rng: random.Random) -> list[Page]:
     return chosen
 
 
+def dependent(
+    world: World, k: int, dependence: Dependence, rng: random.Random
+) -> tuple[Question, tuple[Page, ...]] | None:
+    """One question whose answer hangs on another page as `dependence` says, and k of the world's
+    pages in prompt order; None where the drawn pages hold no such question, or are not k.
+    """
+    pages = _choose(list(world.pages.values()), k, rng)
+    found = _answered(world, {page.id for page in pages}, rng)
+    across = [question for question in found if question.dependence == dependence]
+    return (rng.choice(across), tuple(pages)) if across and len(pages) == k else None
+
+
+def _answered(world: World, here: Collection[str], rng: random.Random) -> list[Question]:
+    """A one-hop question for each fact whose gold pages are all in `here`."""
+    asked = (one_hop(world, fact, rng) for fact, page in world.stated.values() if page in here)
+    return [question for question in asked if set(question.gold) <= set(here)]
+
+
 def _mixture(
-    world: World, here: Collection[str], n: int, absent: float, rng: random.Random
+    world: World,
+    here: Collection[str],
+    n: int,
+    absent: float,
+    across: float,
+    rng: random.Random,
 ) -> list[Question]:
     """Up to n questions: about 2 in 5 one-hop, 2 in 5 two-hop where the pages allow it, the rest
     absent.
     """
-    ones = [
-        q
-        for fact, page in world.stated.values()
-        if page in here
-        for q in [one_hop(world, fact, rng)]
-        if set(q.gold) <= set(here)
-    ]
+    ones = _answered(world, here, rng)
     twos = [two_hop(world, a, b, rng) for a, b in _sample(list(two_hop_facts(world)), 40, rng)]
     twos = [q for q in twos if set(q.gold) <= set(here)]
     none = list(absent_questions(world, here, rng))
-    across = [q for q in ones if q.dependence]
+    hanging = [q for q in ones if q.dependence]
     picked = (
         _sample(twos, n * 2 // 5, rng)
         + _sample(none, round(n * absent), rng)
-        + _sample(across, n // 5, rng)
+        + _sample(hanging, int(n * across), rng)
     )
     picked += _sample([q for q in ones if q not in picked], n - len(picked), rng)
     rng.shuffle(picked)

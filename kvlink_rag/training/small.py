@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +59,19 @@ def make_lm(directory: Path, work: Path, recipe: lm.Recipe, tokenizer: PartToken
     save_lm(trainer.model, directory, recipe.links)
 
 
-def make_compared(out: Path, work: Path, name: str, recipe: lm.Recipe, seed: int) -> None:
-    """A language model of another recipe in `out`/name, with a copy of the tokenizer."""
+def make_compared(out: Path, work: Path, name: str, seed: int) -> None:
+    """A language model of another recipe in `out`/name, with a copy of the tokenizer.
+
+    A dependent one begins as the model of the same name without that word does, so it goes on
+    from that model's last checkpoint where there is one.
+    """
+    begun, checkpoint = (work / name.removesuffix(DEPENDENT), work / name / "checkpoint.pt")
+    if not checkpoint.exists() and (begun / "checkpoint.pt").exists():
+        checkpoint.parent.mkdir(parents=True)
+        shutil.copy(begun / "checkpoint.pt", checkpoint)
     tokenizer = make_tokenizer(out, seed)
     AutoTokenizer.from_pretrained(out / "lm").save_pretrained(out / name)
-    make_lm(out / name, work / name, replace(recipe, seed=seed), tokenizer)
+    make_lm(out / name, work / name, replace(COMPARED[name], seed=seed), tokenizer)
 
 
 def save_lm(model: LlamaForCausalLM, directory: Path, links: int = LINKS) -> None:
@@ -87,11 +96,16 @@ def make_encoder(out: Path, seed: int) -> None:
     tokenizer.save_pretrained(out / "encoder")
 
 
-COMPARED = {
+DEPENDENT = "-dependent"
+_COMPARED = {
     "links-5": lm.Recipe(stages=lm.COMPARED),
     "links-1": lm.Recipe(stages=lm.COMPARED, links=1),
     "links-0": lm.Recipe(stages=lm.COMPARED, links=0),
     "full": lm.Recipe(stages=lm.COMPARED, links=0, full_only=True),
+}
+COMPARED = _COMPARED | {
+    name + DEPENDENT: replace(recipe, stages=lm.COMPARED_DEPENDENT)
+    for name, recipe in _COMPARED.items()
 }
 
 
@@ -103,13 +117,18 @@ def main() -> None:
     parser.add_argument("--only", choices=("lm", "encoder", "demo"), help="one stage")
     parser.add_argument(
         "--compared",
+        nargs="+",
+        default=[],
         choices=COMPARED,
-        help="instead: a language model to compare with, at half the budget, as OUT/NAME",
+        metavar="NAME",
+        help="instead: language models to compare with, at half the budget, as OUT/NAME: "
+        + ", ".join(COMPARED),
     )
     arguments = parser.parse_args()
     work = arguments.work or arguments.out / "work"
-    if name := arguments.compared:
-        make_compared(arguments.out, work, name, COMPARED[name], arguments.seed)
+    for name in arguments.compared:
+        make_compared(arguments.out, work, name, arguments.seed)
+    if arguments.compared:
         return
     tokenizer = make_tokenizer(arguments.out, arguments.seed)
     if arguments.only in (None, "demo"):
