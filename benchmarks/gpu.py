@@ -34,7 +34,7 @@ import torch
 from decode import after_full, after_reuse, agree
 from measuring import Row, finish, load, median, parser, percentile, refuse, show
 from shapes import SHAPES, words
-from ttft import full_prefill
+from ttft import bare_forward
 from ways import Laid, check, first_token
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
@@ -117,12 +117,12 @@ class Size:
                 check(self.model, prompts[0], self.reuse(codec, place))
                 for _ in range(WARM_UP):
                     self.once(codec, place, forward, prompts[0], claim=False)
-        full_prefill(self.model, Baselines(self.model).layout(prompts[0]))
+        bare_forward(self.model, Baselines(self.model).layout(prompts[0]))
         full: list[float] = []
         traces: dict[tuple[str, str, str], list[Trace]] = {way: [] for way in ways}
         copies: dict[tuple[str, str, str], list[float]] = {way: [] for way in ways}
         for prompt in prompts:
-            full.append(full_prefill(self.model, Baselines(self.model).layout(prompt))[0] * 1e3)
+            full.append(bare_forward(self.model, Baselines(self.model).layout(prompt))[0] * 1e3)
             for way in ways:
                 with self.taking(way[2]):
                     traces[way].append(self.once(*way, prompt))

@@ -530,7 +530,7 @@ def test_too_many_passages_name_the_option(collection: Path, pair: list[str]) ->
     (collection / "lamps.jsonl").write_text(write_many)
     assert here("--dir", "many", *pair, "index", "lamps.jsonl", cwd=collection).code == 0
     message = the_error(here("--dir", "many", "ask", "Which?", "-k", "45", cwd=collection))
-    assert "more than 40 passages" in message
+    assert "found 45 passages in the prompt, expected at most 40" in message
     assert "a smaller -k" in message
 
 

@@ -448,8 +448,8 @@ def test_a_collection_remembers_its_codec(
         assert rag.check() == []
     with pytest.raises(SettingsMismatch, match="as 'int8', found codec 'exact'"):
         KVLinkRAG.open(tmp_path, codec="exact", **pair)
-    with pytest.raises(ConfigError, match="found codec 'bf16', expected one of exact, int8"):
-        KVLinkRAG.open(tmp_path, codec="bf16", **pair)
+    with pytest.raises(ConfigError, match="found codec 'int7', expected one of exact, int8"):
+        KVLinkRAG.open(tmp_path, codec="int7", **pair)
 
 
 def test_another_codec_encodes_again(

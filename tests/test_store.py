@@ -183,8 +183,8 @@ def test_room_is_made_before_the_file_is_written(
         seen = []
         original = store_module.write_snapshot
 
-        def write(*args: Any) -> int:
-            written = original(*args)
+        def write(*args: Any, **options: Any) -> int:
+            written = original(*args, **options)
             files = {p.stat().st_ino: p.stat().st_size for p in store.directory.rglob("*.s*")}
             seen.append(sum(files.values()))
             return written
@@ -632,7 +632,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
 ) -> None:
     put(store, 1)
 
-    def full(file: Any, *args: Any) -> int:
+    def full(file: Any, *args: Any, **options: Any) -> int:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
