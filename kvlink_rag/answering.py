@@ -141,7 +141,7 @@ class TextStream(Iterator[str]):
             if piece := pieces.finish():
                 yield piece
         finally:
-            run.keep()
+            run.end()
             trace.total_ms = trace.elapsed_ms()
 
     def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
@@ -256,6 +256,13 @@ class PromptRun:
             run = ids[span.start : span.stop]
             if span.document is None and len(run) and run_key(chain, run) not in prefix:
                 prefix.put(chain, run, Run(*cache.entries(places[span.start : span.stop])))
+
+    def end(self) -> None:
+        """Keep what later prompts may share, and give the live cache's memory back."""
+        self.keep()
+        if self.cache is not None:
+            self.backbone.give_back(self.cache)
+            self.cache = None
 
     def _nothing_reused(self, room: int) -> Assembled:
         """An empty cache, and all tokens to compute; "full" drops the segments."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .static import Workspace, Workspaces
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+SPARE_FACTOR = 4  # how much larger than needed a live cache's memory may be
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -201,6 +202,8 @@ class Backbone:
         self._parameters = list(self.model.parameters())
         self._loaded = self._changes()
         self._known: tuple[int, str] | None = None
+        self._spare: tuple[Tensor, Tensor] | None = None
+        self._spare_lock = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -264,11 +267,41 @@ class Backbone:
 
     def new_cache(self, positions: Tensor, segments: Tensor, capacity: int) -> LiveCache:
         """A live cache whose first entries, at these positions, are still to be filled."""
-        shape = (self.layers, self.kv_heads, max(capacity, len(positions)), self.head_dim)
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+        capacity = max(capacity, len(positions))
+        keys, values = self._take_spare(capacity) or self._fresh(capacity)
+        return LiveCache(keys, values, positions.to(self.device), segments.to(self.device))
+
+    def give_back(self, cache: LiveCache) -> None:
+        """End a live cache that nothing else looks at; on a CPU the next one gets its memory.
+
+        Pages that are touched for the first time cost more than what is written to them. One
+        cache's memory is kept, the latest; GPUs have an allocator that keeps theirs.
+        """
+        keys, values = cache.buffers
+        grown = any(layer.keys.shape[2] != keys.shape[2] for layer in cache.layers)
+        if self.device.type != "cpu" or cache.workspace is not None or grown:
+            return
+        cache.layers = []
+        with self._spare_lock:
+            self._spare = (keys, values)
+
+    def _take_spare(self, capacity: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a cache given back that hold `capacity` entries, if there are any."""
+        with self._spare_lock:
+            spare = self._spare
+            if spare is None or not capacity <= spare[0].shape[2] <= SPARE_FACTOR * capacity:
+                return None
+            self._spare = None
+            return spare
+
+    def _fresh(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """New memory for keys and values: [layers, kv_heads, capacity, head_dim] each."""
+        shape = (self.layers, self.kv_heads, capacity, self.head_dim)
+        with torch.inference_mode(False):  # a later cache may be written to outside that mode
+            keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
         for buffer in (keys, values):
             prefer_huge(buffer)
-        return LiveCache(keys, values, positions.to(self.device), segments.to(self.device))
+        return keys, values
 
     @torch.inference_mode()
     def forward(

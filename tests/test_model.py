@@ -239,6 +239,48 @@ def test_chat_without_a_template_uses_the_preset(model: KVLinkModel) -> None:
     assert parts == [Text("<bos>", special=True), Text("hi"), Text("\n", special=True)]
 
 
+def test_an_answer_that_ended_leaves_its_memory_to_the_next(make_model: ModelMaker) -> None:
+    model = make_model("llama", torch.float32)
+    backbone = model.backbone
+    parts = [model.prompt([document], "what?") for document in DOCS]
+    alone = [model.generate(p, max_new_tokens=8) for p in parts]
+    first = backbone._spare
+    assert first is not None
+    for buffer in first:
+        buffer.fill_(torch.nan)  # whatever was left there must not be seen
+    assert [model.generate(p, max_new_tokens=8) for p in parts] == alone
+    again = backbone._spare
+    assert again is not None
+    assert again[0].data_ptr() == first[0].data_ptr()
+    for buffer in again:
+        buffer.fill_(torch.nan)
+    assert model.generate(parts[0], max_new_tokens=8, mode="masked") == alone[0]
+
+
+def test_two_answers_under_way_never_share_memory(make_model: ModelMaker) -> None:
+    model = make_model("llama", torch.float32)
+    parts = [model.prompt([document], "what?") for document in DOCS]
+    alone = [model.generate(p, max_new_tokens=8) for p in parts]
+    streams = [model.stream(p, max_new_tokens=8) for p in parts]
+    texts = [""] * len(streams)
+    for _ in range(9):  # a piece of each in turn
+        for number, stream in enumerate(streams):
+            texts[number] += next(stream, "")
+    assert texts == alone
+
+
+def test_a_cache_that_was_given_back_is_of_no_use(model: KVLinkModel) -> None:
+    backbone, none = model.backbone, torch.empty(0, dtype=torch.int64)
+    cache = backbone.new_cache(none, none, capacity=100)
+    backbone.give_back(cache)
+    assert len(cache.layers) == 0
+    small, large = (backbone.new_cache(none, none, capacity=n) for n in (10, 101))
+    taken = {c.buffers[0].data_ptr() for c in (small, large)}
+    assert cache.buffers[0].data_ptr() not in taken  # one too large by far, one too small
+    fits = backbone.new_cache(none, none, capacity=30)
+    assert fits.buffers[0].data_ptr() == cache.buffers[0].data_ptr()
+
+
 def test_threads_share_one_model(model: KVLinkModel) -> None:
     prompts = [model.prompt([d, DOCS[0]], f"question {i}?") for i, d in enumerate(DOCS * 4)]
     expected = [model.generate(p, max_new_tokens=10, mode="masked") for p in prompts]
