@@ -305,6 +305,7 @@ def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
     for number, layer in enumerate(assembled.cache.layers):
         keys, values = layer.keys[:, :, :standing], layer.values[:, :, :standing]
         cache.update(keys.clone(), values.clone(), number)
+    backbone.give_back(assembled.cache)  # as an answer does when it ends
     left = assembled.computed
     at, seg = laid.positions[left], laid.segments[left]
     mask = visibility(
