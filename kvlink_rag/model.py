@@ -190,7 +190,7 @@ class KVLinkModel:
         if len(prompt) >= self.window:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens, the model's window is {self.window} and "
-                "must hold the answer too; use fewer (kvlink-rag: a smaller -k) or shorter passages"
+                "must hold the answer too; use fewer or shorter passages (kvlink-rag: a smaller -k)"
             )
         return prompt
 
