@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,6 +69,38 @@ class Document:
         if self.id is not None:
             return self
         return replace(self, id=hashlib.sha256(self.canonical().encode()).hexdigest()[:32])
+
+
+def odd_keys(metadata: Mapping[Any, Any]) -> list[Any]:
+    """The keys whose value, or which themselves, JSON does not take or would change."""
+    return [key for key, value in metadata.items() if not _is_json({key: value})]
+
+
+def as_json(metadata: Mapping[Any, Any]) -> dict[str, Any]:
+    """`metadata`, with what is not JSON as `jsonable` has it."""
+    odd = odd_keys(metadata)
+    return {str(k): jsonable(value) if k in odd else value for k, value in metadata.items()}
+
+
+def jsonable(value: Any) -> Any:
+    """`value` as JSON takes it: other objects, keys and numbers that are not finite as text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if value is None or type(value) in (str, bool, int):
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    return str(value)
+
+
+def _is_json(metadata: Mapping[Any, Any]) -> bool:
+    try:
+        Document("", metadata=metadata).canonical()
+    except DocumentError:
+        return False
+    return True
 
 
 def _check_unchanged(value: object, where: str = "metadata") -> None:

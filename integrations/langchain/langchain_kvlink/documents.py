@@ -6,7 +6,6 @@ A passage's title is `metadata["title"]`. Knows no model.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,6 +13,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables.config import run_in_executor
 
 from kvlink_rag.documents import Document as Passage
+from kvlink_rag.documents import as_json, odd_keys
 from kvlink_rag.errors import DocumentError
 
 if TYPE_CHECKING:
@@ -141,35 +141,3 @@ def title_of(metadata: Mapping[str, Any]) -> str:
     """The title, if it is a string with something in it."""
     title = metadata.get(TITLE)
     return title if isinstance(title, str) and title.strip() else ""
-
-
-def odd_keys(metadata: Mapping[Any, Any]) -> list[Any]:
-    """The keys whose value, or which themselves, JSON does not take or would change."""
-    return [key for key, value in metadata.items() if not _is_json({key: value})]
-
-
-def as_json(metadata: Mapping[Any, Any]) -> dict[str, Any]:
-    """`metadata`, with what is not JSON as `jsonable` has it."""
-    odd = odd_keys(metadata)
-    return {str(k): jsonable(value) if k in odd else value for k, value in metadata.items()}
-
-
-def _is_json(metadata: Mapping[Any, Any]) -> bool:
-    try:
-        Passage("", metadata=metadata).canonical()
-    except DocumentError:
-        return False
-    return True
-
-
-def jsonable(value: Any) -> Any:
-    """`value` as JSON takes it: other objects, keys and numbers that are not finite as text."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if value is None or type(value) in (str, bool, int):
-        return value
-    if type(value) is float and math.isfinite(value):
-        return value
-    return str(value)

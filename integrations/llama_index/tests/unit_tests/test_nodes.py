@@ -17,11 +17,12 @@ from llama_index.core.schema import (
     TextNode,
 )
 from llama_index.llms.kvlink import KVLink, KVLinkRegister
-from llama_index.llms.kvlink.nodes import jsonable, to_document, to_node
+from llama_index.llms.kvlink.nodes import to_document, to_node
 from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
 from llama_index.retrievers.kvlink import KVLinkRetriever
 
 from kvlink_rag import Document, Hit, KVLinkRAG
+from kvlink_rag.documents import jsonable
 from kvlink_rag.errors import DocumentError
 
 

@@ -7,13 +7,12 @@ keys, relationships, places in its source) stands in the document's metadata und
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextNode
 
-from kvlink_rag.documents import Document, Hit
+from kvlink_rag.documents import Document, Hit, as_json, jsonable
 from kvlink_rag.errors import DocumentError
 
 TITLE_KEYS = ("title", "file_name")  # the first that is there is a passage's title
@@ -104,35 +103,3 @@ def title_of(metadata: Mapping[str, Any]) -> str:
     """The first title among `TITLE_KEYS` that is a string with something in it."""
     found = (metadata.get(key) for key in TITLE_KEYS)
     return next((value for value in found if isinstance(value, str) and value.strip()), "")
-
-
-def odd_keys(metadata: Mapping[Any, Any]) -> list[Any]:
-    """The keys whose value, or which themselves, JSON does not take or would change."""
-    return [key for key, value in metadata.items() if not _is_json({key: value})]
-
-
-def as_json(metadata: Mapping[Any, Any]) -> dict[str, Any]:
-    """`metadata`, with what is not JSON as `jsonable` has it."""
-    odd = odd_keys(metadata)
-    return {str(k): jsonable(value) if k in odd else value for k, value in metadata.items()}
-
-
-def _is_json(metadata: Mapping[Any, Any]) -> bool:
-    try:
-        Document("", metadata=metadata).canonical()
-    except DocumentError:
-        return False
-    return True
-
-
-def jsonable(value: Any) -> Any:
-    """`value` as JSON takes it: other objects, keys and numbers that are not finite as text."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if value is None or type(value) in (str, bool, int):
-        return value
-    if type(value) is float and math.isfinite(value):
-        return value
-    return str(value)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelLike
-from llama_index.llms.kvlink.nodes import bare_nodes, odd_keys, text_of, to_documents
+from llama_index.llms.kvlink.nodes import bare_nodes, text_of, to_documents
+
+from kvlink_rag.documents import odd_keys
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkRAG
