@@ -30,7 +30,7 @@ def test_sizes(size: int | str, expected: int) -> None:
 
 @pytest.mark.parametrize("size", ["", "GB", "1 XB", "-1", "1e9", "1,5GB", -1, 1.5, True, None, []])
 def test_what_is_no_size_names_the_argument(size: object) -> None:
-    with pytest.raises(ConfigError, match="size_limit is .*expected at least 0 bytes"):
+    with pytest.raises(ConfigError, match=r"size_limit is .*expected at least 0 bytes"):
         parse_size(size, "size_limit")  # type: ignore[arg-type]
 
 
