@@ -28,10 +28,10 @@ from shapes import SHAPES, machine, random_model, words
 from transformers import DynamicCache
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
-from kvlink_rag.backbone import pad_batch
-from kvlink_rag.encoding import TOKENS_A_BATCH, batches, encode_many
-from kvlink_rag.store import SnapshotStore
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.engine.backbone import pad_batch
+from kvlink_rag.snapshots.encode import TOKENS_A_BATCH, batches, encode_many
+from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
 
 
 def main() -> None:

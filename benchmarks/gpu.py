@@ -38,12 +38,13 @@ from ttft import bare_forward
 from ways import Laid, check, first_token
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
-from kvlink_rag.answering import PromptRun, Reuse
-from kvlink_rag.baselines import Baselines
-from kvlink_rag.device import DeviceMemory
-from kvlink_rag.snapshot import CODECS, EXACT
-from kvlink_rag.static import Workspaces
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.arguments import CODECS
+from kvlink_rag.compare.baselines import Baselines
+from kvlink_rag.engine.device import DeviceMemory
+from kvlink_rag.engine.workspaces import Workspaces
+from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.sources import StoredSnapshots
 
 PLACES = ("gpu", "pinned", "cached")
 FORWARDS = ("graphs", "plain")

@@ -23,9 +23,9 @@ from typing import Any
 from measuring import Row, draw, finish, load, median, parser, percentile, refuse, show
 
 from kvlink_rag import Answer, Document, KVLinkModel, KVLinkRAG
-from kvlink_rag.demo import Example, load_documents
-from kvlink_rag.loading import BUNDLED, BUNDLED_DIRECTORY
-from kvlink_rag.retrieval import ORDERS
+from kvlink_rag.arguments import ORDERS
+from kvlink_rag.cli.demo import Example, load_documents
+from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.training.questions import final_answer
 
 PASSAGES, ROUNDS, ANSWER_TOKENS = 10, 2, 48

@@ -6,7 +6,7 @@
 Held-out questions of the bundled set, each over the passages that the bundled encoder retrieves for
 it (k = 10, two rounds). Every way takes the same passages:
     reuse        snapshots in each codec, link tokens
-    full, naive, cacheblend, epic   see `kvlink_rag.baselines`; without link tokens
+    full, naive, cacheblend, epic   see `kvlink_rag.compare.baselines`; without link tokens
 A way is held against its reference along the reference's greedy answer, up to `--tokens` tokens:
 Kullback-Leibler divergence of the next token (nats, mean over all places), and how often the best
 token is the same. Reference of a codec is reuse of exact snapshots; of reuse of exact snapshots and
@@ -29,14 +29,15 @@ import torch
 from measuring import Row, draw, finish, load, parser, show
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Part, Trace
-from kvlink_rag.answering import PromptRun, Reuse
-from kvlink_rag.baselines import METHODS, Baselines, Method
-from kvlink_rag.demo import Example, load_documents
-from kvlink_rag.generation import decode_one_token
-from kvlink_rag.loading import BUNDLED, BUNDLED_DIRECTORY
-from kvlink_rag.snapshot import CODECS, EXACT
-from kvlink_rag.store import SnapshotStore
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.arguments import CODECS
+from kvlink_rag.cli.demo import Example, load_documents
+from kvlink_rag.compare.baselines import METHODS, Baselines, Method
+from kvlink_rag.model.generation import decode_one_token
+from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.training.questions import final_answer
 
 PASSAGES, ROUNDS, ANSWER_TOKENS = 10, 2, 48

@@ -29,8 +29,8 @@ from typing import Any
 from shapes import machine
 
 from kvlink_rag import Document, Passage
-from kvlink_rag.catalog import Catalog, Record
-from kvlink_rag.recognition import Recogniser
+from kvlink_rag.collection.catalog import Catalog, Record
+from kvlink_rag.prompt.recognition import Recogniser
 
 WORDS = 120
 BATCH = 256

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from measuring import Row, finish, median, percentile, show
 
-from kvlink_rag.index import SEARCHES, VectorIndex
+from kvlink_rag.arguments import SEARCHES
+from kvlink_rag.retrieval.vector_index import VectorIndex
 
 NEAREST = 10
 COLUMNS = ("count", "dimension", "search", "build_s", "save_s", "load_s", "memory_mb",

@@ -28,10 +28,10 @@ from measuring import Row, finish, median, percentile, refuse, show
 from retrieval import resident
 
 from kvlink_rag import Document, KVLinkRAG
-from kvlink_rag.catalog import Record
-from kvlink_rag.index import SEARCHES
-from kvlink_rag.rag import SNAPSHOTS
-from kvlink_rag.snapshot import Snapshot, snapshot_key
+from kvlink_rag.arguments import SEARCHES
+from kvlink_rag.collection.catalog import Record
+from kvlink_rag.collection.rag import SNAPSHOTS
+from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
 
 BATCH, NEAREST = 4096, 10
 COLUMNS = ("passages", "dimension", "search", "fill_s", "open_s", "first_search_ms",

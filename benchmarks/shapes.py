@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlink_rag import KVLinkModel, PromptPreset
-from kvlink_rag.attention import NAME
-from kvlink_rag.spec import KVLINK5_LLAMA32
+from kvlink_rag.engine.attention import NAME
+from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
 
 SYSTEM_WORDS = 43  # tokens of the published system prompt, up to and including the user header
 AFTER_WORDS = 5  # tokens of <|eot_id|> and the assistant header

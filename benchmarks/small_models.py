@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from measuring import Row, draw, finish
 
-from kvlink_rag.cli import main as kvlink_rag
+from kvlink_rag.cli.main import main as kvlink_rag
 from kvlink_rag.evaluation.records import Record, read
 from kvlink_rag.evaluation.summary import Line, summarize
 from kvlink_rag.training.held_out import DEPENDENT, KINDS, write

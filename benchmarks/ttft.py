@@ -14,7 +14,7 @@ Each round asks a new question of 12 tokens over the same passages and times, on
                 cached (files in the page cache), ram (tensors of the process)
     floor       transformers' own forward of reuse's computed tokens over a cache that stands in
                 memory (`DynamicCache`, attention implementation "sdpa", the mask given)
-and, as `--ways` says, on the prompt without link tokens (`kvlink_rag.baselines`):
+and, as `--ways` says, on the prompt without link tokens (`kvlink_rag.compare.baselines`):
     full        transformers' own `generate` of one token over the whole prompt, by its best
                 attention (flash-attn on a GPU that has it, else "sdpa": causal, no mask in memory)
     forward     the forward of it alone, logits of the last token only
@@ -64,11 +64,12 @@ from transformers.utils import is_flash_attn_2_available
 from ways import PLACES, Laid, check, first_token
 
 from kvlink_rag import Document, KVLinkModel, Layout, Part, Trace
-from kvlink_rag.answering import PromptRun, Reuse
-from kvlink_rag.baselines import METHODS, Baselines, Started
-from kvlink_rag.layout import visibility
-from kvlink_rag.model import TOLERANCE, compare
-from kvlink_rag.snapshot import CODECS, EXACT
+from kvlink_rag.arguments import CODECS
+from kvlink_rag.compare.baselines import METHODS, Baselines, Started
+from kvlink_rag.model.model import TOLERANCE, compare
+from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.prompt.layout import visibility
+from kvlink_rag.snapshots.snapshot import EXACT
 
 QUESTION_TOKENS = 12
 COLD_TARGET = 1.3  # of the floor; the bytes over the disk's own rate come on top

@@ -18,38 +18,39 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .answering import TextStream
+    from kvlink_rag.collection.rag import Answer, AnswerStream, KVLinkRAG
+    from kvlink_rag.ingest.splitter import split_document
+    from kvlink_rag.model.model import KVLinkModel, Prefill, Verification
+    from kvlink_rag.model.prompt_run import TextStream
+    from kvlink_rag.prompt.layout import Layout
+    from kvlink_rag.prompt.spec import PromptPreset, Spec
+    from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+
     from .documents import Document, Hit, Part, Passage, Text
-    from .embedder import ContrieverEmbedder, Embedder
     from .errors import KVLinkError
-    from .layout import Layout
-    from .model import KVLinkModel, Prefill, Verification
-    from .rag import Answer, AnswerStream, KVLinkRAG
-    from .spec import PromptPreset, Spec
-    from .splitting import split_document
     from .trace import Trace
 
 _HOME = {
-    "Answer": "rag",
-    "AnswerStream": "rag",
-    "ContrieverEmbedder": "embedder",
+    "Answer": "collection.rag",
+    "AnswerStream": "collection.rag",
+    "ContrieverEmbedder": "retrieval.contriever",
     "Document": "documents",
-    "Embedder": "embedder",
+    "Embedder": "retrieval.contriever",
     "Hit": "documents",
     "KVLinkError": "errors",
-    "KVLinkModel": "model",
-    "KVLinkRAG": "rag",
-    "Layout": "layout",
+    "KVLinkModel": "model.model",
+    "KVLinkRAG": "collection.rag",
+    "Layout": "prompt.layout",
     "Part": "documents",
     "Passage": "documents",
-    "Prefill": "model",
-    "PromptPreset": "spec",
-    "Spec": "spec",
+    "Prefill": "model.model",
+    "PromptPreset": "prompt.spec",
+    "Spec": "prompt.spec",
     "Text": "documents",
-    "TextStream": "answering",
+    "TextStream": "model.prompt_run",
     "Trace": "trace",
-    "Verification": "model",
-    "split_document": "splitting",
+    "Verification": "model.model",
+    "split_document": "ingest.splitter",
 }
 
 __all__ = [

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from kvlink_rag import KVLinkModel, Spec
-from kvlink_rag.spec import PromptPreset
+from kvlink_rag.prompt.spec import PromptPreset
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -28,13 +28,17 @@ import diskcache
 import numpy as np
 import torch
 
-from kvlink_rag import catalog, files, index, sealed, snapshot, store
-from kvlink_rag.catalog import Catalog, Record
+from kvlink_rag.collection import catalog
+from kvlink_rag.collection.catalog import Catalog, Record
+from kvlink_rag.disk import atomic_files as files
+from kvlink_rag.disk import checked_file as sealed
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import CatalogError, StorageError
-from kvlink_rag.index import VectorIndex
-from kvlink_rag.snapshot import Snapshot, snapshot_key
-from kvlink_rag.store import SnapshotStore
+from kvlink_rag.retrieval import vector_index as index
+from kvlink_rag.retrieval.vector_index import VectorIndex
+from kvlink_rag.snapshots import snapshot, store
+from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
+from kvlink_rag.snapshots.store import SnapshotStore
 
 KILLED, SKIPPED = -signal.SIGKILL, 77
 TRACED = {

@@ -36,7 +36,7 @@ import trust
 from trust import NAMES, Truth, as_documents, document_of, open_tiny
 
 import kvlink_rag
-import kvlink_rag.indexing
+import kvlink_rag.collection.adding
 
 BATCH = 2  # documents in one transaction, so that an `add` has several
 LIMIT = 4 * trust.SNAPSHOT
@@ -96,7 +96,7 @@ def child(
     changes: list[Change], directory: Path, limit: int | None, pair: tuple[int, str], notes: int
 ) -> None:
     """Make all changes; one byte into `notes` as each has returned, one before the first."""
-    kvlink_rag.indexing.BATCH = BATCH
+    kvlink_rag.collection.adding.BATCH = BATCH
     os.write(notes, b".")
     for change in changes:
         perform(change, directory, limit, pair)

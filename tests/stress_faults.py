@@ -43,8 +43,8 @@ import trust
 from stress_crash import BATCH, TRACED, Change, ended, fork
 from trust import NAMES, Truth, as_documents, document_of, open_tiny
 
-import kvlink_rag.files
-import kvlink_rag.indexing
+import kvlink_rag.collection.adding
+import kvlink_rag.disk.atomic_files
 from kvlink_rag.errors import KVLinkError
 
 SECONDS = 120  # for one case
@@ -181,12 +181,12 @@ def failing(chance: random.Random, calls: int) -> Iterator[list[str]]:
     try:
         for name in CALLS:
             setattr(os, name, wrapped(name, real[name]))
-        vars(kvlink_rag.files)["FileIO"] = failing_file
+        vars(kvlink_rag.disk.atomic_files)["FileIO"] = failing_file
         yield struck
     finally:
         for name in CALLS:
             setattr(os, name, real[name])
-        vars(kvlink_rag.files)["FileIO"] = FileIO
+        vars(kvlink_rag.disk.atomic_files)["FileIO"] = FileIO
 
 
 def error_case(
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     logger = logging.getLogger("kvlink_rag")
     logger.addHandler(heard)
     logger.propagate = False
-    kvlink_rag.indexing.BATCH = BATCH
+    kvlink_rag.collection.adding.BATCH = BATCH
     signal.signal(signal.SIGALRM, hung)
     cases = ["damage"] * arguments.cases
     cases += ["errors"] * (arguments.cases // 3) + ["quota"] * (arguments.cases // 3)

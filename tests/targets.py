@@ -20,17 +20,17 @@ import torch
 import xxhash
 from conftest import byte_tokenizer
 
-from kvlink_rag.catalog import Catalog, Record
+from kvlink_rag.collection.catalog import Catalog, Record
 from kvlink_rag.documents import Document, Passage, Text
 from kvlink_rag.errors import CatalogError, SnapshotCorrupt, SpecError
-from kvlink_rag.readers.files import Problem, SourceFile
-from kvlink_rag.readers.jsonl import read_jsonl
-from kvlink_rag.recognition import Recogniser
-from kvlink_rag.snapshot import Snapshot, read_snapshot, write_snapshot
-from kvlink_rag.spec import Spec
-from kvlink_rag.splitting import split_document
-from kvlink_rag.store import _locate, _Refused
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.ingest.readers.files import Problem, SourceFile
+from kvlink_rag.ingest.readers.jsonl import read_jsonl
+from kvlink_rag.ingest.splitter import split_document
+from kvlink_rag.prompt.recognition import Recogniser
+from kvlink_rag.prompt.spec import Spec
+from kvlink_rag.prompt.tokenizer import PartTokenizer
+from kvlink_rag.snapshots.snapshot import Snapshot, read_snapshot, write_snapshot
+from kvlink_rag.snapshots.store import _locate, _Refused
 
 KEY = "ab" * 32
 NAME = f"ab/{KEY}-0123456789abcdef.safetensors"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvlink_rag import attention
-from kvlink_rag.attention import grouped_attention, narrow_attention, pack_mask
+from kvlink_rag.engine import attention
+from kvlink_rag.engine.attention import grouped_attention, narrow_attention, pack_mask
 
 HEADS, KV_HEADS, DIM = 8, 2, 32
 GROUPS = HEADS // KV_HEADS

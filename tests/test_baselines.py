@@ -18,11 +18,11 @@ from conftest import FAMILIES, ModelMaker
 from test_oracle import difference, documents, rule_logits
 
 from kvlink_rag import KVLinkModel, Passage, Text
-from kvlink_rag.baselines import BLOCK, METHODS, Baselines
-from kvlink_rag.encoding import encode_one
+from kvlink_rag.compare.baselines import BLOCK, METHODS, Baselines
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.layout import Layout
-from kvlink_rag.model import TOLERANCE
+from kvlink_rag.model.model import TOLERANCE
+from kvlink_rag.prompt.layout import Layout
+from kvlink_rag.snapshots.encode import encode_one
 
 F32 = torch.float32
 NAMES = sorted(FAMILIES)

@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import ModelMaker
 
-import kvlink_rag.backbone
-import kvlink_rag.static
+import kvlink_rag.engine.backbone
+import kvlink_rag.engine.workspaces
 from kvlink_rag import Document
-from kvlink_rag.baselines import Baselines
-from kvlink_rag.cli import main
-from kvlink_rag.commands import find_benchmarks
-from kvlink_rag.prefix import PrefixCache
+from kvlink_rag.cli.commands import find_benchmarks
+from kvlink_rag.cli.main import main
+from kvlink_rag.compare.baselines import Baselines
+from kvlink_rag.snapshots.kept_runs import PrefixCache
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -148,9 +148,11 @@ def test_no_figures_where_reuse_is_wrong(
     laid = ways.Laid(model, tmp_path / "s", documents, "exact")
     ways.check(model, prompt, laid.at("cached"))
     assert ways.first_token(model, prompt, laid.at("ram")).snapshots_found == 2
-    plain = kvlink_rag.backbone.Backbone.rotary
+    plain = kvlink_rag.engine.backbone.Backbone.rotary
     with monkeypatch.context() as patch:
-        patch.setattr(kvlink_rag.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 1))
+        patch.setattr(
+            kvlink_rag.engine.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 1)
+        )
         with pytest.raises(SystemExit, match="no figures: reuse does NOT equal"):
             ways.check(model, prompt, laid.at("cached"))
     laid.store.delete(laid.source.key(laid.passages[0]))
@@ -266,7 +268,7 @@ def test_gpu_has_no_figures_without_a_gpu() -> None:
 def test_gpu_has_no_figures_of_a_forward_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvlink_rag.static.Workspaces, "take", lambda *arguments: None)
+    monkeypatch.setattr(kvlink_rag.engine.workspaces.Workspaces, "take", lambda *arguments: None)
     arguments = ["--shapes", "tiny", "--dtype", "float32", "--rounds", "1", "--device", "cpu"]
     with pytest.raises(SystemExit, match="no figures: the forward was not the one of 'graphs'"):
         last_line("gpu.py", *arguments, "--sizes", "2x16", "--scratch", str(tmp_path))

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_workers import record
 
-from kvlink_rag.catalog import Catalog, Entry, Record
+from kvlink_rag.collection.catalog import Catalog, Entry, Record
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import CatalogError, DocumentError
 
@@ -540,7 +540,7 @@ def test_check_rebuilds_a_damaged_index_of_sqlite(catalog: Catalog) -> None:
 
 
 def test_a_failed_change_leaves_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlink_rag import catalog as module
+    from kvlink_rag.collection import catalog as module
 
     catalog.upsert([record("a", "one")])
     before, calls = catalog.changes_since(0), itertools.count()

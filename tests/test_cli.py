@@ -24,9 +24,13 @@ import torch
 from conftest import byte_spec, byte_tokenizer, random_model
 from transformers import BertConfig, BertModel
 
-from kvlink_rag import cli, index, retrieval, settings, snapshot, terminal
-from kvlink_rag.cli import main
+from kvlink_rag.arguments import CODECS
+from kvlink_rag.cli import main as cli
+from kvlink_rag.cli import terminal
+from kvlink_rag.cli.main import main
 from kvlink_rag.evaluation.summary import GROUPS
+from kvlink_rag.snapshots import quantised
+from kvlink_rag.snapshots.snapshot import EXACT
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 FILES = {
@@ -142,7 +146,7 @@ def the_error(ran: Ran, code: int = 1) -> str:
 @pytest.mark.parametrize("command", [[], ["index"], ["ask"], ["chat"], ["demo"]])
 def test_help_needs_no_torch(command: list[str]) -> None:
     code = (
-        "import sys, kvlink_rag.cli as cli\n"
+        "import sys, kvlink_rag.cli.main as cli\n"
         "try: cli.main(sys.argv[1:])\n"
         "finally: print(sorted({'torch', 'transformers', 'numpy', 'faiss'} & set(sys.modules)))"
     )
@@ -588,10 +592,7 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert "int4 moves the logits" in here("--dir", "col", "verify", cwd=tmp_path).out
     other = here("--dir", "col", "index", "docs", "--codec", "int8", cwd=tmp_path)
     assert "--reencode" in the_error(other)
-    assert cli.CODECS == snapshot.CODECS
-    assert cli.SEARCHES == index.SEARCHES
-    assert cli.ORDERS == retrieval.ORDERS
-    assert cli.COMPRESSIONS == settings.COMPRESSIONS
+    assert (EXACT, *quantised.CODECS) == CODECS
     assert cli.GROUPS == GROUPS
 
 

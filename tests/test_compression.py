@@ -13,12 +13,14 @@ import torch
 from conftest import ModelMaker, WordEmbedder
 from storage_workers import make_snapshot
 
-from kvlink_rag import Document, KVLinkRAG, sealed, terminal
+from kvlink_rag import Document, KVLinkRAG
+from kvlink_rag.cli import terminal
+from kvlink_rag.disk import checked_file as sealed
+from kvlink_rag.disk.checked_file import _checksum, _header, require_compression
 from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
-from kvlink_rag.planning import plan
-from kvlink_rag.readers import find
-from kvlink_rag.sealed import _checksum, _header, require_compression
-from kvlink_rag.snapshot import (
+from kvlink_rag.ingest.estimate import plan
+from kvlink_rag.ingest.readers import find
+from kvlink_rag.snapshots.snapshot import (
     KIND,
     AnySnapshot,
     Snapshot,
@@ -27,7 +29,7 @@ from kvlink_rag.snapshot import (
     snapshot_size,
     write_snapshot,
 )
-from kvlink_rag.store import SnapshotStore
+from kvlink_rag.snapshots.store import SnapshotStore
 
 KEY = "ab" * 32
 

@@ -10,7 +10,7 @@ import torch
 from conftest import MAX_PASSAGES, ModelMaker, WordEmbedder
 
 from kvlink_rag import Document, KVLinkRAG
-from kvlink_rag.conversation import Conversation
+from kvlink_rag.collection.conversation import Conversation
 from kvlink_rag.errors import PromptTooLong
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]

@@ -19,20 +19,20 @@ from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random
 from test_oracle import F32, NAMES, difference, prompt
 from test_static import DEVICES, static_model, workspaces
 
-import kvlink_rag.answering
-import kvlink_rag.device
-import kvlink_rag.rope
+import kvlink_rag.engine.device
+import kvlink_rag.engine.rope
+import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
-from kvlink_rag.answering import Reuse
-from kvlink_rag.device import DeviceMemory, DeviceSnapshot, Recent, Side, default_budget
-from kvlink_rag.model import TOLERANCE
-from kvlink_rag.quantised import CODECS
-from kvlink_rag.rope import rotate_into
-from kvlink_rag.snapshot import ALL, EXACT, AnySnapshot, Snapshot, in_codec
-from kvlink_rag.store import SnapshotStore
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.engine.device import DeviceMemory, DeviceSnapshot, Recent, Side, default_budget
+from kvlink_rag.engine.rope import rotate_into
+from kvlink_rag.model.model import TOLERANCE
+from kvlink_rag.model.prompt_run import Reuse
+from kvlink_rag.snapshots.quantised import CODECS
+from kvlink_rag.snapshots.snapshot import ALL, EXACT, AnySnapshot, Snapshot, in_codec
+from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
 
-HAS_TRITON = kvlink_rag.rope._kernel() is not None
+HAS_TRITON = kvlink_rag.engine.rope._kernel() is not None
 needs_triton = pytest.mark.skipif(
     not (HAS_TRITON and torch.cuda.is_available()),
     reason="the kernel needs Triton and a CUDA device, not both are here",
@@ -104,7 +104,7 @@ def test_layers_come_when_asked_for_and_are_those_of_the_host(
     """Through staging buffers of any size, a group of layers at a time."""
     if staging == 1 and device == "cuda":
         pytest.skip("a copy for every byte")
-    monkeypatch.setattr(kvlink_rag.device, "STAGING", staging)
+    monkeypatch.setattr(kvlink_rag.engine.device, "STAGING", staging)
     host = in_codec(snapshot(tokens=9), codec)
     held = DeviceSnapshot(Side(torch.device(device)), host)
     assert (held.codec, held.nbytes) == (codec, host.nbytes)
@@ -237,7 +237,7 @@ def test_without_memory_all_that_is_kept_goes_and_the_answer_comes(
     assert len(memory.on_device) == 4
     assert len(workspaces(model)._held) == 1
     seen: list[tuple[int, int]] = []
-    plain = kvlink_rag.answering.assemble
+    plain = kvlink_rag.model.prompt_run.assemble
 
     def full_once(*args: Any, **kwargs: Any) -> Any:
         seen.append((len(memory.on_device), len(workspaces(model)._held)))
@@ -246,7 +246,7 @@ def test_without_memory_all_that_is_kept_goes_and_the_answer_comes(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(kvlink_rag.answering, "assemble", full_once)
+    monkeypatch.setattr(kvlink_rag.model.prompt_run, "assemble", full_once)
     again = model.prefill(parts, reuse=reuse)
     assert torch.equal(again.logits, expected)
     assert memory.on_device.hits == 0  # read from the store the second time
@@ -288,7 +288,7 @@ def test_the_kernel_gives_what_plain_torch_gives(dtype: torch.dtype, tokens: int
     expected = torch.empty_like(keys)
     rotate_into(expected, keys, cos, sin)
     wide = torch.zeros(3, 2, tokens + 9, 64, dtype=dtype, device="cuda")
-    kernel = kvlink_rag.rope._kernel()
+    kernel = kvlink_rag.engine.rope._kernel()
     assert kernel is not None
     out = wide[:, :, 4 : 4 + tokens]
     assert kernel.can_rotate(out, keys.cuda(), cos.cuda(), sin.cuda())
@@ -308,9 +308,9 @@ def test_the_kernels_own_lines_give_what_plain_torch_gives(
     """Without Triton: the kernel's function, run by hand over the middle of larger tensors."""
     for name, module in triton_by_hand.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "kvlink_rag.rope_kernel", raising=False)
-    kernel = importlib.import_module("kvlink_rag.rope_kernel")
-    monkeypatch.delitem(sys.modules, "kvlink_rag.rope_kernel")
+    monkeypatch.delitem(sys.modules, "kvlink_rag.engine.rope_triton", raising=False)
+    kernel = importlib.import_module("kvlink_rag.engine.rope_triton")
+    monkeypatch.delitem(sys.modules, "kvlink_rag.engine.rope_triton")
     torch.manual_seed(tokens)
     keys = torch.randn(5, 2, tokens, 16).to(dtype)[1:4]
     cos, sin = (torch.randn(tokens + 3, 16).to(dtype)[3:] for _ in "cs")
@@ -344,12 +344,12 @@ def test_a_kernel_that_fails_is_told_once_and_not_tried_again(
             raise RuntimeError("no compiler")
 
     broken = Broken()
-    monkeypatch.setattr(kvlink_rag.rope, "_kernel", lambda: broken)
-    monkeypatch.setattr(kvlink_rag.rope, "_refused", set())
+    monkeypatch.setattr(kvlink_rag.engine.rope, "_kernel", lambda: broken)
+    monkeypatch.setattr(kvlink_rag.engine.rope, "_refused", set())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as that of a CPU tensor
     tensors = [torch.ones(1)] * 4
-    assert not kvlink_rag.rope._rotated_by_kernel(*tensors)
-    assert not kvlink_rag.rope._rotated_by_kernel(*tensors)
+    assert not kvlink_rag.engine.rope._rotated_by_kernel(*tensors)
+    assert not kvlink_rag.engine.rope._rotated_by_kernel(*tensors)
     assert broken.calls == 1
     assert len(caplog.messages) == 1
 
@@ -357,4 +357,4 @@ def test_a_kernel_that_fails_is_told_once_and_not_tried_again(
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_TRITON:
         pytest.skip("Triton is installed here")
-    assert kvlink_rag.rope._kernel() is None
+    assert kvlink_rag.engine.rope._kernel() is None

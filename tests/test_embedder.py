@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from kvlink_rag.embedder import ContrieverEmbedder, Embedder, mean_pooling
+from kvlink_rag.disk.digests import tokenizer_digest
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.fingerprint import tokenizer_digest
+from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder, mean_pooling
 
 WINDOW = 24
 WORDS = ["the", "harbour", "of", "orvale", "was", "built", "in", "1911", "[", "]", "cls", "sep"]

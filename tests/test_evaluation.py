@@ -15,14 +15,14 @@ from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
 from transformers import AutoTokenizer
 
 from kvlink_rag import Document
-from kvlink_rag.cli import main
+from kvlink_rag.cli.main import main
+from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.errors import ConfigError, MissingExtra, StorageError
 from kvlink_rag.evaluation.records import Record, Records, read
 from kvlink_rag.evaluation.retrieved import Corpus, recall
 from kvlink_rag.evaluation.scores import scorer
 from kvlink_rag.evaluation.summary import agreement, bootstrap, summarize, table
-from kvlink_rag.examples.schemas import Example
-from kvlink_rag.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
 from kvlink_rag.training.held_out import write as write_held_out
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kvlink_rag import Document, KVLinkModel
+from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.evaluation.decoding import decode
 from kvlink_rag.evaluation.modes import InMemory, Started, contenders
-from kvlink_rag.examples.schemas import Example
 
 ModelMaker = Callable[..., KVLinkModel]
 QUESTIONS = ["Who built it?", "When was the harbour of Orvale built, and by whom?", "Why?"]
@@ -127,7 +127,9 @@ def test_a_contender_leaves_the_model_as_it_was(make_model: ModelMaker) -> None:
 
 @pytest.mark.parametrize("mode", ["naive", "cacheblend", "epic"])
 def test_baselines_say_what_they_say_by_themselves(make_model: ModelMaker, mode: str) -> None:
-    baselines = pytest.importorskip("kvlink_rag.baselines", reason="no baselines in this tree")
+    baselines = pytest.importorskip(
+        "kvlink_rag.compare.baselines", reason="no baselines in this tree"
+    )
     model = make_model("llama")
     found = decode(model, started(model, mode), MOST)
     for i, question in enumerate(QUESTIONS):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from kvlink_rag import Document
+from kvlink_rag.datasets.answers import contained, exact_match, f1, normalized
+from kvlink_rag.datasets.rows import Source, rows, shuffled
+from kvlink_rag.datasets.schemas import Example, multi_news, question_answering, samsum
+from kvlink_rag.datasets.sets import SETS, Skipped, filled_up, find_set, gold_at, read
 from kvlink_rag.errors import ConfigError, ExampleError, MissingExtra
-from kvlink_rag.examples.answers import contained, exact_match, f1, normalized
-from kvlink_rag.examples.rows import Source, rows, shuffled
-from kvlink_rag.examples.schemas import Example, multi_news, question_answering, samsum
-from kvlink_rag.examples.sets import SETS, Skipped, filled_up, find_set, gold_at, read
 
 HOTPOT = {
     "_id": "5a",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvlink_rag import files
+from kvlink_rag.disk import atomic_files as files
 
 
 def names(directory: Path) -> list[str]:

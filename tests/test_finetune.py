@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kvlink_rag import Document, KVLinkModel, Text
-from kvlink_rag.cli import main
+from kvlink_rag.cli.main import main
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.training.finetune import trainer as module
 from kvlink_rag.training.finetune.batches import Collator

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
 from kvlink_rag import Document, Passage, Text
 from kvlink_rag.errors import ConfigError, ExampleError, PromptTooLong
-from kvlink_rag.layout import layout, visibility
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.prompt.layout import layout, visibility
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.training.finetune.batches import STEP, Collator, block_masks, dense_masks
 from kvlink_rag.training.finetune.chat import LLAMA3, Chat, find_chat
 from kvlink_rag.training.finetune.config import (

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kvlink_rag import fingerprint
+from kvlink_rag.disk import digests as fingerprint
+from kvlink_rag.disk.digests import module_digest, tokenizer_digest, weights_digest
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.fingerprint import module_digest, tokenizer_digest, weights_digest
 
 
 @pytest.fixture(autouse=True)
@@ -266,7 +266,7 @@ def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from kvlink_rag.fingerprint import module_digest, weights_digest\n"
+        "from kvlink_rag.disk.digests import module_digest, weights_digest\n"
         "torch.manual_seed(7)\n"
         "print(weights_digest(Path(sys.argv[1])), module_digest(torch.nn.Linear(3, 4)))\n"
     )

@@ -12,7 +12,7 @@ from conftest import ModelMaker, WordEmbedder
 
 from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.errors import ConfigError, SettingsMismatch
-from kvlink_rag.foreign import ForeignEmbedder, as_embedder
+from kvlink_rag.retrieval.framework_embedders import ForeignEmbedder, as_embedder
 
 DOCS = [Document(f"{t} lies on the coast.", title=t, id=t) for t in ("Orvale", "Marnik", "Teldon")]
 words = WordEmbedder()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.generation import Sampling, TextPieces, sample
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.model.generation import Sampling, TextPieces, sample
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 ENCODER = PartTokenizer(byte_tokenizer())
 TEXTS = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=30)

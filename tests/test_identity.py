@@ -21,14 +21,16 @@ import trust
 from conftest import LLAMA3_ROPE, byte_spec, byte_tokenizer, random_model
 from trust import SMALL, open_tiny
 
-from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text, Trace, snapshot
-from kvlink_rag.answering import EncodeNow, Reuse
+from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text, Trace
+from kvlink_rag.arguments import CODECS
+from kvlink_rag.disk.checked_file import Kind
 from kvlink_rag.errors import SnapshotCorrupt
-from kvlink_rag.prefix import PrefixCache
-from kvlink_rag.sealed import Kind
-from kvlink_rag.snapshot import CODECS, read_snapshot, snapshot_key
-from kvlink_rag.store import SnapshotStore
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.model.prompt_run import EncodeNow, Reuse
+from kvlink_rag.snapshots import snapshot
+from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.snapshot import read_snapshot, snapshot_key
+from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
 
 F32 = torch.float32
 DOCUMENT = Document("The harbour has a long mole.", title="Orvale")

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import kvlink_rag.index
+import kvlink_rag.retrieval.vector_index
 from kvlink_rag.errors import ConfigError, IndexCorrupt
-from kvlink_rag.index import VectorIndex
+from kvlink_rag.retrieval.vector_index import VectorIndex
 
 STRIDE = 1 if os.environ.get("KVLINK_STRESS") else 13
 
@@ -202,8 +202,8 @@ def test_another_dimension_or_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    from kvlink_rag.index import KIND
-    from kvlink_rag.sealed import write_sealed
+    from kvlink_rag.disk.checked_file import write_sealed
+    from kvlink_rag.retrieval.vector_index import KIND
 
     save_file({"ids": np.arange(2), "vectors": vectors(2)}, tmp_path / "plain")
     ids, rows = torch.arange(2), torch.from_numpy(vectors(2))
@@ -266,9 +266,11 @@ def test_lists_follow_changes_and_are_made_anew_when_they_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    plain = kvlink_rag.index._centroids
+    plain = kvlink_rag.retrieval.vector_index._centroids
     monkeypatch.setattr(
-        kvlink_rag.index, "_centroids", lambda rows: made.append(len(rows)) or plain(rows)
+        kvlink_rag.retrieval.vector_index,
+        "_centroids",
+        lambda rows: made.append(len(rows)) or plain(rows),
     )
     held: dict[int, np.ndarray] = {}
     index, rng = VectorIndex(16, "ivf"), random.Random(0)
@@ -306,7 +308,7 @@ def test_lists_go_by_size_and_by_hand(tmp_path: Path, monkeypatch: pytest.Monkey
     assert exact("auto")
     assert not exact("ivf")
     assert exact("ivf", count=900)
-    monkeypatch.setattr(kvlink_rag.index, "LARGE", 1200 * 16 * 4)
+    monkeypatch.setattr(kvlink_rag.retrieval.vector_index, "LARGE", 1200 * 16 * 4)
     assert exact("auto", count=1199)
     assert not exact("auto", count=1200)
     assert exact("exact")
@@ -327,7 +329,7 @@ def test_saved_lists_are_not_made_again(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(rows: np.ndarray) -> np.ndarray:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(kvlink_rag.index, "_centroids", fail)
+    monkeypatch.setattr(kvlink_rag.retrieval.vector_index, "_centroids", fail)
     loaded, _ = VectorIndex.load(tmp_path / "lists")
     assert not loaded.is_exact
     assert loaded.search(query, 10) == index.search(query, 10)
@@ -337,8 +339,8 @@ def test_saved_lists_are_not_made_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_forged_lists_are_refused(tmp_path: Path) -> None:
-    from kvlink_rag.index import KIND
-    from kvlink_rag.sealed import write_sealed
+    from kvlink_rag.disk.checked_file import write_sealed
+    from kvlink_rag.retrieval.vector_index import KIND
 
     ids, rows = torch.arange(3), torch.from_numpy(vectors(3))
     good = {"ids": ids, "vectors": rows, "centroids": rows[:2], "lists": torch.tensor([0, 1, 1])}

@@ -11,12 +11,12 @@ import torch
 from conftest import byte_spec, byte_tokenizer
 from transformers import AutoTokenizer
 
-import kvlink_rag.tokens
+import kvlink_rag.prompt.tokenizer
 from kvlink_rag import Document, Passage, Spec, Text
 from kvlink_rag.errors import PromptError, TooManyPassages
-from kvlink_rag.layout import layout, visibility
-from kvlink_rag.spec import KVLINK5_LLAMA32, PUBLISHED
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.prompt.layout import layout, visibility
+from kvlink_rag.prompt.spec import KVLINK5_LLAMA32, PUBLISHED
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "llama32_prompt.json").read_text("utf-8"))
 A, B = Document("ab", id="a"), Document("cd", id="b")
@@ -181,8 +181,8 @@ def test_published_specs_hold_48_passages() -> None:
 def test_ids_that_are_remembered_are_those_of_the_tokenizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kvlink_rag.tokens, "KEPT", 3)
-    monkeypatch.setattr(kvlink_rag.tokens, "LONGEST", 40)
+    monkeypatch.setattr(kvlink_rag.prompt.tokenizer, "KEPT", 3)
+    monkeypatch.setattr(kvlink_rag.prompt.tokenizer, "LONGEST", 40)
     tokenizer, asked = PartTokenizer(byte_tokenizer()), []
     plain = tokenizer._encode
     monkeypatch.setattr(

@@ -15,11 +15,11 @@ from stress_faults import Heard
 from trust import SNAPSHOT, as_documents, open_tiny
 
 import kvlink_rag
-import kvlink_rag.encoding
+import kvlink_rag.snapshots.encode
 from kvlink_rag import KVLinkRAG
-from kvlink_rag.encoding import encode_many
+from kvlink_rag.collection.prometheus import CollectionMetrics
 from kvlink_rag.errors import DeviceMemoryError, MissingExtra
-from kvlink_rag.metrics import CollectionMetrics
+from kvlink_rag.snapshots.encode import encode_many
 
 ROWS = [(f"id{n}", f"Town {n}", f"Town {n} has a harbour.") for n in range(4)]
 
@@ -128,14 +128,14 @@ def test_each_fault_of_a_snapshot_names_document_and_cause(
     if fault == "lost":
         path.unlink()
     elif fault == "unreadable":
-        real = kvlink_rag.store.read_snapshot
+        real = kvlink_rag.snapshots.store.read_snapshot
 
         def read(found: Path, **arguments: Any) -> Any:
             if found == path:
                 raise OSError(5, "Input/output error")
             return real(found, **arguments)
 
-        monkeypatch.setattr("kvlink_rag.store.read_snapshot", read)
+        monkeypatch.setattr("kvlink_rag.snapshots.store.read_snapshot", read)
     else:
         changed = {
             "cut": data[:-9],
@@ -179,8 +179,8 @@ def test_encoding_goes_on_with_smaller_batches(
 ) -> None:
     passages = [rag.model.passage_tokens(d) for d in rag.documents()]
     expected = dict(encode_many(rag.model.backbone, passages))
-    full = Full(kvlink_rag.encoding.encode_batch, times=99, most=1)
-    monkeypatch.setattr(kvlink_rag.encoding, "encode_batch", full)
+    full = Full(kvlink_rag.snapshots.encode.encode_batch, times=99, most=1)
+    monkeypatch.setattr(kvlink_rag.snapshots.encode, "encode_batch", full)
     found = dict(encode_many(rag.model.backbone, passages))
     assert full.calls == 7  # 4, 2, 1, 1, 2, 1, 1
     assert found.keys() == expected.keys()
@@ -192,9 +192,9 @@ def test_encoding_goes_on_with_smaller_batches(
 def test_a_passage_that_does_not_fit_is_a_clear_error(
     rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = Full(kvlink_rag.encoding.encode_batch, times=99)
+    full = Full(kvlink_rag.snapshots.encode.encode_batch, times=99)
     with monkeypatch.context() as patch:
-        patch.setattr(kvlink_rag.encoding, "encode_batch", full)
+        patch.setattr(kvlink_rag.snapshots.encode, "encode_batch", full)
         with pytest.raises(DeviceMemoryError, match="encoding a passage of"):
             rag.add(as_documents([("new", "", "something new")]))
     assert rag.check(fix=True) == ["snapshots: document 'new' has none"]  # it is acknowledged
@@ -209,8 +209,8 @@ def test_a_prompt_that_does_not_fit(
     """Kept runs make room for it once; then it is an error, and the next question is answered."""
     expected = rag.ask("Town?", k=4, max_new_tokens=3).text
     kept = rag.stats().prefix_bytes
-    full = Full(kvlink_rag.answering.assemble, times, most=-1)
-    monkeypatch.setattr(kvlink_rag.answering, "assemble", full)
+    full = Full(kvlink_rag.model.prompt_run.assemble, times, most=-1)
+    monkeypatch.setattr(kvlink_rag.model.prompt_run, "assemble", full)
     if times == 2:
         with pytest.raises(DeviceMemoryError, match="ran out of memory for a prompt of"):
             rag.ask("Town?", k=4, max_new_tokens=3)

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import FAMILIES, MAX_PASSAGES, ModelMaker
 
-import kvlink_rag.answering
-import kvlink_rag.backbone
+import kvlink_rag.engine.backbone
+import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, Part, Passage, Text, Trace
-from kvlink_rag.answering import EncodeNow, PromptRun, Reuse
-from kvlink_rag.layout import Layout
-from kvlink_rag.model import TOLERANCE
+from kvlink_rag.model.model import TOLERANCE
+from kvlink_rag.model.prompt_run import EncodeNow, PromptRun, Reuse
+from kvlink_rag.prompt.layout import Layout
 
 F32 = torch.float32
 NAMES = sorted(FAMILIES)
@@ -247,9 +247,9 @@ def test_a_shifted_position_is_caught(
 ) -> None:
     model = make_model("llama", F32)
     parts = prompt(model, 4)
-    plain = kvlink_rag.backbone.Backbone.rotary
+    plain = kvlink_rag.engine.backbone.Backbone.rotary
     monkeypatch.setattr(
-        kvlink_rag.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 1)
+        kvlink_rag.engine.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 1)
     )
     assert broken(model, parts) > 10 * TOLERANCE[F32]
 
@@ -258,12 +258,12 @@ def test_a_swapped_slot_is_caught(make_model: ModelMaker, monkeypatch: pytest.Mo
     model = make_model("llama", F32)
     docs = [Document("abcdefgh"), Document("ponmlkji")]
     parts = model.prompt(docs, "what is it?")
-    plain = kvlink_rag.answering.assemble
+    plain = kvlink_rag.model.prompt_run.assemble
 
     def swapped(backbone, laid, snapshots, runs, *, room=0):  # type: ignore[no-untyped-def]
         return plain(backbone, laid, snapshots[::-1], runs, room=room)
 
-    monkeypatch.setattr(kvlink_rag.answering, "assemble", swapped)
+    monkeypatch.setattr(kvlink_rag.model.prompt_run, "assemble", swapped)
     assert broken(model, parts) > 10 * TOLERANCE[F32]
 
 
@@ -287,7 +287,7 @@ def test_a_mask_by_index_is_caught(make_model: ModelMaker, monkeypatch: pytest.M
         queries, keys = len(q_at), len(k_at)
         return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
-    monkeypatch.setattr(kvlink_rag.backbone, "visibility", by_index)
+    monkeypatch.setattr(kvlink_rag.engine.backbone, "visibility", by_index)
     assert broken(model, parts) > 10 * TOLERANCE[F32]
 
 
@@ -296,12 +296,12 @@ def test_an_ignored_window_is_caught(
 ) -> None:
     model = make_model("mistral-window", F32)
     parts = prompt(model, 4)
-    plain = kvlink_rag.backbone.visibility
+    plain = kvlink_rag.engine.backbone.visibility
 
     def no_window(*tensors, window=None):  # type: ignore[no-untyped-def]
         return plain(*tensors)
 
-    monkeypatch.setattr(kvlink_rag.backbone, "visibility", no_window)
+    monkeypatch.setattr(kvlink_rag.engine.backbone, "visibility", no_window)
     assert broken(model, parts) > 10 * TOLERANCE[F32]
 
 
@@ -313,9 +313,9 @@ def test_verify_says_when_reuse_does_not_hold(
     good = model.verify(parts)
     assert good.holds
     assert "equals" in good.message
-    plain = kvlink_rag.backbone.Backbone.rotary
+    plain = kvlink_rag.engine.backbone.Backbone.rotary
     monkeypatch.setattr(
-        kvlink_rag.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 3)
+        kvlink_rag.engine.backbone.Backbone, "rotary", lambda self, at: plain(self, at + 3)
     )
     bad = model.verify(parts)
     assert not bad.holds

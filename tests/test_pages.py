@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ModelMaker
 
-from kvlink_rag import pages
+from kvlink_rag.disk import huge_pages as pages
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_huge_pages = pytest.mark.skipif(

@@ -13,9 +13,9 @@ import torch
 from conftest import ModelMaker, WordEmbedder
 
 from kvlink_rag import KVLinkRAG
-from kvlink_rag.ingest import ingest
-from kvlink_rag.planning import SAMPLE, Plan, plan
-from kvlink_rag.readers import SourceFile, find
+from kvlink_rag.ingest.estimate import SAMPLE, Plan, plan
+from kvlink_rag.ingest.index_files import ingest
+from kvlink_rag.ingest.readers import SourceFile, find
 
 WORDS = ["harbour", "tin", "crane", "Orvale", "seat", "of", "the", "company", "built", "was"]
 

@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_oracle import difference, documents, rule_logits
 
-import kvlink_rag.mending
-import kvlink_rag.quantised
+import kvlink_rag.collection.checking
+import kvlink_rag.snapshots.quantised
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Trace
-from kvlink_rag.answering import EncodeNow, Reuse
-from kvlink_rag.encoding import encode_one
 from kvlink_rag.errors import ConfigError, SettingsMismatch, SnapshotCorrupt
-from kvlink_rag.layout import Layout
-from kvlink_rag.model import TOLERANCE
-from kvlink_rag.quantised import CODECS, Quantised, quantise
-from kvlink_rag.snapshot import (
+from kvlink_rag.model.model import TOLERANCE
+from kvlink_rag.model.prompt_run import EncodeNow, Reuse
+from kvlink_rag.prompt.layout import Layout
+from kvlink_rag.snapshots.encode import encode_one
+from kvlink_rag.snapshots.quantised import CODECS, Quantised, quantise
+from kvlink_rag.snapshots.snapshot import (
     Snapshot,
     in_codec,
     planned_size,
@@ -42,8 +42,8 @@ from kvlink_rag.snapshot import (
     snapshot_size,
     write_snapshot,
 )
-from kvlink_rag.store import SnapshotStore
-from kvlink_rag.stored import StoredSnapshots
+from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
 
 F32 = torch.float32
 KEY = "cd" * 32
@@ -405,12 +405,12 @@ def test_verify_finds_a_quantised_key_in_the_wrong_place(
 ) -> None:
     model = make_model("llama", F32)
     parts = model.prompt(documents(4, seed=2), "what is it?")
-    plain = kvlink_rag.quantised.rotate_into
+    plain = kvlink_rag.snapshots.quantised.rotate_into
 
     def shifted(out: Any, keys: Any, cos: Any, sin: Any) -> None:
         plain(out, keys, cos.roll(1, 0), sin.roll(1, 0))
 
-    monkeypatch.setattr(kvlink_rag.quantised, "rotate_into", shifted)
+    monkeypatch.setattr(kvlink_rag.snapshots.quantised, "rotate_into", shifted)
     found = model.verify(parts, reuse=Reuse(EncodeNow(model.backbone, "int8")))
     assert not found.holds
     assert "NOT" in found.message
@@ -482,7 +482,7 @@ def test_an_interrupted_change_of_codec_is_finished_when_told_to(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kvlink_rag.mending, "encode_missing", stopped)
+        patch.setattr(kvlink_rag.collection.checking, "encode_missing", stopped)
         with pytest.raises(KeyboardInterrupt):
             KVLinkRAG.open(tmp_path, codec="int8", reencode=True, **pair)
     with pytest.raises(SettingsMismatch, match="interrupted; open it with reencode=True"):

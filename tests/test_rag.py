@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ModelMaker, WordEmbedder
 
-import kvlink_rag.index
-import kvlink_rag.indexing
+import kvlink_rag.collection.adding
+import kvlink_rag.retrieval.vector_index
 from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage
 from kvlink_rag.errors import (
     CatalogError,
@@ -25,7 +25,7 @@ from kvlink_rag.errors import (
     PromptError,
     SettingsMismatch,
 )
-from kvlink_rag.retrieval import in_order
+from kvlink_rag.retrieval.rounds import in_order
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]
 
@@ -73,7 +73,7 @@ def test_add_and_ask(rag: KVLinkRAG) -> None:
 def test_search_in_lists_is_remembered_and_finds_enough(
     tmp_path: Path, embedder: WordEmbedder, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvlink_rag.index, "LEAST", 30)
+    monkeypatch.setattr(kvlink_rag.retrieval.vector_index, "LEAST", 30)
     words = [f"word{n}" for n in range(40)]
     docs = [Document(f"{a} {b} {a}", id=f"{a} {b}") for a in words[:8] for b in words[8:16]]
     with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, search="ivf") as rag:
@@ -217,7 +217,7 @@ def test_a_lost_catalog_is_never_an_empty_collection(
 def test_an_interrupted_add_resumes(
     rag: KVLinkRAG, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvlink_rag.indexing, "BATCH", 3)
+    monkeypatch.setattr(kvlink_rag.collection.adding, "BATCH", 3)
     stop_after = iter([None, None, None, None])
     real = rag.store.put
 

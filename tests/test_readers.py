@@ -15,8 +15,8 @@ import pytest
 
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError, MissingExtra
-from kvlink_rag.readers import Problem, read_paths
-from kvlink_rag.splitting import split_document
+from kvlink_rag.ingest.readers import Problem, read_paths
+from kvlink_rag.ingest.splitter import split_document
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kvlink_rag import ContrieverEmbedder, Document, KVLinkRAG
-from kvlink_rag.index import VectorIndex
-from kvlink_rag.indexing import embedded_text
-from kvlink_rag.loading import BUNDLED_DIRECTORY
+from kvlink_rag.collection.adding import embedded_text
+from kvlink_rag.model.loading import BUNDLED_DIRECTORY
+from kvlink_rag.retrieval.vector_index import VectorIndex
 
 
 @pytest.fixture(scope="module")

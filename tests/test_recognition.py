@@ -21,12 +21,12 @@ from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvlink_rag.recognition
+import kvlink_rag.prompt.recognition
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part, Passage, Text
-from kvlink_rag.catalog import Catalog, Record
+from kvlink_rag.collection.catalog import Catalog, Record
 from kvlink_rag.errors import PromptError, PromptTooLong, TooManyPassages
-from kvlink_rag.recognition import Recogniser, find_question
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.prompt.recognition import Recogniser, find_question
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk"]
 FOUNDED = {town: 1900 + 7 * n for n, town in enumerate(TOWNS)}
@@ -424,7 +424,7 @@ def test_a_prompt_that_asks_for_too_much_work_is_computed(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(catalog, *DOCS)
-    monkeypatch.setattr(kvlink_rag.recognition, "PATIENCE", -10_000)
+    monkeypatch.setattr(kvlink_rag.prompt.recognition, "PATIENCE", -10_000)
     prompt = "\n\n".join([*TEXTS, "what?"])
     assert put_back(recogniser(catalog).recognise(prompt)) == prompt
     assert "the rest is computed" in caplog.text

@@ -14,8 +14,8 @@ import torch
 from conftest import ModelMaker, WordEmbedder
 
 from kvlink_rag import Document, KVLinkModel
+from kvlink_rag.collection.opened import default_directory, shared_collection
 from kvlink_rag.errors import ConfigError, SettingsMismatch
-from kvlink_rag.shared import default_directory, shared_collection
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_it_is_closed_when_the_process_ends(tmp_path: Path) -> None:
-    code = f"from kvlink_rag.shared import *; r = shared_collection({str(tmp_path)!r})"
+    code = f"from kvlink_rag.collection.opened import *; r = shared_collection({str(tmp_path)!r})"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=240
     )

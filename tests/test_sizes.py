@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kvlink_rag.arguments import is_count, parse_size
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.sizes import is_count, parse_size
 
 
 @pytest.mark.parametrize(

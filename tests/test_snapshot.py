@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from storage_workers import make_snapshot, same
 
+from kvlink_rag.arguments import CODECS
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt
-from kvlink_rag.snapshot import (
-    CODECS,
+from kvlink_rag.snapshots.snapshot import (
     Snapshot,
     read_snapshot,
     snapshot_key,

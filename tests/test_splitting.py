@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.splitting import headings, split_document, split_text
+from kvlink_rag.ingest.splitter import headings, split_document, split_text
 
 
 class Bytes:

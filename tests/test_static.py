@@ -15,15 +15,15 @@ import torch
 from conftest import ModelMaker, byte_spec, byte_tokenizer, random_model
 from test_oracle import F32, NAMES, difference, documents, fresh, prompt, rule_logits
 
-import kvlink_rag.static
+import kvlink_rag.engine.workspaces
 from kvlink_rag import KVLinkModel, Trace
-from kvlink_rag.answering import PromptRun, Reuse
-from kvlink_rag.attention import NAME as GROUPED
-from kvlink_rag.device import DeviceMemory
-from kvlink_rag.model import TOLERANCE
-from kvlink_rag.prefix import PrefixCache
-from kvlink_rag.quantised import CODECS
-from kvlink_rag.static import TOKENS, Workspaces, bucket, capacity_of, layer_groups
+from kvlink_rag.engine.attention import NAME as GROUPED
+from kvlink_rag.engine.device import DeviceMemory
+from kvlink_rag.engine.workspaces import TOKENS, Workspaces, bucket, capacity_of, layer_groups
+from kvlink_rag.model.model import TOLERANCE
+from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.quantised import CODECS
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -89,7 +89,7 @@ def test_it_equals_the_rule(make_model: ModelMaker, family: str) -> None:
 @pytest.mark.parametrize("codec", [*CODECS])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 def test_codecs_verify(codec: str, dtype: torch.dtype) -> None:
-    from kvlink_rag.answering import EncodeNow
+    from kvlink_rag.model.prompt_run import EncodeNow
 
     model = static_model("llama", dtype)
     found = model.verify(prompt(model, 4), reuse=Reuse(EncodeNow(model.backbone, codec)))
@@ -145,7 +145,7 @@ def test_logits_stay_when_the_next_graph_is_replayed() -> None:
 
 def test_an_answer_that_outgrows_its_workspace_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room was asked for fewer tokens than come: the plain forward takes over, exactly."""
-    monkeypatch.setattr(kvlink_rag.static, "SMALLEST", 16)
+    monkeypatch.setattr(kvlink_rag.engine.workspaces, "SMALLEST", 16)
     model = static_model()
     parts = prompt(model, 3, seed=2)
     laid = model.layout(parts)
@@ -266,7 +266,7 @@ def test_weights_that_moved_are_noticed() -> None:
 
 def test_a_hidden_entry_that_is_seen_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle catches a mask that shows what is not written."""
-    monkeypatch.setattr(kvlink_rag.static, "HIDDEN", 0)
+    monkeypatch.setattr(kvlink_rag.engine.workspaces, "HIDDEN", 0)
     model = static_model()
     parts = prompt(model, 4)
     masked = model.prefill(parts, mode="masked").logits

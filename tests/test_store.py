@@ -21,11 +21,11 @@ import pytest
 import storage_workers as workers
 from storage_workers import ids_of, key_of, make_snapshot, same
 
-from kvlink_rag import store as store_module
-from kvlink_rag.catalog import Catalog
+from kvlink_rag.collection.catalog import Catalog
 from kvlink_rag.errors import ConfigError, StorageError
-from kvlink_rag.snapshot import snapshot_size
-from kvlink_rag.store import SnapshotDisk, SnapshotStore
+from kvlink_rag.snapshots import store as store_module
+from kvlink_rag.snapshots.snapshot import snapshot_size
+from kvlink_rag.snapshots.store import SnapshotDisk, SnapshotStore
 
 SIZE = snapshot_size(make_snapshot(0), key_of(0))
 STRIDE = 1 if os.environ.get("KVLINK_STRESS") else 11  # kill at every n-th line
@@ -849,7 +849,7 @@ def test_check_beside_a_writer_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_log_lines_name_the_key(store: SnapshotStore, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="kvlink_rag.store")
+    caplog.set_level(logging.INFO, logger="kvlink_rag.snapshots.store")
     store.size_limit = SIZE
     put(store, 1, 2)
     assert "1 snapshots evicted" in caplog.text

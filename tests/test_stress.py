@@ -88,7 +88,9 @@ def test_a_lost_document_is_seen(directory: Path) -> None:
 
 
 def test_a_wrong_vector_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlink_rag.index.VectorIndex.search", lambda self, vector, k: [(1, 0.5)])
+    monkeypatch.setattr(
+        "kvlink_rag.retrieval.vector_index.VectorIndex.search", lambda self, vector, k: [(1, 0.5)]
+    )
     assert "brute force" in look(directory)
 
 
@@ -101,12 +103,12 @@ def test_a_wrong_snapshot_is_seen(directory: Path, monkeypatch: pytest.MonkeyPat
         found.values.mul_(1.3)
         return found
 
-    monkeypatch.setattr("kvlink_rag.store.read_snapshot", read)
+    monkeypatch.setattr("kvlink_rag.snapshots.store.read_snapshot", read)
     assert "the oracle says" in look(directory) or "not the oracle's" in look(directory)
 
 
 def kvlink_read() -> Any:
-    from kvlink_rag.snapshot import read_snapshot
+    from kvlink_rag.snapshots.snapshot import read_snapshot
 
     return read_snapshot
 

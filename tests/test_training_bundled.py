@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import kvlink_rag
-from kvlink_rag.spec import SPEC_FILE, Spec
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.prompt.spec import SPEC_FILE, Spec
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.training.evaluate_small import held_out, measure
 from kvlink_rag.training.questions import final_answer
 from kvlink_rag.training.tokenizer import small_spec

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kvlink_rag.layout import layout
-from kvlink_rag.tokens import PartTokenizer
+from kvlink_rag.prompt.layout import layout
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.training import lm
 from kvlink_rag.training.blocks import BIN, NAME, arrange, bins_of
 from kvlink_rag.training.formats import preset

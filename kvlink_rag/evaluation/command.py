@@ -14,13 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..embedder import ContrieverEmbedder
-from ..errors import ConfigError, MissingExtra
-from ..examples.rows import Source
-from ..examples.schemas import Example
-from ..examples.sets import DataSet, Skipped, filled_up, find_set, read
-from ..loading import BUNDLED, BUNDLED_DIRECTORY
-from ..model import TOLERANCE, KVLinkModel
+from kvlink_rag.datasets.rows import Source
+from kvlink_rag.datasets.schemas import Example
+from kvlink_rag.datasets.sets import DataSet, Skipped, filled_up, find_set, read
+from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.model.model import TOLERANCE, KVLinkModel
+from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+
 from .figure import draw
 from .modes import contenders
 from .records import Records

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone import LiveLayer, cache_of, masks_by_layer
-from ..generation import TextPieces
-from ..layout import visibility
-from ..model import KVLinkModel
+from kvlink_rag.engine.backbone import LiveLayer, cache_of, masks_by_layer
+from kvlink_rag.model.generation import TextPieces
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.prompt.layout import visibility
+
 from .modes import Started
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtra
+from kvlink_rag.errors import MissingExtra
+
 from .summary import Line
 
 

@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..answering import EncodeNow, PromptRun, Reuse
-from ..backbone import LiveCache
-from ..baselines import Baselines, Method
-from ..documents import Part
-from ..errors import ConfigError
-from ..examples.schemas import Example
-from ..model import KVLinkModel
-from ..snapshot import AnySnapshot
-from ..spec import Spec
-from ..trace import Trace
+from kvlink_rag.compare.baselines import Baselines, Method
+from kvlink_rag.datasets.schemas import Example
+from kvlink_rag.documents import Part
+from kvlink_rag.engine.backbone import LiveCache
+from kvlink_rag.errors import ConfigError
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.model.prompt_run import EncodeNow, PromptRun, Reuse
+from kvlink_rag.prompt.spec import Spec
+from kvlink_rag.snapshots.snapshot import AnySnapshot
+from kvlink_rag.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)

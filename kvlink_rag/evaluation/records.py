@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, StorageError
+from kvlink_rag.errors import ConfigError, StorageError
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..documents import Document
-from ..embedder import Embedder
-from ..errors import ConfigError, DocumentError, ExampleError
-from ..examples.answers import contained
-from ..examples.rows import Row, Source, rows
-from ..examples.schemas import Example
-from ..examples.sets import Skipped
-from ..index import VectorIndex
-from ..indexing import embedded_text
+from kvlink_rag.collection.adding import embedded_text
+from kvlink_rag.datasets.answers import contained
+from kvlink_rag.datasets.rows import Row, Source, rows
+from kvlink_rag.datasets.schemas import Example
+from kvlink_rag.datasets.sets import Skipped
+from kvlink_rag.documents import Document
+from kvlink_rag.errors import ConfigError, DocumentError, ExampleError
+from kvlink_rag.retrieval.contriever import Embedder
+from kvlink_rag.retrieval.vector_index import VectorIndex
 
 BATCH = 256
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..errors import ExampleError, PromptError
-from ..examples.schemas import Example
-from ..examples.sets import Metric, Skipped, gold_at
+from kvlink_rag.datasets.schemas import Example
+from kvlink_rag.datasets.sets import Metric, Skipped, gold_at
+from kvlink_rag.errors import ExampleError, PromptError
+
 from .decoding import Decoded, decode
 from .modes import Contender, InMemory, Started
 from .records import Record, Records

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import MissingExtra
-from ..examples.answers import contained, exact_match, f1
-from ..examples.sets import Metric
+from kvlink_rag.datasets.answers import contained, exact_match, f1
+from kvlink_rag.datasets.sets import Metric
+from kvlink_rag.errors import MissingExtra
 
 Score = Callable[[str, Sequence[str]], dict[str, float]]
 
@@ -26,7 +26,7 @@ def _answers(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 
 def _final() -> Score:
     """Whether the final answer is the right one: the bundled model may name a bridge before it."""
-    from ..training.questions import final_answer
+    from kvlink_rag.training.questions import final_answer
 
     def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
         said = final_answer(prediction)

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
-from ..layout import Layout, layout, visibility
-from ..spec import SPEC_FILE, Spec
-from ..tokens import PartTokenizer
+from kvlink_rag.prompt.layout import Layout, layout, visibility
+from kvlink_rag.prompt.spec import SPEC_FILE, Spec
+from kvlink_rag.prompt.tokenizer import PartTokenizer
+
 from .formats import Prompt, preset, varied
 from .questions import (
     Question,

@@ -12,8 +12,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..documents import Document, Part, Passage, Text
-from ..spec import Spec
+from kvlink_rag.documents import Document, Part, Passage, Text
+from kvlink_rag.prompt.spec import Spec
+
 from .facts import ABSENT
 from .world import Page
 

@@ -24,8 +24,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..layout import PartEncoder
-from ..spec import Spec
+from kvlink_rag.prompt.layout import PartEncoder
+from kvlink_rag.prompt.spec import Spec
+
 from .blocks import NAME, Batch, arrange
 from .formats import preset
 from .mixture import Mixture, draw

@@ -7,8 +7,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ..layout import PartEncoder
-from ..spec import Spec
+from kvlink_rag.prompt.layout import PartEncoder
+from kvlink_rag.prompt.spec import Spec
+
 from . import formats
 from .blocks import BIN, Batch, arrange, bins_of
 from .formats import Prompt

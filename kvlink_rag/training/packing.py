@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..documents import Text
-from ..layout import Layout, PartEncoder, layout, visibility
-from ..spec import Spec
+from kvlink_rag.documents import Text
+from kvlink_rag.prompt.layout import Layout, PartEncoder, layout, visibility
+from kvlink_rag.prompt.spec import Spec
+
 from .formats import END, Prompt
 
 WINDOW = 8192

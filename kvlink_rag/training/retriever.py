@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
-from ..indexing import embedded_text
-from ..retrieval import followed
+from kvlink_rag.collection.adding import embedded_text
+from kvlink_rag.retrieval.rounds import followed
+
 from .facts import KINDS
 from .formats import document
 from .names import Split

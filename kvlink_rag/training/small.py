@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ..tokens import PartTokenizer
+from kvlink_rag.prompt.tokenizer import PartTokenizer
+
 from . import formats, lm, retriever
 from .demo import write_demo
 from .names import ENDINGS, STEMS

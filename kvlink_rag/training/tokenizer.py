@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..spec import PromptPreset, Spec
+from kvlink_rag.prompt.spec import PromptPreset, Spec
 
 VOCABULARY = 2048
 SLOTS = 32

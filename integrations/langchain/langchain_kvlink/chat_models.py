@@ -21,9 +21,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import ConfigDict
 
+from kvlink_rag.arguments import check_question
 from kvlink_rag.documents import Passage, Text
 from kvlink_rag.errors import PromptError
-from kvlink_rag.retrieval import check_question
 from langchain_kvlink.generation import GenerationFields, in_executor, response_metadata, usage
 from langchain_kvlink.messages import to_conversation
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kvlink_rag import KVLinkModel, KVLinkRAG
-    from kvlink_rag.foreign import AnyEmbedder
+    from kvlink_rag.retrieval.framework_embedders import AnyEmbedder
 
     ModelLike: TypeAlias = KVLinkModel | str | Path | None
     EmbedderLike: TypeAlias = AnyEmbedder | ContrieverEmbeddings | str | Path | None
@@ -42,7 +42,7 @@ def open_collection(
 
     Errors as in `KVLinkRAG.open`.
     """
-    from kvlink_rag.shared import shared_collection
+    from kvlink_rag.collection.opened import shared_collection
 
     global _last
     if isinstance(embedder, ContrieverEmbeddings):

@@ -18,9 +18,9 @@ from langchain_core.runnables.config import run_in_executor
 from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
+from kvlink_rag.arguments import check_count
 from kvlink_rag.documents import Hit
 from kvlink_rag.errors import DocumentError
-from kvlink_rag.retrieval import check_count
 from langchain_kvlink.collection import check_words, open_collection
 from langchain_kvlink.documents import from_passage, to_passages
 from langchain_kvlink.embeddings import CollectionEmbeddings

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Spec
-from kvlink_rag.spec import PromptPreset
+from kvlink_rag.prompt.spec import PromptPreset
 
 torch.set_num_threads(1)
 

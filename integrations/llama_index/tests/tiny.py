@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Part, Passage, Spec, Text
-from kvlink_rag.spec import PromptPreset
+from kvlink_rag.prompt.spec import PromptPreset
 
 SLOTS, LINKS, WINDOW = 12, 2, 4096
 TEMPLATE = (

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backbone import masks_by_layer
-from ...layout import sees
-from ..blocks import bins_of
+from kvlink_rag.engine.backbone import masks_by_layer
+from kvlink_rag.prompt.layout import sees
+from kvlink_rag.training.blocks import bins_of
+
 from .samples import IGNORED, Encoded
 
 STEP = 128  # rows are padded to a multiple: FlexAttention's block

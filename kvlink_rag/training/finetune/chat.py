@@ -10,9 +10,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from ...documents import Text
-from ...errors import ConfigError
-from ...spec import PromptPreset
+from kvlink_rag.documents import Text
+from kvlink_rag.errors import ConfigError
+from kvlink_rag.prompt.spec import PromptPreset
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import ConfigError, MissingExtra
-from ...examples.sets import OnBad
+from kvlink_rag.datasets.sets import OnBad
+from kvlink_rag.errors import ConfigError, MissingExtra
 
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = ("qa", "qa_full", "text", "text_memory", "chat", "chat_memory", "summary")

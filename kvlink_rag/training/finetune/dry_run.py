@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ...loading import load_config
-from ...terminal import number, size
-from ...tokens import PartTokenizer
-from ..packing import CachedEncoder
+from kvlink_rag.cli.terminal import number, size
+from kvlink_rag.model.loading import load_config
+from kvlink_rag.prompt.tokenizer import PartTokenizer
+from kvlink_rag.training.packing import CachedEncoder
+
 from .batches import Collator
 from .config import FinetuneConfig
 from .prepare import prepare

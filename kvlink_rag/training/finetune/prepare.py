@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ...backbone import check_supported
-from ...errors import ConfigError, MissingExtra
-from ...loading import find_spec, load_config, load_tokenizer, resolve
-from ...spec import SPEC_FILE, Spec
+from kvlink_rag.engine.backbone import check_supported
+from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer, resolve
+from kvlink_rag.prompt.spec import SPEC_FILE, Spec
+
 from .chat import Chat, find_chat
 from .config import FinetuneConfig, Links, Lora
 from .transforms import Format

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...documents import Part, Text
-from ...errors import PromptTooLong
-from ...layout import PartEncoder, layout
-from ...spec import Spec
+from kvlink_rag.documents import Part, Text
+from kvlink_rag.errors import PromptTooLong
+from kvlink_rag.prompt.layout import PartEncoder, layout
+from kvlink_rag.prompt.spec import Spec
 
 IGNORED = -100  # transformers' label of what is not learned
 

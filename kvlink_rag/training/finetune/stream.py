@@ -14,12 +14,13 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...documents import Document
-from ...errors import ConfigError, ExampleError, PromptError
-from ...examples.rows import Row, Source, rows, shuffled
-from ...examples.schemas import question_answering
-from ...examples.sets import Skipped
-from ...layout import PartEncoder
+from kvlink_rag.datasets.rows import Row, Source, rows, shuffled
+from kvlink_rag.datasets.schemas import question_answering
+from kvlink_rag.datasets.sets import Skipped
+from kvlink_rag.documents import Document
+from kvlink_rag.errors import ConfigError, ExampleError, PromptError
+from kvlink_rag.prompt.layout import PartEncoder
+
 from .config import FinetuneConfig, Part
 from .samples import Encoded, encode
 from .transforms import TRANSFORMS, Format, Unwanted

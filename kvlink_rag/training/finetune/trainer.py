@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from ...errors import ConfigError, MissingExtra
-from ...tokens import PartTokenizer
-from ..packing import CachedEncoder
+from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.prompt.tokenizer import PartTokenizer
+from kvlink_rag.training.packing import CachedEncoder
+
 from .batches import Batch, Collator, block_masks, dense_masks
 from .config import FinetuneConfig
 from .prepare import Prepared, load_weights, prepare, save

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ...documents import Document, Part, Passage, Text
-from ...errors import ExampleError
-from ...examples.rows import Row
-from ...examples.schemas import SUMMARIZE, question_answering
-from ...examples.sets import fill_up
-from ...spec import Spec
+from kvlink_rag.datasets.rows import Row
+from kvlink_rag.datasets.schemas import SUMMARIZE, question_answering
+from kvlink_rag.datasets.sets import fill_up
+from kvlink_rag.documents import Document, Part, Passage, Text
+from kvlink_rag.errors import ExampleError
+from kvlink_rag.prompt.spec import Spec
+
 from .chat import Chat
 from .samples import Sample
 

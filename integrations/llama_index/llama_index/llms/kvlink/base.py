@@ -36,9 +36,9 @@ from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelL
 from llama_index.llms.kvlink.errors import KVLinkCallError
 from llama_index.llms.kvlink.threads import in_thread
 
+from kvlink_rag.arguments import check_question
 from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import DocumentError, KVLinkError
-from kvlink_rag.retrieval import check_question
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkRAG, TextStream, Trace

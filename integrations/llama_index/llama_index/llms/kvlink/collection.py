@@ -14,7 +14,7 @@ from kvlink_rag.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkModel, KVLinkRAG
-    from kvlink_rag.outline import ModelOutline
+    from kvlink_rag.model.outline import ModelOutline
 
 ModelLike = Union["KVLinkModel", str, Path, None]
 DirectoryLike = str | Path | None
@@ -68,7 +68,7 @@ class Collection:
     def rag(self) -> KVLinkRAG:
         """The open collection. Errors as in `KVLinkRAG.open`."""
         global _last
-        from kvlink_rag.shared import shared_collection
+        from kvlink_rag.collection.opened import shared_collection
 
         with self._lock:
             if self._rag is None:

@@ -12,8 +12,8 @@ from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBun
 from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelLike
 from llama_index.llms.kvlink.nodes import to_documents, to_node
 
+from kvlink_rag.arguments import check_count
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.retrieval import check_count
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkRAG

@@ -1,0 +1,87 @@
+"""What arguments may be: choices, counts, sizes, questions. One rule for API and command line.
+
+Knows names, not what stands behind them, and no torch, so that `--help` and a front end can ask.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from numbers import Integral
+
+from .errors import ConfigError, PromptError
+
+CODECS = ("exact", "int8", "int4", "fp8")  # how snapshots are kept (`snapshots.codecs`)
+BF16 = "bf16"  # the exact codec of a bfloat16 model, by another name
+COMPRESSIONS = ("none", "zstd")  # of snapshot files, lossless
+SEARCHES = ("auto", "exact", "ivf")  # how the nearest passages are found (`retrieval`)
+ORDERS = ("score", "id")  # how hits follow each other in the prompt
+MODES = ("reuse", "masked", "full")  # how a prompt comes to its first token (`model.prompt_run`)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_SEED = 2**64 - 1  # torch's
+
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether `value` is a whole number (NumPy's too, no bool) of at least `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_choice(what: str, name: object, choices: Sequence[str]) -> str:
+    """`name`. Raises `ConfigError` where it is none of `choices`; `what` names the argument."""
+    if not isinstance(name, str) or name not in choices:
+        raise ConfigError(f"found {what} {name!r}, expected one of {', '.join(choices)}")
+    return name
+
+
+def check_codec(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such codec."""
+    return check_choice("codec", name, CODECS)
+
+
+def check_search(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such way."""
+    return check_choice("search", name, SEARCHES)
+
+
+def check_order(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such order."""
+    return check_choice("order", name, ORDERS)
+
+
+def check_mode(name: str) -> str:
+    """`name`. Raises `ConfigError` where there is no such mode."""
+    return check_choice("mode", name, MODES)
+
+
+def check_count(k: int, name: str = "k") -> None:
+    """Raise `ConfigError` where `k` is no number of hits to ask for."""
+    if not is_count(k):
+        raise ConfigError(f"{name} is {k!r}, expected a whole number of at least 1")
+
+
+def check_question(question: str) -> None:
+    """Raise `PromptError` where `question` is no text to ask."""
+    if not isinstance(question, str) or not question.strip():
+        found = repr(question) if isinstance(question, str) else f"a {type(question).__name__}"
+        raise PromptError(f"the question is {found}, expected a string with text in it")
+
+
+def parse_size(size: int | str, name: str = "size", *, least: int = 0) -> int:
+    """Bytes of `size`: how many, or text such as 500kB, "1.5 GB" (10^9 each) or 512MiB (2^20 each).
+
+    name: of the argument, for the error. Raises `ConfigError` for anything else, and for less than
+    `least` bytes.
+    """
+    count = int(size) if is_count(size, least) else -1
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
+        number, letter, binary = match.groups()
+        thousands = "kmgt".index(letter.lower()) + 1 if letter else 0
+        count = int(float(number) * (1024 if binary else 1000) ** thousands)
+    if count < least:
+        raise ConfigError(
+            f"{name} is {size!r}, expected at least {least} bytes: a whole number, or text such as "
+            "500MB, 20GB or 512MiB"
+        )
+    return count

@@ -1,0 +1,1 @@
+"""A directory of documents that answers questions: catalog, the two lives, care."""

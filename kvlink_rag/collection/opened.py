@@ -1,0 +1,66 @@
+"""One open collection a directory and process, for callers that know only its name.
+
+The parts of an application (its LLM, its retriever, its ingestion) each name the directory; the
+model, the index and the mapped snapshots must be there once. Knows `KVLinkRAG` and nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from pathlib import Path
+
+from kvlink_rag.disk.digests import cache_directory
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.retrieval.framework_embedders import AnyEmbedder
+from kvlink_rag.snapshots.store import SnapshotStore
+
+from .catalog import Catalog
+from .rag import KVLinkRAG
+
+_opened: weakref.WeakSet[KVLinkRAG] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def default_directory() -> Path:
+    """`collection` in `KVLINK_CACHE_DIR`, else in the user's cache directory, as on the command
+    line."""
+    return cache_directory() / "collection"
+
+
+def shared_collection(
+    directory: str | Path | None = None,
+    *,
+    model: KVLinkModel | str | Path | None = None,
+    embedder: AnyEmbedder | str | Path | None = None,
+    device: str = "auto",
+    codec: str | None = None,
+) -> KVLinkRAG:
+    """The collection in `directory` (None: `default_directory()`), opened once.
+
+    Whoever asks for the same directory gets the same object while anyone holds it, as long as
+    model, embedder, device and codec agree; None and "auto" agree with all. Arguments and errors as
+    in `KVLinkRAG.open`. It is closed when the last holder lets go, so do not close it.
+    """
+    path = Path(directory).expanduser() if directory is not None else default_directory()
+    with _lock:
+        for rag in list(_opened):
+            if rag.directory == path.resolve() and rag.uses(model, embedder, device, codec):
+                return rag
+        rag = KVLinkRAG.open(path, model=model, embedder=embedder, device=device, codec=codec)
+        weakref.finalize(rag, _release, rag.store, rag.catalog)
+        _opened.add(rag)
+        return rag
+
+
+def _release(store: SnapshotStore, catalog: Catalog) -> None:
+    """Close the files of a collection that nobody holds any more."""
+    store.close()
+    catalog.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    for rag in list(_opened):
+        rag.close()

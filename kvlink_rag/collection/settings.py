@@ -1,0 +1,244 @@
+"""What a collection remembers of its model and embedder, and loading them.
+
+A directory's snapshots fit one model and one way to render passages, its vectors one embedder.
+Names are remembered for convenience, identities (fingerprints) for safety.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvlink_rag.arguments import BF16, check_codec
+from kvlink_rag.errors import ConfigError, SettingsMismatch
+from kvlink_rag.model.loading import BUNDLED
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.model.outline import ModelOutline, outline
+from kvlink_rag.prompt.spec import Spec
+from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder
+from kvlink_rag.snapshots.snapshot import EXACT
+
+from .catalog import Catalog
+
+UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
+
+
+class Settings:
+    """The model and embedder of one collection, loaded once, checked against what it remembers.
+
+    model, embedder, codec: what the caller asked for; None: what is remembered, else the bundled
+    pair and exact snapshots.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        model: KVLinkModel | str | Path | None,
+        embedder: Embedder | str | Path | None,
+        *,
+        device: str,
+        dtype: str | torch.dtype,
+        spec: Spec | None,
+        codec: str | None = None,
+    ) -> None:
+        self._catalog, self._device, self._dtype, self._spec = catalog, device, dtype, spec
+        self._remembered = catalog.settings()
+        self._unfinished: set[str] = set()
+        self._asked = {"model": model is not None, "embedder": embedder is not None}
+        self._model = model if isinstance(model, KVLinkModel) else None
+        self._embedder = None if isinstance(embedder, str | Path) else embedder
+        self._needs_bf16 = codec == BF16
+        self._codec = None if codec is None else EXACT if self._needs_bf16 else check_codec(codec)
+        self.model_name = self._name("model", model)
+        self.embedder_name = self._name("embedder", embedder)
+
+    @property
+    def codec(self) -> str:
+        """How snapshots are kept."""
+        return self._codec or str(self._remembered.get("codec", EXACT))
+
+    def model(self) -> KVLinkModel:
+        """The model. Raises `SettingsMismatch` where it is not the one remembered."""
+        model = self._load_model()
+        self._check("model", model_identity(model, self.codec))
+        return model
+
+    def embedder(self) -> Embedder:
+        """The embedder. Raises `SettingsMismatch` where it is not the one remembered."""
+        embedder = self._load_embedder()
+        self._check("embedder", embedder.fingerprint)
+        return embedder
+
+    def uses(
+        self,
+        model: KVLinkModel | str | Path | None,
+        embedder: AnyEmbedder | str | Path | None,
+        device: str,
+        codec: str | None = None,
+    ) -> bool:
+        """Whether these arguments ask for what is in use here; None and "auto" agree with all."""
+        return (
+            self._is("model", model, self._model)
+            and self._is("embedder", embedder, self._embedder)
+            and device in ("auto", self._device)
+            and codec in (None, self.codec)
+        )
+
+    def outline(self) -> ModelOutline:
+        """What is known of the model without its weights."""
+        return outline(self._model or self.model_name, spec=self._spec)
+
+    def dimension(self) -> int | None:
+        """Numbers in a vector; None as long as no process has embedded anything here."""
+        known = self._catalog.settings().get("dimension")
+        return int(known) if known else None
+
+    def settle_model(self, allow: bool) -> bool:
+        """Check model and codec that were asked for; True where one is new and `allow` takes it."""
+        if self._needs_bf16 and (dtype := self._dtype_name()) != "bfloat16":
+            raise ConfigError(
+                f"codec {BF16!r} keeps snapshots of a bfloat16 model, found {self.model_name!r} in "
+                f"{dtype}; use codec {EXACT!r}, or dtype 'bfloat16'"
+            )
+        if "model_identity" not in self._remembered:
+            return False
+        if not allow:
+            self._check_codec()
+        unfinished = self._remembered["model_identity"] == UNFINISHED
+        if not self._asked["model"] and not (allow and (self._codec or unfinished)):
+            return False
+        if not allow:
+            self.model()
+            return False
+        return self._begin("model", model_identity(self._load_model(), self.codec))
+
+    def settle_embedder(self, allow: bool) -> bool:
+        """Check an embedder that was asked for; True where it is new and `allow` takes it."""
+        if not self._asked["embedder"] or "embedder_identity" not in self._remembered:
+            return False
+        if not allow:
+            self.embedder()
+            return False
+        return self._begin("embedder", self._load_embedder().fingerprint)
+
+    def finish_model(self) -> None:
+        """Remember the model now set: every document is encoded for it."""
+        self._remember("model", model_identity(self._load_model(), self.codec))
+
+    def finish_embedder(self) -> None:
+        """Remember the embedder now set: every document is embedded by it."""
+        self._remember("embedder", self._load_embedder().fingerprint)
+
+    def _name(self, what: str, asked: Any) -> str:
+        if asked is None:
+            return str(self._remembered.get(what, BUNDLED))
+        if isinstance(asked, str | Path):
+            path = Path(asked).expanduser()
+            return str(path.resolve()) if path.is_dir() else str(asked)
+        return str(getattr(asked, "name", type(asked).__name__))
+
+    def _is(self, what: str, asked: Any, held: Any) -> bool:
+        if isinstance(held, ForeignEmbedder):
+            held = held.source
+        if asked is None or asked == held:
+            return True
+        return isinstance(asked, str | Path) and self._name(what, asked) == getattr(
+            self, f"{what}_name"
+        )
+
+    def _load_model(self) -> KVLinkModel:
+        if self._model is None:
+            self._model = KVLinkModel.from_pretrained(
+                self.model_name, device=self._device, dtype=self._dtype, spec=self._spec
+            )
+        return self._model
+
+    def _load_embedder(self) -> Embedder:
+        if self._embedder is None:
+            self._embedder = ContrieverEmbedder.from_pretrained(
+                self.embedder_name, device=self._device
+            )
+        return self._embedder
+
+    def _check(self, what: str, identity: str) -> None:
+        """Compare with what is remembered now, by whichever process; the first to come is it."""
+        self._remembered = self._catalog.settings()
+        if f"{what}_identity" not in self._remembered:
+            self._remembered = self._catalog.set_first(self._facts(what, identity))
+        remembered = self._remembered[f"{what}_identity"]
+        if remembered != identity and what not in self._unfinished:
+            if remembered == UNFINISHED:
+                raise SettingsMismatch(
+                    "encoding this collection again was interrupted; open it with reencode=True "
+                    "(kvlink-rag: --reencode) to finish it"
+                )
+            self._check_dtype(what)
+            found, known = getattr(self, f"{what}_name"), self._remembered.get(what)
+            raise SettingsMismatch(
+                f"this collection was made with the {what} {known!r}, found {found!r} with other "
+                f"weights or settings; open it with that {what}, in another directory, or with "
+                "reencode=True (kvlink-rag: --reencode) to encode it again"
+            )
+
+    def _check_dtype(self, what: str) -> None:
+        """Of a model that is another one, raise where it already differs in its dtype."""
+        known = self._remembered.get("dtype")
+        if what != "model" or known is None:
+            return
+        if known != (found := self._dtype_name()):
+            raise SettingsMismatch(
+                f"this collection's snapshots are {known}, found the model {self.model_name!r} in "
+                f"{found}; open it with dtype={known!r} (kvlink-rag: --dtype {known}), in another "
+                "directory, or with reencode=True (kvlink-rag: --reencode) to encode it again"
+            )
+
+    def _dtype_name(self) -> str:
+        return str(self._load_model().backbone.dtype).removeprefix("torch.")
+
+    def _check_codec(self) -> None:
+        known = str(self._remembered.get("codec", EXACT))
+        if self._codec not in (None, known):
+            raise SettingsMismatch(
+                f"this collection keeps its snapshots as {known!r}, found codec {self._codec!r}; "
+                f"open it without a codec, in another directory, or with reencode=True "
+                "(kvlink-rag: --reencode) to encode it again"
+            )
+
+    def _begin(self, what: str, identity: str) -> bool:
+        """Whether `identity` is new; if so, nothing matches until `finish` has been called."""
+        if self._remembered.get(f"{what}_identity") == identity:
+            return False
+        self._remember(what, UNFINISHED)
+        self._unfinished.add(what)
+        return True
+
+    def _facts(self, what: str, identity: str) -> dict[str, Any]:
+        values: dict[str, Any] = {what: getattr(self, f"{what}_name"), f"{what}_identity": identity}
+        if what == "model":
+            values |= {"codec": self.codec, "dtype": self._dtype_name()}
+        if what == "embedder":
+            values["dimension"] = self._load_embedder().dimension
+        return values
+
+    def _remember(self, what: str, identity: str) -> None:
+        values = self._facts(what, identity)
+        self._catalog.set_settings(values)
+        self._remembered.update(values)
+        self._unfinished.discard(what)
+
+
+def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:
+    """What a collection's snapshots depend on: weights, dtype, codec, how passages are rendered.
+
+    Not the link tokens: a snapshot does not depend on them.
+    """
+    spec = model.spec
+    rendering = [spec.passage_template, spec.untitled_template, spec.rank]
+    facts = [model.fingerprint, str(model.backbone.dtype), rendering]
+    facts += [codec] if codec != EXACT else []  # as in collections older than codecs
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""Position re-encoding: keys stored before RoPE are rotated to the place they take in a prompt.
+
+Knows tensors and the "rotate half" convention of Llama, Mistral, Qwen2 and Qwen3; the cosines and
+sines come from the model's own rotary module (`backbone`), which knows its scaling.
+KVLink, arXiv 2502.16002, section 3.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+_refused: set[str] = set()  # why the kernel is not used any more, told once
+
+
+def rotate_into(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write `keys` rotated by (`cos`, `sin`) into `out`, without a temporary.
+
+    out, keys: [..., tokens, head_dim], not overlapping. cos, sin: [tokens, head_dim] in the dtype
+    of `out`. Equals `keys * cos + rotate_half(keys) * sin`. One kernel on CUDA where Triton is.
+    """
+    if out.is_cuda and _rotated_by_kernel(out, keys, cos, sin):
+        return
+    half = keys.shape[-1] // 2
+    first, second = keys[..., :half], keys[..., half:]
+    torch.mul(keys, cos, out=out)
+    out[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    out[..., half:].addcmul_(first, sin[..., half:])
+
+
+def _rotated_by_kernel(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the Triton kernel has done it; where it fails once it is not tried again."""
+    kernel = _kernel()
+    here = out.device.index == torch.cuda.current_device()  # where a kernel would be launched
+    if kernel is None or _refused or not here or not kernel.can_rotate(out, keys, cos, sin):
+        return False
+    try:
+        kernel.rotate(out, keys, cos, sin)
+    except Exception as error:  # whatever a compiler raises: plain torch gives the same
+        _refused.add(str(error))
+        logger.warning("the Triton kernel for rotation is not used: %s", error)
+        return False
+    return True
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """`rope_kernel`, or None without Triton."""
+    try:
+        from . import rope_triton as rope_kernel
+    except ImportError as error:
+        logger.info("no Triton, rotation runs in plain torch: %s", error)
+        return None
+    return rope_kernel

@@ -1,0 +1,1 @@
+"""Files to passages to a collection. Knows no terminal."""

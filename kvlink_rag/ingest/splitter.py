@@ -1,0 +1,330 @@
+"""Long text to passages, by tokens: the first step of the life of a document.
+
+A passage is a slice of the text: it ends at a paragraph if that leaves it reasonably full, else
+after a sentence, a line, a word, and only then between two characters. Passages do not overlap, and
+nothing but white space is left out between them; Markdown headings leave the text for the titles.
+Time is linear in the text. Knows an encoder's `encode`; knows no model, no file and no collection.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from kvlink_rag.documents import Document
+from kvlink_rag.errors import ConfigError
+
+MAX_TOKENS = 200
+TITLE_SEPARATOR = " > "
+HEADING_CHARACTERS = 200  # a longer "heading" is text that happens to begin with '#'
+FORMAT_KEY = "format"  # metadata[FORMAT_KEY] == MARKDOWN: the text has Markdown headings
+MARKDOWN = "markdown"
+
+_LEAST_FILL = 4  # a border counts if it leaves at least 1/4 of what would have fitted
+_CLOSE_ENOUGH = 16  # the search for a full passage ends within 1/16 of the most tokens
+_MARGIN = 32  # … and aims a little below it
+
+
+class Encoder(Protocol):
+    """What splitting asks of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone, without special tokens."""
+        ...
+
+
+def split_text(
+    text: str,
+    *,
+    title: str = "",
+    encoder: Encoder,
+    max_tokens: int = MAX_TOKENS,
+    markdown: bool = False,
+) -> list[Document]:
+    """Passages of `text`, in order, each of at most `max_tokens` tokens (its title not counted).
+
+    With `markdown`, every heading starts a passage, and a passage's title is the path to it:
+    "Guide > Installing > Linux". Only a single character that has more tokens than `max_tokens`
+    makes a passage that is larger. Raises `ConfigError` if `max_tokens` is less than 1.
+    """
+    document = Document(text, title, metadata={FORMAT_KEY: MARKDOWN} if markdown else {})
+    parts = split_document(document, encoder, max_tokens)
+    return [Document(part.text, part.title) for part in parts]
+
+
+def split_document(
+    document: Document, encoder: Encoder, max_tokens: int = MAX_TOKENS
+) -> list[Document]:
+    """Passages of `document`, which keep its metadata; its text is Markdown if they say so.
+
+    A document with an id gives that id to its only passage, or `id#1`, `id#2`, … to several.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}, expected at least 1")
+    passages = [
+        replace(document, text=text, title=section.title)
+        for section in _sections(document)
+        for text in _fill(section.text, encoder, max_tokens)
+    ]
+    if document.id is None or len(passages) < 2:
+        return passages
+    return [replace(p, id=f"{document.id}#{n}") for n, p in enumerate(passages, 1)]
+
+
+# ── sections: what stands under one heading ──────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A Markdown heading: its level (1 to 6), its text, and where its lines stand."""
+
+    level: int
+    text: str
+    start: int
+    stop: int
+
+
+# Whatever could begin or end a heading or a fence; all other lines are passed over at once.
+_MARK = re.compile(
+    r"^ {0,3}(?:(?P<hashes>#{1,6})[ \t]+(?P<name>[^\n]*)"
+    r"|(?P<fence>`{3,}|~{3,})(?P<rest>[^\n]*)"
+    r"|(?P<under>=+|-{2,})[ \t\r]*)$",
+    re.MULTILINE,
+)
+_NOT_A_NAME = re.compile(r"\s*$|=+\s*$| {4}|\t| {0,3}([-*+>|]|\d+[.)])")
+
+
+def headings(text: str) -> Iterator[Heading]:
+    """The headings of Markdown `text`: `# …`, or underlined by === or ---; none in fenced code."""
+    fence, last = "", 0  # the open fence; where the last heading or fence ended
+    for mark in _MARK.finditer(text):
+        start, stop = mark.start(), mark.end() + 1
+        if fence or mark["fence"]:
+            fence, last = _fence_after(fence, mark), stop
+        elif mark["hashes"]:
+            if name := _name(mark["name"]):
+                yield Heading(len(mark["hashes"]), name, start, stop)
+                last = stop
+        elif above := _line_above(text, start, last):
+            yield Heading(1 if mark["under"][0] == "=" else 2, above[1], above[0], stop)
+            last = stop
+
+
+def _fence_after(fence: str, mark: re.Match[str]) -> str:
+    """The fence that is open after `mark`; a fence is closed by one at least as long, alone."""
+    found = mark["fence"] or ""
+    if not fence:
+        return found
+    return "" if found.startswith(fence) and not mark["rest"].strip() else fence
+
+
+def _name(line: str) -> str:
+    """A heading's text without closing hashes; empty if it is too long to be one."""
+    name = line.strip()
+    bare = name.rstrip("#")
+    name = bare.rstrip() if not bare or bare[-1] in " \t" else name
+    return name if len(name) <= HEADING_CHARACTERS else ""
+
+
+def _line_above(text: str, start: int, last: int) -> tuple[int, str] | None:
+    """The line that an underline at `start` makes a heading: a paragraph of one line, no list."""
+    if start <= last:
+        return None
+    above = max(text.rfind("\n", last, start - 1) + 1, last)
+    before = max(text.rfind("\n", last, above - 1) + 1, last) if above > last else above
+    if text[before:above].strip() or _NOT_A_NAME.match(text[above:start]):
+        return None
+    name = _name(text[above:start])
+    return (above, name) if name else None
+
+
+def _sections(document: Document) -> Iterator[_Section]:
+    if document.metadata.get(FORMAT_KEY) != MARKDOWN:
+        yield _Section(document.title, document.text)
+        return
+    text, path = document.text, _Path(document.title)
+    found = list(headings(text))
+    starts = [heading.start for heading in found] + [len(text)]
+    yield _Section(path.title, text[: starts[0]])
+    for index, heading in enumerate(found):
+        path.enter(heading)
+        body = text[heading.stop : starts[index + 1]]
+        is_parent = heading is not found[-1] and found[index + 1].level > heading.level
+        if body.strip() or is_parent:
+            yield _Section(path.title, body)
+        else:  # no passage below would carry this heading in its title
+            yield _Section(path.above, heading.text)
+
+
+class _Path:
+    """The titles above the place where a reader of the document stands."""
+
+    def __init__(self, title: str) -> None:
+        self._root = title
+        self._open: list[Heading] = []
+
+    def enter(self, heading: Heading) -> None:
+        """Go on below `heading`."""
+        self._open = [h for h in self._open if h.level < heading.level] + [heading]
+
+    @property
+    def title(self) -> str:
+        """The document's title and the headings down to here, each named once."""
+        return self._joined(self._open)
+
+    @property
+    def above(self) -> str:
+        """The title of what the last heading stands in."""
+        return self._joined(self._open[:-1])
+
+    def _joined(self, headings: Sequence[Heading]) -> str:
+        names = [heading.text for heading in headings]
+        if self._root and names[:1] != [self._root]:
+            names.insert(0, self._root)
+        return TITLE_SEPARATOR.join(names)
+
+
+# ── filling: one slice of the text after another ─────────────────────────────────────────────
+
+
+def _fill(text: str, encoder: Encoder, max_tokens: int) -> Iterator[str]:
+    """Slices of `text`, without white space around them, of at most `max_tokens` tokens."""
+    window = _Window(text, encoder, max_tokens)
+    start = window.skip_space(0)
+    while start < len(text):
+        stop = window.cut(start)
+        yield text[start:stop].rstrip()
+        start = window.skip_space(stop)
+
+
+class _Window:
+    """Finds where the passage that starts at a place of `text` ends."""
+
+    def __init__(self, text: str, encoder: Encoder, max_tokens: int) -> None:
+        self._text = text
+        self._encode = encoder.encode
+        self._most = max_tokens
+        self._aim = max_tokens - max_tokens // _MARGIN
+        self._guess = 4 * max_tokens  # characters to try first: as many as fitted last time
+
+    def skip_space(self, start: int) -> int:
+        """The first place from `start` on that is not white space."""
+        match = _NOT_SPACE.search(self._text, start)
+        return match.start() if match else len(self._text)
+
+    def cut(self, start: int) -> int:
+        """The place to end the passage that starts at `start`."""
+        limit = self.skip_space(self._furthest(start))
+        while True:
+            stop = _last_border(self._text, start, limit)
+            if stop <= start + 1 or self._count(start, stop) <= self._most:
+                return stop
+            limit = stop - 1  # rare: a slice may have more tokens than a longer one
+
+    def _count(self, start: int, stop: int) -> int:
+        return len(self._encode(self._text[start:stop].rstrip()))
+
+    def _furthest(self, start: int) -> int:
+        """About the furthest place that fits: a search on the number of characters."""
+        rest = len(self._text) - start
+        fits, too_many, size = 0, rest + 1, min(self._guess, rest)
+        for probe in itertools.count(1):
+            tokens = self._count(start, start + size)
+            fits, too_many = (size, too_many) if tokens <= self._most else (fits, size)
+            full = self._most - self._most // _CLOSE_ENOUGH <= tokens <= self._most
+            near_end = too_many > rest and rest - fits <= fits // _CLOSE_ENOUGH
+            if too_many - fits <= 1 or (full and not near_end):
+                break
+            by_ratio = rest if full else size * self._aim // max(tokens, 1)
+            size = by_ratio if probe % 4 else (fits + too_many) // 2
+            size = min(max(size, fits + 1), too_many - 1)
+        self._guess = max(fits, 1)
+        return start + self._guess
+
+
+# ── borders: where a slice may end ───────────────────────────────────────────────────────────
+
+_CLOSING = r"""['"”’»」』）〉》】)\]]*"""
+_ZERO_WIDTH_JOINER = "\u200d"
+_VIRAMA = 9  # canonical combining class
+# Characters that go on a grapheme without being combining marks: joiners, Thai and Lao vowels,
+# half-width Katakana marks, skin tones, tags of flags.
+_EXTENDING = frozenset("\u200c\u200d\u0e33\u0eb3\uff9e\uff9f") | {
+    chr(c) for c in (*range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))
+}
+_NOT_SPACE = re.compile(r"\S")
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*|[\f\u2029]\s*")
+_SENTENCE = re.compile(rf"[.!?…]{_CLOSING}\s+|[。！？｡।॥؟۔։።။។]{_CLOSING}\s*")
+_LINE = re.compile(r"\n\s*")
+_WORD = re.compile(rf"[\s\u200b]+|[、，；：]{_CLOSING}\s*")
+# What stands before a full stop that ends no sentence: an initial, an abbreviation, a list number.
+_NO_END = re.compile(
+    r"(?:\b[^\W\d_]|\b(?:mr|mrs|ms|dr|prof|st|vs|etc|fig|figs|eq|vol|pp|ed|al|cf|approx"
+    r"|dept|inc|ltd|jr|sr|gen|col|capt|rev|hon)|(?:^|\n)[ \t]*\d{1,3})\Z",
+    re.IGNORECASE,
+)
+
+
+def _last_border(text: str, start: int, limit: int) -> int:
+    """The best place in `(start, limit]` to end a slice: the last of the best kind of border."""
+    if limit >= len(text):
+        return len(text)
+    least = start + max((limit - start) // _LEAST_FILL, 1)
+    for pattern in (_PARAGRAPH, _SENTENCE, _LINE, _WORD):
+        found = [m for m in pattern.finditer(text, start, limit) if m.end() >= least]
+        for match in reversed(found):
+            if pattern is not _SENTENCE or _ends_sentence(text, match):
+                return match.end()
+    return _last_grapheme(text, start, limit)
+
+
+def _ends_sentence(text: str, match: re.Match[str]) -> bool:
+    if match[0][0] != ".":
+        return True
+    before = text[max(0, match.start() - 12) : match.start()]
+    return not text[match.end()].islower() and not _NO_END.search(before)
+
+
+def _last_grapheme(text: str, start: int, limit: int) -> int:
+    """The last place up to `limit` between two graphemes; `limit` if there is none."""
+    places = (at for at in range(limit, start, -1) if not _joined(text, start, at))
+    return next(places, limit)
+
+
+def _joined(text: str, start: int, at: int) -> bool:
+    """Are the characters on both sides of `at` one grapheme? After Unicode's UAX 29, roughly."""
+    before, after = text[at - 1], text[at]
+    if _is_flag(before) and _is_flag(after):  # flags are pairs
+        run = itertools.takewhile(_is_flag, reversed(text[start:at]))
+        return sum(1 for _ in run) % 2 == 1
+    return (
+        unicodedata.category(after) in ("Mn", "Me", "Mc")
+        or after in _EXTENDING
+        or before == _ZERO_WIDTH_JOINER
+        or _is_jamo_pair(before, after)
+        or unicodedata.combining(before) == _VIRAMA
+        or before + after == "\r\n"
+    )
+
+
+def _is_flag(character: str) -> bool:
+    return "\U0001f1e6" <= character <= "\U0001f1ff"
+
+
+def _is_jamo_pair(before: str, after: str) -> bool:
+    """Two pieces of one Hangul syllable: leading consonants, a vowel or syllable, trailing ones."""
+    leading, later = "\u1100" <= before <= "\u115f", "\u1160" <= after <= "\u11ff"
+    syllable = "\uac00" <= before <= "\ud7a3" or "\u1160" <= before <= "\u11ff"
+    if later:
+        return leading or syllable
+    return leading and ("\u1100" <= after <= "\u115f" or "\uac00" <= after <= "\ud7a3")

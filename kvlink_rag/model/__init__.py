@@ -1,0 +1,1 @@
+"""One language model: loaded, asked, verified. Knows no collection."""

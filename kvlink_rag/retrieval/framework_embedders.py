@@ -1,0 +1,151 @@
+"""Embedding objects of LangChain and LlamaIndex, as a collection asks for an embedder.
+
+Goes by what an object can do, so that neither framework is imported. Knows texts and vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvlink_rag.errors import ConfigError
+
+from .contriever import Embedder, Vectors
+
+# Fields that say which encoder a wrapper stands for; what it lacks does not count.
+_FIELDS = (
+    *("model", "model_name", "model_id", "model_path", "repo_id", "revision", "engine", "name"),
+    *("deployment", "deployment_name", "azure_deployment", "endpoint_name", "mode", "pooling"),
+    *("dimensions", "dimension", "size", "embed_dim", "max_length"),
+    *("query_instruction", "text_instruction", "embed_instruction"),
+)
+
+
+class LangChainEmbeddings(Protocol):
+    """What is asked of LangChain's `Embeddings`."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of passages."""
+        ...
+
+    def embed_query(self, text: str) -> list[float]:
+        """The vector of a question."""
+        ...
+
+
+class LlamaIndexEmbedding(Protocol):
+    """What is asked of LlamaIndex's `BaseEmbedding`."""
+
+    def get_text_embedding_batch(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of passages."""
+        ...
+
+    def get_query_embedding(self, query: str) -> list[float]:
+        """The vector of a question."""
+        ...
+
+
+AnyEmbedder = Embedder | LangChainEmbeddings | LlamaIndexEmbedding
+
+
+class ForeignEmbedder:
+    """An `Embedder` over two functions: of many passages, and of one question.
+
+    Vectors are scaled to length 1, so that the inner product is the cosine whatever the encoder.
+    source: the object they belong to. Use `as_embedder`.
+    """
+
+    def __init__(
+        self,
+        source: object,
+        passages: Callable[[list[str]], Iterable[Sequence[float]]],
+        question: Callable[[str], Sequence[float]],
+    ) -> None:
+        self.source, self._passages, self._question = source, passages, question
+
+    @property
+    def name(self) -> str:
+        """Class and model, for people."""
+        facts = _facts(self.source)
+        model = next((facts[k] for k in ("model_name", "model", "model_id") if k in facts), None)
+        kind = type(self.source).__name__
+        return f"{kind} {model}" if isinstance(model, str) else kind
+
+    @cached_property
+    def dimension(self) -> int:
+        """Length of a vector; asks the encoder once."""
+        return int(self.embed_queries(["dimension"]).shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the path of the class and the fields that name a model.
+
+        It cannot see weights: a model that changes under one name is taken for the same.
+        """
+        kind = type(self.source)
+        facts = [kind.__module__, kind.__qualname__, _facts(self.source)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of passages: float32 [texts, dimension], in order, of length 1."""
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        return self._vectors(self._passages(list(texts)), len(texts))
+
+    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of questions: float32 [texts, dimension], in order, of length 1."""
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        return self._vectors([self._question(text) for text in texts], len(texts))
+
+    def _vectors(self, found: Iterable[Sequence[float]], count: int) -> Vectors:
+        """Validated and scaled. Raises `ConfigError`."""
+        try:
+            vectors = np.array(list(found), dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.name} gave vectors that are not numbers: {error}") from error
+        if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
+            shape = list(vectors.shape)
+            raise ConfigError(f"{self.name} gave vectors {shape}, expected [{count}, dimension]")
+        if not np.isfinite(vectors).all():
+            raise ConfigError(f"{self.name} gave a vector that is not finite")
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        scaled: Vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+        return scaled
+
+
+def as_embedder(found: Any) -> Embedder:
+    """`found` itself where it is an `Embedder`, else an adapter over it.
+
+    Takes LangChain's `Embeddings` (`embed_documents`, `embed_query`) and LlamaIndex's
+    `BaseEmbedding` (`get_text_embedding_batch`, `get_query_embedding`). Raises `ConfigError`.
+    """
+    own_print = inspect.getattr_static(found, "fingerprint", None)  # computing it takes time
+    if own_print is not None and _has(found, "embed", "embed_queries"):
+        own: Embedder = found
+        return own
+    if _has(found, "embed_documents", "embed_query"):
+        return ForeignEmbedder(found, found.embed_documents, found.embed_query)
+    if _has(found, "get_text_embedding_batch", "get_query_embedding"):
+        return ForeignEmbedder(found, found.get_text_embedding_batch, found.get_query_embedding)
+    raise ConfigError(
+        f"found {type(found).__name__} as embedder, expected a name, a directory, a kvlink_rag "
+        "Embedder, LangChain Embeddings or a LlamaIndex BaseEmbedding"
+    )
+
+
+def _has(found: Any, *methods: str) -> bool:
+    is_object = not isinstance(found, type)
+    return is_object and all(callable(getattr(found, method, None)) for method in methods)
+
+
+def _facts(source: object) -> dict[str, Any]:
+    """The plain values among the fields that name a model."""
+    values = {name: getattr(source, name, None) for name in _FIELDS}
+    return {name: value for name, value in values.items() if isinstance(value, str | int)}

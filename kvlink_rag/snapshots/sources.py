@@ -1,0 +1,127 @@
+"""Snapshots from the store, and encoded again where the store has none.
+
+The meeting point of store and engine: a missing, corrupt or evicted snapshot costs time, never an
+answer. Knows keys and token ids; knows no documents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from kvlink_rag.arguments import check_codec
+from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.device import DeviceMemory
+from kvlink_rag.errors import StorageError
+from kvlink_rag.trace import Trace
+
+from .encode import encode_many
+from .snapshot import (
+    EXACT,
+    AnySnapshot,
+    Snapshot,
+    Source,
+    in_codec,
+    snapshot_key,
+)
+from .store import SnapshotStore
+
+TokenIds = tuple[int, ...]
+
+logger = logging.getLogger(__name__)
+
+
+class StoredSnapshots:
+    """The `SnapshotSource` of a collection.
+
+    codec: of the snapshots it keeps. keep: whether a snapshot encoded for a question is stored for
+    the next one. users: the ids of the documents of a key, for log lines. encoded: how many the
+    store did not have, so far. memory: where hot ones are kept on the device, or None.
+    """
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        backbone: Backbone,
+        *,
+        codec: str = EXACT,
+        keep: bool = True,
+        users: Callable[[str], list[str]] = lambda key: [],
+        memory: DeviceMemory | None = None,
+    ) -> None:
+        self.store, self.backbone, self.keep = store, backbone, keep
+        self.codec = check_codec(codec)
+        self.memory = memory
+        self.encoded = 0
+        self._users = users
+
+    def key(self, token_ids: Sequence[int]) -> str:
+        """The key of a passage encoded by this model and kept by this codec."""
+        return self._keys([token_ids])[0]
+
+    def _keys(self, passages: Sequence[Sequence[int]]) -> list[str]:
+        """The keys of several passages; the fingerprint looks at every parameter, so once."""
+        fingerprint, dtype = self.backbone.fingerprint, self.backbone.dtype
+        return [snapshot_key(fingerprint, ids, dtype=dtype, codec=self.codec) for ids in passages]
+
+    def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
+        """Store a snapshot just encoded, in the codec; what was stored. Raises `StorageError`."""
+        kept = in_codec(snapshot, self.codec)
+        self.store.put(key, kept)
+        return kept
+
+    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> Sequence[Source]:
+        """One snapshot a passage, in order, from the device, the store or encoded now."""
+        unique = list(dict.fromkeys(passages))
+        keys = dict(zip(unique, self._keys(unique), strict=True))
+        with trace.stage("read"):
+            found = self._on_device(keys)
+            asked = {key: ids for ids, key in keys.items() if ids not in found}
+            for key, snapshot in self.store.get_many(asked).items():
+                if snapshot is not None:
+                    found[asked[key]] = self._to_device(key, snapshot)
+        trace.snapshots_found += len(found)
+        missing = [ids for ids in keys if ids not in found]
+        if missing:
+            with trace.stage("encode", self.backbone.synchronize):
+                for ids, snapshot in self._encode(missing, keys).items():
+                    found[ids] = self._to_device(keys[ids], snapshot)
+            trace.snapshots_encoded += len(missing)
+            self.encoded += len(missing)
+        return [found[ids] for ids in passages]
+
+    def _on_device(self, keys: dict[TokenIds, str]) -> dict[TokenIds, Source]:
+        """Those that are kept in the device's memory, or pinned for it."""
+        if self.memory is None:
+            return {}
+        held = {ids: self.memory.get(key) for ids, key in keys.items()}
+        return {ids: snapshot for ids, snapshot in held.items() if snapshot is not None}
+
+    def _to_device(self, key: str, snapshot: AnySnapshot) -> Source:
+        return snapshot if self.memory is None else self.memory.take(key, snapshot)
+
+    def _encode(
+        self, missing: Sequence[TokenIds], keys: dict[TokenIds, str]
+    ) -> dict[TokenIds, AnySnapshot]:
+        for key in (keys[ids] for ids in missing):
+            logger.info(
+                "encoding %s now: the store has no sound snapshot %s (lost, evicted, refused or "
+                "never made)",
+                self._named(key),
+                key,
+            )
+        encoded = encode_many(self.backbone, missing)
+        made = {missing[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
+        for ids, snapshot in made.items() if self.keep else ():
+            try:
+                self.store.put(keys[ids], snapshot)
+            except StorageError as error:
+                logger.warning("snapshot %s is used but not stored: %s", keys[ids], error)
+        return made
+
+    def _named(self, key: str) -> str:
+        """The documents of a key, or that none has it: an application's own passage."""
+        if not logger.isEnabledFor(logging.INFO):
+            return ""
+        ids = self._users(key)
+        return f"document {', '.join(map(repr, ids[:3]))}" if ids else "a passage of no document"
