@@ -24,8 +24,8 @@ from transformers import DynamicCache
 from ways import Laid, check
 
 from kvlink_rag import Document, KVLinkModel, Layout, Trace
-from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.snapshots.snapshot import EXACT
 
 COLUMNS = ("size", "new_tokens", "reuse_tokens_per_s", "full_tokens_per_s", "reuse_over_full")

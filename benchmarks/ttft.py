@@ -66,8 +66,8 @@ from ways import PLACES, Laid, check, first_token
 from kvlink_rag import Document, KVLinkModel, Layout, Part, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.compare.baselines import METHODS, Baselines, Started
-from kvlink_rag.model.model import TOLERANCE, compare
 from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.model.verify import TOLERANCE, compare
 from kvlink_rag.prompt.layout import visibility
 from kvlink_rag.snapshots.snapshot import EXACT
 

@@ -25,8 +25,8 @@ import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.engine.device import DeviceMemory, DeviceSnapshot, Recent, Side, default_budget
 from kvlink_rag.engine.rope import rotate_into
-from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.model.prompt_run import Reuse
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.snapshots.quantised import CODECS
 from kvlink_rag.snapshots.snapshot import ALL, EXACT, AnySnapshot, Snapshot, in_codec
 from kvlink_rag.snapshots.sources import StoredSnapshots

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text
 from kvlink_rag.errors import ConfigError, ModelNotSupported, PromptError, PromptTooLong, SpecError
 from kvlink_rag.model.loading import find_spec, load_tokenizer
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 DOCS = [Document("the cat sat on the mat"), Document("a dog"), Document("漢字 and é")]
 

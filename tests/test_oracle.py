@@ -20,8 +20,8 @@ from conftest import FAMILIES, MAX_PASSAGES, ModelMaker
 import kvlink_rag.engine.backbone
 import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, Part, Passage, Text, Trace
-from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.model.prompt_run import EncodeNow, PromptRun, Reuse
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
 
 F32 = torch.float32

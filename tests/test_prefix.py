@@ -8,8 +8,8 @@ import torch
 from conftest import ModelMaker, byte_spec, byte_tokenizer, random_model
 
 from kvlink_rag import Document, KVLinkModel, Passage, Text
-from kvlink_rag.model.model import TOLERANCE, compare
 from kvlink_rag.model.prompt_run import EncodeNow, Reuse
+from kvlink_rag.model.verify import TOLERANCE, compare
 from kvlink_rag.snapshots.kept_runs import PrefixCache, Run
 
 F32 = torch.float32

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_oracle import difference, documents, rule_logits
 
-import kvlink_rag.collection.checking
+import kvlink_rag.collection.reencoding
 import kvlink_rag.snapshots.quantised
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Trace
 from kvlink_rag.errors import ConfigError, SettingsMismatch, SnapshotCorrupt
-from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.model.prompt_run import EncodeNow, Reuse
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.encode import encode_one
 from kvlink_rag.snapshots.quantised import CODECS, Quantised, quantise
@@ -482,7 +482,7 @@ def test_an_interrupted_change_of_codec_is_finished_when_told_to(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kvlink_rag.collection.checking, "encode_missing", stopped)
+        patch.setattr(kvlink_rag.collection.reencoding, "encode_missing", stopped)
         with pytest.raises(KeyboardInterrupt):
             KVLinkRAG.open(tmp_path, codec="int8", reencode=True, **pair)
     with pytest.raises(SettingsMismatch, match="interrupted; open it with reencode=True"):

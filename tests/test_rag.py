@@ -449,7 +449,7 @@ def test_hits_by_id_are_the_same_hits_and_share_more_runs(rag: KVLinkRAG) -> Non
     rag.add(towns(4))
     questions = ["Which town is Teldon?", "Which town is Brisk?"]
     for order in ("score", "id"):
-        rag._prefix.clear()
+        rag.reuse.prefix.clear()
         answers = [rag.ask(q, k=4, order=order, max_new_tokens=6) for q in questions]
         for question, answer in zip(questions, answers, strict=True):
             assert answer.hits == rag.search(question, 4)  # listed best first, with their scores

@@ -20,8 +20,8 @@ from kvlink_rag import KVLinkModel, Trace
 from kvlink_rag.engine.attention import NAME as GROUPED
 from kvlink_rag.engine.device import DeviceMemory
 from kvlink_rag.engine.workspaces import TOKENS, Workspaces, bucket, capacity_of, layer_groups
-from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.quantised import CODECS
 

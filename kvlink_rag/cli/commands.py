@@ -18,8 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kvlink_rag.collection.answering import AnswerStream
 from kvlink_rag.collection.conversation import Conversation
-from kvlink_rag.collection.rag import CATALOG, INDEX, SNAPSHOTS, AnswerStream, KVLinkRAG
+from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
+from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.disk.digests import cache_directory
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentNotFound

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from kvlink_rag.collection.rag import Answer, KVLinkRAG
+from kvlink_rag.collection.answering import Answer
+from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.loading import BUNDLED_DIRECTORY

@@ -17,7 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvlink_rag.collection.rag import SNAPSHOTS, KVLinkRAG
+from kvlink_rag.collection.opening import SNAPSHOTS
+from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
 from kvlink_rag.snapshots.snapshot import planned_size
 

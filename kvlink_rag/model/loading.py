@@ -16,8 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from kvlink_rag.engine.attention import NAME as GROUPED
+from kvlink_rag.engine.backbone import check_supported
 from kvlink_rag.errors import ConfigError, ModelNotSupported
-from kvlink_rag.prompt.spec import PUBLISHED, SPEC_FILE, Spec
+from kvlink_rag.prompt.format import PromptFormat
+from kvlink_rag.prompt.published import PUBLISHED
+from kvlink_rag.prompt.spec import SPEC_FILE, Spec
 
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
@@ -60,6 +63,22 @@ def find_spec(name: str, directory: Path) -> Spec | None:
     if (directory / SPEC_FILE).is_file():
         return Spec.load(directory / SPEC_FILE)
     return PUBLISHED.get(name)
+
+
+def load_format(path_or_id: str | Path, spec: Spec | None = None) -> tuple[PromptFormat, Path]:
+    """The prompt format of a directory, a hub id or "bundled", and the directory of its weights.
+
+    spec: None takes the `kvlink.json` beside the weights, else the built-in one of a published
+    checkpoint, else one without link tokens.
+    Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
+    """
+    directory = resolve(path_or_id, bundled="lm")
+    config = load_config(directory)
+    check_supported(config)
+    spec = spec or find_spec(str(path_or_id), directory)
+    tokenizer = load_tokenizer(directory, spec)
+    window = int(config.max_position_embeddings)
+    return PromptFormat.of(str(path_or_id), window, tokenizer, spec), directory
 
 
 def load_config(directory: Path) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.arguments import check_codec
-from kvlink_rag.documents import Part
 from kvlink_rag.engine.backbone import Backbone, LiveCache
 from kvlink_rag.engine.device import DeviceMemory
 from kvlink_rag.errors import DeviceMemoryError
@@ -30,10 +29,10 @@ from kvlink_rag.snapshots.kept_runs import PrefixCache, Run, chain_keys, run_key
 from kvlink_rag.snapshots.snapshot import EXACT, AnySnapshot, Source, in_codec
 from kvlink_rag.trace import Trace
 
-from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
+from .generation import decode_one_token, prefill
 
 if TYPE_CHECKING:
-    from .model import KVLinkModel
+    pass
 
 Mode = Literal["reuse", "masked", "full"]
 
@@ -79,80 +78,6 @@ class Reuse:
     prefix: PrefixCache | None = None
     scope: str = ""
     memory: DeviceMemory | None = None
-
-
-class TextStream(Iterator[str]):
-    """An answer as it comes. `trace` fills as it runs; `text` is what has been yielded so far."""
-
-    def __init__(
-        self,
-        model: KVLinkModel,
-        parts: Iterable[Part],
-        sampling: Sampling,
-        mode: Mode,
-        reuse: Reuse,
-        trace: Trace | None = None,
-    ) -> None:
-        self.trace = trace or Trace()
-        self.trace.mode = mode
-        self.text = ""
-        self._fresh = trace is None
-        self._parts = list(parts) if isinstance(parts, Sequence) else parts
-        self._model, self._sampling, self._reuse = model, sampling, reuse
-        self._pieces = self._run()
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()
-
-    def _run(self) -> Generator[str, None, None]:
-        trace, sampling, model = self.trace, self._sampling, self._model
-        if self._fresh:
-            trace.restart()
-        parts = list(self._parts)
-        with trace.stage("layout"):
-            prompt = model.layout(parts)
-        room = min(sampling.max_new_tokens, model.window - len(prompt))
-        run = PromptRun(model.backbone, prompt, trace, self._reuse)
-        pieces = TextPieces(model.tokenizer.decode, sampling.stop)
-        generator = sampling.generator()
-        logits = run.start(room)
-        try:
-            for count in range(1, room + 1):
-                token = sample(self._allowed(logits, pieces), sampling, generator)
-                if count == 1:
-                    trace.first_token_ms = trace.elapsed_ms()
-                if token in model.end_ids:
-                    trace.finish_reason = "stop"
-                    break
-                trace.generated_tokens = count
-                if piece := pieces.push(token):
-                    yield piece
-                if pieces.stopped:
-                    trace.finish_reason = "stop"
-                    break
-                if count < room:
-                    logits = run.step(token)
-            else:
-                trace.finish_reason = "length"
-            if piece := pieces.finish():
-                yield piece
-        finally:
-            run.end()
-            trace.total_ms = trace.elapsed_ms()
-
-    def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
-        """`logits`, with an end ruled out as long as nothing visible has been said."""
-        if pieces.visible or pieces.stopped or not self._model.end_ids:
-            return logits
-        logits = logits.clone()
-        logits[list(self._model.end_ids)] = -torch.inf
-        return logits
 
 
 class PromptRun:

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvlink_rag.collection.catalog import Entry
 from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import CatalogError, PromptError
 from kvlink_rag.trace import Trace
 
+from .chat import content_parts
 from .layout import PartEncoder
 
 MIN_TOKENS = 16
@@ -47,6 +47,20 @@ Array = npt.NDArray[Any]
 logger = logging.getLogger(__name__)
 
 
+class KnownEntry(Protocol):
+    """A document as a catalog holds it."""
+
+    @property
+    def row(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def document(self) -> Document:
+        """The document."""
+        ...
+
+
 class KnownTexts(Protocol):
     """What recognition asks of a catalog."""
 
@@ -62,7 +76,7 @@ class KnownTexts(Protocol):
         """Row, id, title and text of those `rows` that are there."""
         ...
 
-    def by_rows(self, rows: Iterable[int]) -> list[Entry]:
+    def by_rows(self, rows: Iterable[int]) -> Sequence[KnownEntry]:
         """The entries of those `rows` that are there."""
         ...
 
@@ -234,12 +248,12 @@ class Recogniser:
         titles = table.titles[key]
         return titles[title_before(before, titles)]
 
-    def _entries(self, rows: Sequence[int]) -> list[Entry]:
+    def _entries(self, rows: Sequence[int]) -> Sequence[KnownEntry]:
         try:
             return self._catalog.by_rows(rows)
         except CatalogError:
             pass
-        entries = []
+        entries: list[KnownEntry] = []
         for row in dict.fromkeys(rows):
             try:
                 entries += self._catalog.by_rows([row])
@@ -572,13 +586,7 @@ def _contents(message: Mapping[str, Any]) -> list[Part]:
         content, _ = message["content"], message["role"]
     except (KeyError, TypeError) as error:
         raise PromptError("found a message without role or content, expected both") from error
-    if isinstance(content, str):
-        return [Text(content)]
-    if isinstance(content, Sequence) and all(isinstance(p, Text | Passage) for p in content):
-        return list(content)
-    raise PromptError(
-        f"a message's content is {type(content).__name__}, expected str or Text and Passage parts"
-    )
+    return content_parts(content)
 
 
 def count_passages(parts: Iterable[Part]) -> int:
