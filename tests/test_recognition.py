@@ -21,11 +21,12 @@ from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvlink_rag.prompt.recognition
+import kvlink_rag.prompt.recognition.beginnings
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part, Passage, Text
 from kvlink_rag.collection.catalog import Catalog, Record
 from kvlink_rag.errors import PromptError, PromptTooLong, TooManyPassages
-from kvlink_rag.prompt.recognition import Recogniser, find_question
+from kvlink_rag.prompt.recognition import Recogniser
+from kvlink_rag.prompt.recognition.rules import find_question
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk"]
@@ -424,7 +425,7 @@ def test_a_prompt_that_asks_for_too_much_work_is_computed(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(catalog, *DOCS)
-    monkeypatch.setattr(kvlink_rag.prompt.recognition, "PATIENCE", -10_000)
+    monkeypatch.setattr(kvlink_rag.prompt.recognition.beginnings, "PATIENCE", -10_000)
     prompt = "\n\n".join([*TEXTS, "what?"])
     assert put_back(recogniser(catalog).recognise(prompt)) == prompt
     assert "the rest is computed" in caplog.text
