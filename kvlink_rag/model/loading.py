@@ -141,7 +141,10 @@ def load_tokenizer(directory: Path, spec: Spec | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer in {directory}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"no tokenizer in {directory}, expected a tokenizer.json or tokenizer.model: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
