@@ -103,7 +103,7 @@ def test_a_wrong_snapshot_is_seen(directory: Path, monkeypatch: pytest.MonkeyPat
         found.values.mul_(1.3)
         return found
 
-    monkeypatch.setattr("kvlink_rag.snapshots.store.read_snapshot", read)
+    monkeypatch.setattr("kvlink_rag.snapshots.store.store.read_snapshot", read)
     assert "the oracle says" in look(directory) or "not the oracle's" in look(directory)
 
 
