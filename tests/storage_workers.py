@@ -41,9 +41,11 @@ from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
 from kvlink_rag.snapshots.store import SnapshotStore
 
 KILLED, SKIPPED = -signal.SIGKILL, 77
-MODULES = (catalog, files, index, sealed, snapshot, diskcache.core)
+MODULES = (files, index, sealed, snapshot, diskcache.core)
 TRACED = {module.__file__ for module in MODULES}
-TRACED |= {str(path) for path in Path(store.__file__).parent.glob("*.py")}
+TRACED |= {
+    str(path) for room in (catalog, store) for path in Path(room.__file__).parent.glob("*.py")
+}
 
 # Data.
 

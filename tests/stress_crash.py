@@ -40,11 +40,11 @@ import kvlink_rag.collection.adding
 
 BATCH = 2  # documents in one transaction, so that an `add` has several
 LIMIT = 4 * trust.SNAPSHOT
-MODULES = (
-    "catalog", "files", "index", "indexing", "mending", "rag", "sealed", "settings", "snapshot",
-    "store", "stored",
-)  # fmt: skip
-TRACED = {str(Path(kvlink_rag.__file__).with_name(f"{name}.py")) for name in MODULES}
+ROOMS = ("collection", "disk", "snapshots/store")
+FILES = ("retrieval/vector_index.py", "snapshots/snapshot.py", "snapshots/sources.py")
+ROOT = Path(kvlink_rag.__file__).parent
+TRACED = {str(path) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+TRACED |= {str(ROOT / name) for name in FILES}
 TRACED |= {diskcache.core.__file__, str(Path(filelock.__file__).with_name("_unix.py"))}
 
 Row = tuple[str, str, str]

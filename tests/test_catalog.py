@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_workers import record
 
-from kvlink_rag.collection.catalog import Catalog, Entry, Record
+from kvlink_rag.collection.catalog import Catalog, Entry, Record, writing
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import CatalogError, DocumentError
 
@@ -397,11 +397,12 @@ def test_only_the_owner_can_read(catalog: Catalog) -> None:
 
 
 def test_settings_of_the_connection(catalog: Catalog) -> None:
-    with catalog._pool.connection() as connection:
-        values = {
-            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("journal_mode", "synchronous", "trusted_schema")
+    names = ("journal_mode", "synchronous", "trusted_schema")
+    values = catalog._database.read(
+        lambda connection: {
+            name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names
         }
+    )
     assert values == {"journal_mode": "wal", "synchronous": 2, "trusted_schema": 0}
 
 
@@ -540,18 +541,16 @@ def test_check_rebuilds_a_damaged_index_of_sqlite(catalog: Catalog) -> None:
 
 
 def test_a_failed_change_leaves_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlink_rag.collection import catalog as module
-
     catalog.upsert([record("a", "one")])
     before, calls = catalog.changes_since(0), itertools.count()
-    original = module._insert
+    original = writing._insert
 
     def fail(*args: Any) -> None:
         if next(calls) == 2:
             raise sqlite3.OperationalError("database or disk is full")
         original(*args)
 
-    monkeypatch.setattr(module, "_insert", fail)
+    monkeypatch.setattr(writing, "_insert", fail)
     with pytest.raises(CatalogError, match="disk is full"):
         catalog.upsert([record("a", "changed"), *(record(str(n), "x") for n in range(5))])
     monkeypatch.undo()
