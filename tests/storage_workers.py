@@ -41,8 +41,10 @@ from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
 from kvlink_rag.snapshots.store import SnapshotStore
 
 KILLED, SKIPPED = -signal.SIGKILL, 77
-TRACED = {
-    module.__file__ for module in (catalog, files, index, sealed, snapshot, store, diskcache.core)
+MODULES = (files, index, sealed, snapshot, diskcache.core)
+TRACED = {module.__file__ for module in MODULES}
+TRACED |= {
+    str(path) for room in (catalog, store) for path in Path(room.__file__).parent.glob("*.py")
 }
 
 # Data.

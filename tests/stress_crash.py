@@ -40,10 +40,11 @@ import kvlink_rag.collection.adding
 
 BATCH = 2  # documents in one transaction, so that an `add` has several
 LIMIT = 4 * trust.SNAPSHOT
-ROOMS = ("collection", "disk", "retrieval", "snapshots")  # whatever is written is written there
-TRACED = {
-    str(path) for room in ROOMS for path in Path(kvlink_rag.__file__).parent.glob(f"{room}/**/*.py")
-}
+ROOMS = ("collection", "disk", "snapshots/store")
+FILES = ("retrieval/vector_index.py", "snapshots/snapshot.py", "snapshots/sources.py")
+ROOT = Path(kvlink_rag.__file__).parent
+TRACED = {str(path) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+TRACED |= {str(ROOT / name) for name in FILES}
 TRACED |= {diskcache.core.__file__, str(Path(filelock.__file__).with_name("_unix.py"))}
 
 Row = tuple[str, str, str]
