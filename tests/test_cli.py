@@ -99,7 +99,6 @@ def user(*arguments: str, cwd: Path, stdin: str = "") -> Ran:
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 

@@ -179,7 +179,7 @@ def test_questions_of_nothing(rag: KVLinkRAG, question: str) -> None:
 def test_the_fuzzer_runs() -> None:
     pytest.importorskip("atheris", reason="pip install 'kvlink-rag[fuzz]'")
     command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "kvlink_json", "-runs=500"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Done 500 runs" in done.stderr
 

@@ -448,9 +448,7 @@ def test_memory_is_as_stated(catalog: Catalog) -> None:
 def test_the_benchmark_runs_and_ends_in_one_json_object() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "recognition.py"
     sizes = ["--passages", "600", "--characters", "9000", "--rounds", "2"]
-    done = subprocess.run(
-        [sys.executable, str(script), *sizes], capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["kind"] for row in rows] == ["chain", "text", "changed", "one_head"]
