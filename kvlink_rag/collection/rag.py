@@ -32,7 +32,6 @@ from kvlink_rag.arguments import check_count, check_order, check_question, check
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.documents import Document, Hit, Part, Passage, Text
-from kvlink_rag.engine.device import DeviceMemory, default_budget
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -44,7 +43,7 @@ from kvlink_rag.errors import (
 from kvlink_rag.model.fitting import fit
 from kvlink_rag.model.model import KVLinkModel, Verification
 from kvlink_rag.model.outline import ModelOutline
-from kvlink_rag.model.prompt_run import Reuse, TextStream
+from kvlink_rag.model.prompt_run import TextStream
 from kvlink_rag.prompt.recognition import MIN_TOKENS, Recogniser, count_passages
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.retrieval.contriever import Embedder, Vectors
@@ -55,8 +54,9 @@ from kvlink_rag.retrieval.rounds import (
     retrieve,
 )
 from kvlink_rag.retrieval.vector_index import VectorIndex
+from kvlink_rag.snapshots.device_cache import DeviceMemory, default_budget
 from kvlink_rag.snapshots.kept_runs import PrefixCache
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.trace import Trace
 

@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 
 from kvlink_rag.arguments import check_mode
 from kvlink_rag.documents import Document, Part, Passage, Text
-from kvlink_rag.engine.backbone import Backbone, check_supported
+from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.families import check_supported
+from kvlink_rag.engine.sampling import Sampling
 from kvlink_rag.engine.workspaces import Workspaces
 from kvlink_rag.errors import PromptError, PromptTooLong, SpecError
 from kvlink_rag.prompt.layout import Layout, layout
@@ -30,9 +32,9 @@ from kvlink_rag.prompt.spec import PLAIN_PRESET, PromptPreset, Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.snapshot import EXACT, Source
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
-from .generation import Sampling
 from .loading import (
     BUNDLED,
     find_device,
@@ -43,7 +45,7 @@ from .loading import (
     load_tokenizer,
     resolve,
 )
-from .prompt_run import EncodeNow, Mode, PromptRun, Reuse, TextStream
+from .prompt_run import Mode, PromptRun, TextStream
 
 # The largest relative difference of logits that rounding explains; see docs/architecture.md.
 TOLERANCE: Mapping[torch.dtype, float] = {

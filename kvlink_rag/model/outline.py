@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlink_rag.engine.backbone import check_supported
+from kvlink_rag.engine.families import check_supported
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 

@@ -47,7 +47,8 @@ from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.checked_file import require_compression
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt, StorageError
 
-from .snapshot import AnySnapshot, read_snapshot, snapshot_size, write_snapshot
+from .file_format import read_snapshot, snapshot_size, write_snapshot
+from .snapshot import AnySnapshot
 
 logger = logging.getLogger(__name__)
 
