@@ -31,7 +31,8 @@ from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.arguments import SEARCHES
 from kvlink_rag.collection.catalog import Record
 from kvlink_rag.collection.opening import SNAPSHOTS
-from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
+from kvlink_rag.snapshots.file_format import snapshot_key
+from kvlink_rag.snapshots.snapshot import Snapshot
 
 BATCH, NEAREST = 4096, 10
 COLUMNS = ("passages", "dimension", "search", "fill_s", "open_s", "first_search_ms",

@@ -29,7 +29,8 @@ from kvlink_rag.ingest.splitter import split_document
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
-from kvlink_rag.snapshots.snapshot import Snapshot, read_snapshot, write_snapshot
+from kvlink_rag.snapshots.file_format import read_snapshot, write_snapshot
+from kvlink_rag.snapshots.snapshot import Snapshot
 from kvlink_rag.snapshots.store.keys import Refused, locate
 
 KEY = "ab" * 32

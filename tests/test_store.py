@@ -23,7 +23,7 @@ from storage_workers import ids_of, key_of, make_snapshot, same
 
 from kvlink_rag.collection.catalog import Catalog
 from kvlink_rag.errors import ConfigError, StorageError
-from kvlink_rag.snapshots.snapshot import snapshot_size
+from kvlink_rag.snapshots.file_format import snapshot_size
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.snapshots.store import store as store_module
 from kvlink_rag.snapshots.store.table import SnapshotDisk

@@ -115,7 +115,7 @@ def test_a_wrong_snapshot_is_seen(directory: Path, monkeypatch: pytest.MonkeyPat
 
 
 def kvlink_read() -> Any:
-    from kvlink_rag.snapshots.snapshot import read_snapshot
+    from kvlink_rag.snapshots.file_format import read_snapshot
 
     return read_snapshot
 

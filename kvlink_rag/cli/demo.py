@@ -24,7 +24,7 @@ from kvlink_rag.documents import Document, Part
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.loading import BUNDLED_DIRECTORY
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import Reuse
+from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.training.questions import final_answer
 
 from . import terminal

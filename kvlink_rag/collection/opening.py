@@ -9,13 +9,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from kvlink_rag.engine.device import DeviceMemory, default_budget
 from kvlink_rag.errors import StorageError
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import Reuse
 from kvlink_rag.prompt.recognition import Recogniser
+from kvlink_rag.snapshots.device_cache import DeviceMemory, default_budget
 from kvlink_rag.snapshots.kept_runs import PrefixCache
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
 from .catalog import Catalog

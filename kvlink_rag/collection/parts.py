@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import Reuse
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.retrieval.contriever import Embedder
 from kvlink_rag.snapshots.kept_runs import PrefixCache
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
 from .catalog import Catalog

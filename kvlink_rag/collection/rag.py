@@ -27,7 +27,6 @@ from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, Hit, Part
 from kvlink_rag.errors import ConfigError, DocumentNotFound, StorageError
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import Reuse
 from kvlink_rag.model.verify import Verification
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.recognition import MIN_TOKENS
@@ -36,7 +35,7 @@ from kvlink_rag.retrieval.contriever import Embedder, Vectors
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, as_embedder
 from kvlink_rag.retrieval.rounds import Where
 from kvlink_rag.retrieval.vector_index import VectorIndex
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.trace import Trace
 

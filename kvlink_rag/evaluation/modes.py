@@ -20,12 +20,13 @@ from torch import Tensor
 from kvlink_rag.compare.baselines import Baselines, Method
 from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.documents import Part
-from kvlink_rag.engine.backbone import LiveCache
+from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import EncodeNow, PromptRun, Reuse
+from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.snapshots.snapshot import AnySnapshot
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from kvlink_rag.engine.attention import NAME as GROUPED
-from kvlink_rag.engine.backbone import check_supported
+from kvlink_rag.engine.families import check_supported
 from kvlink_rag.errors import ConfigError, ModelNotSupported
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.published import PUBLISHED

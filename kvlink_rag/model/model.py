@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kvlink_rag.arguments import check_mode
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.sampling import Sampling
 from kvlink_rag.engine.workspaces import Workspaces
 from kvlink_rag.errors import SpecError
 from kvlink_rag.prompt.format import PromptFormat
@@ -29,11 +30,11 @@ from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
-from .generation import Sampling
 from .loading import BUNDLED, find_device, find_dtype, load_format, load_model
-from .prompt_run import EncodeNow, Mode, Reuse
+from .prompt_run import Mode
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
 

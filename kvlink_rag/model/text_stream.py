@@ -14,11 +14,13 @@ from torch import Tensor
 
 from kvlink_rag.documents import Part
 from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.sampling import Sampling, sample
+from kvlink_rag.engine.text_pieces import TextPieces
 from kvlink_rag.prompt.format import PromptFormat
+from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
-from .generation import Sampling, TextPieces, sample
-from .prompt_run import Mode, PromptRun, Reuse
+from .prompt_run import Mode, PromptRun
 
 
 class TextStream(Iterator[str]):

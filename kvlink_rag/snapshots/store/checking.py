@@ -15,7 +15,7 @@ from typing import Any
 
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.errors import SnapshotCorrupt
-from kvlink_rag.snapshots.snapshot import read_snapshot
+from kvlink_rag.snapshots.file_format import read_snapshot
 
 from .keys import Refused, is_key, key_in, locate
 from .table import DATABASE, FILE_MODE, OWN_FILES, Rows, Table

@@ -28,7 +28,8 @@ from types import TracebackType
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.checked_file import require_compression
 from kvlink_rag.errors import SnapshotCorrupt, StorageError
-from kvlink_rag.snapshots.snapshot import AnySnapshot, read_snapshot, snapshot_size, write_snapshot
+from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_size, write_snapshot
+from kvlink_rag.snapshots.snapshot import AnySnapshot
 
 from .checking import check, sweep
 from .eviction import evict, touch
