@@ -17,8 +17,9 @@ import torch
 
 from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
 from kvlink_rag.disk.checked_file import check_compression
+from kvlink_rag.disk.model_files import BUNDLED
 from kvlink_rag.errors import ConfigError, SettingsMismatch
-from kvlink_rag.model.loading import BUNDLED, load_format
+from kvlink_rag.model.loading import load_format
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from kvlink_rag.datasets.rows import Source
 from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.datasets.sets import DataSet, Skipped, filled_up, find_set, read
+from kvlink_rag.disk.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.errors import ConfigError, MissingExtra
-from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.retrieval.contriever import ContrieverEmbedder

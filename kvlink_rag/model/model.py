@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlink_rag.arguments import check_mode
+from kvlink_rag.disk.model_files import BUNDLED, find_device, find_dtype
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling
@@ -33,7 +34,7 @@ from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
-from .loading import BUNDLED, find_device, find_dtype, load_format, load_model
+from .loading import load_format, load_model
 from .prompt_run import Mode
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
