@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlink_rag.arguments import check_mode
+from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.disk.model_files import BUNDLED, find_device, find_dtype
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
@@ -91,7 +92,8 @@ class KVLinkModel:
         """
         target, precision = find_device(device), find_dtype(dtype)
         format, directory = load_format(path_or_id, spec)
-        backbone = Backbone(load_model(directory, precision).to(target), directory)
+        states = weight_states(directory)  # before: a file replaced meanwhile is noticed
+        backbone = Backbone(load_model(directory, precision).to(target), directory, states)
         made = cls.__new__(cls)
         made._start(backbone, format, graphs)
         return made
