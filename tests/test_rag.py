@@ -26,6 +26,8 @@ from kvlink_rag.errors import (
     SettingsMismatch,
 )
 from kvlink_rag.retrieval.rounds import in_order
+from kvlink_rag.snapshots.codecs import in_codec
+from kvlink_rag.snapshots.encode import encode_one
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]
 
@@ -555,3 +557,46 @@ def test_replacing_the_last_change_before_the_index_is_loaded_rebuilds_nothing(
         assert rag.search("village of weavers", 1)[0].document.id == "hux"
         assert rag.check() == []
     assert not caplog.records
+
+
+def forge(rag: KVLinkRAG, other: KVLinkModel, ids: list[str]) -> None:
+    """Put snapshots that another model made under this model's keys."""
+    for entry in rag.catalog.get(ids):
+        made = encode_one(other.backbone, other.passage_tokens(entry.document))
+        rag.store.put(str(entry.snapshot_key), made)
+
+
+def test_verify_finds_snapshots_of_other_weights(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder
+) -> None:
+    model, other = make_model("llama"), make_model("llama", seed=3)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add([Document(f"Tower {i} has {i} bells of bronze.", id=str(i)) for i in range(50)])
+        fine = rag.verify(k=2)
+        assert (fine.holds, fine.compared, fine.wrong) == (True, 32, ())
+        ids = [str(i) for i in range(40, 50)]
+        forge(rag, other, ids)
+        found = rag.verify(k=2, seed=0)  # 32 of 50 miss all ten once in 230,000 draws
+        assert not found.holds
+        assert set(found.wrong) <= set(ids)
+        assert "stored snapshots are NOT what this model encodes" in found.message
+        whole = rag.verify(k=2, sample=None)
+        assert (whole.compared, set(whole.wrong)) == (50, set(ids))
+        assert rag.check() == []  # their checksums are right
+        assert len(rag.check(sample=None)) == 10
+        rag.check(fix=True, sample=None)
+        assert rag.verify(sample=None).holds
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+def test_verify_compares_snapshots_of_a_codec(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder, codec: str
+) -> None:
+    model, other = make_model("llama"), make_model("llama", seed=3)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, codec=codec) as rag:
+        rag.add([Document(f"Tower {i} has {i} bells of bronze.", id=str(i)) for i in range(4)])
+        assert rag.verify(k=2).holds
+        entry = rag.catalog.get(["1"])[0]
+        made = encode_one(other.backbone, other.passage_tokens(entry.document))
+        rag.store.put(str(entry.snapshot_key), in_codec(made, codec))
+        assert rag.verify(k=1, sample=None).wrong == ("1",)

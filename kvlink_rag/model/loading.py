@@ -6,6 +6,7 @@ where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from kvlink_rag.errors import ConfigError, ModelNotSupported
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.published import PUBLISHED
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec
+
+DERIVED = ("rotary_emb.inv_freq", "masked_bias")  # buffers that old checkpoints hold, made anew
 
 
 def find_spec(name: str, directory: Path) -> Spec | None:
@@ -66,18 +69,32 @@ def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
 
 def _load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=GROUPED,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the weights in {directory} cannot be loaded: {first_line(error)}; "
             "expected safetensors files"
         ) from error
+    _refuse_other_tensors(directory, info)
+    return model
+
+
+def _refuse_other_tensors(directory: Path, info: Mapping[str, Any]) -> None:
+    """Raise where the files lack a tensor, which would be drawn at random, or hold others."""
+    for what, name in (("lack", "missing_keys"), ("also hold", "unexpected_keys")):
+        if found := sorted(key for key in info[name] if not key.endswith(DERIVED)):
+            named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            raise ConfigError(
+                f"the weights in {directory} {what} {named}; expected exactly the tensors of this "
+                "architecture: fetch the checkpoint again, or save it as it was loaded"
+            )
 
 
 def load_tokenizer(directory: Path, spec: Spec | None) -> Any:
