@@ -354,6 +354,39 @@ def test_a_weights_file_that_changes_after_loading_gives_no_name(
     assert loaded.fingerprint not in (names if how != "restored" else names[1:])
 
 
+# A model of files: its weights are known by the files alone, so the rest must be told apart too.
+
+
+def from_files(directory: Path, dtype: str = "float32", **config: Any) -> KVLinkModel:
+    """The tiny model, loaded from files that hold the same weights whatever `config` is."""
+    if not directory.exists():
+        made = variant()
+        made.backbone.model.save_pretrained(directory)
+        made.tokenizer.hf.save_pretrained(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return KVLinkModel.from_pretrained(directory, device="cpu", dtype=dtype, spec=byte_spec())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 10_000.0}},
+        {"rope_parameters": {**LLAMA3_ROPE, "factor": 16.0}},
+        {"rms_norm_eps": 1e-3},
+    ],
+)
+def test_equal_files_of_weights_under_another_configuration_do_not(
+    store: SnapshotStore, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    first = from_files(tmp_path / "m")
+    assert fetch(store, first).snapshots_encoded == 1
+    assert fetch(store, from_files(tmp_path / "m")).snapshots_found == 1
+    other = from_files(tmp_path / "m", **change)
+    assert other.fingerprint != first.fingerprint
+    assert fetch(store, other).snapshots_encoded == 1
+
+
 # Kept runs.
 
 
