@@ -137,6 +137,16 @@ def test_the_longest_wins(catalog: Catalog) -> None:
     assert ids(parts) == ["in", "over"]  # not the shorter "out", which begins before "over"
 
 
+def test_two_passages_within_one_word_are_text(catalog: Catalog) -> None:
+    """Each stands beside another passage, and still begins or ends inside a word."""
+    put(catalog, *(text.rstrip(".") for text in TEXTS))
+    first, second, third, fourth = (text.rstrip(".") for text in TEXTS)
+    prompt = f"{first}{second}\n\n{third}.{fourth}\n\nwhat?"
+    parts = recogniser(catalog).recognise(prompt)
+    assert [p.document.text for p in parts if isinstance(p, Passage)] == [third, fourth]
+    assert put_back(parts) == prompt
+
+
 def test_inside_words_and_glued_to_signs_it_is_text(catalog: Catalog) -> None:
     put(catalog, *DOCS)
     text = TEXTS[0]
