@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ModelMaker, WordEmbedder
+from conftest import ModelMaker, WordEmbedder, byte_tokenizer, random_model
 
 import kvlink_rag.collection.adding
 import kvlink_rag.retrieval.vector_index
-from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage
+from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage, PromptPreset
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -70,6 +70,39 @@ def test_add_and_ask(rag: KVLinkRAG) -> None:
     assert all(stage > 0 for stage in stages)
     assert sum(stages) <= trace.first_token_ms <= trace.total_ms
     assert answers_equal_oracle(rag, "Which town is Marnik?")
+
+
+RENDERED = {
+    "passage_template": "{title} - {text}\n",
+    "untitled_template": "- {text}\n",
+    "rank": "exact",
+}
+
+
+@pytest.mark.parametrize("field", RENDERED)
+def test_other_rendered_passages_are_another_collections(
+    tmp_path: Path, embedder: WordEmbedder, model: KVLinkModel, field: str
+) -> None:
+    """Snapshots hold the rendered text, so they fit one way to render it."""
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        rag.add(towns(2))
+    weights = random_model("llama", torch.float32)
+    spec = replace(model.spec, **{field: RENDERED[field]})
+    other = KVLinkModel(weights, byte_tokenizer(), spec, name=model.name)
+    with pytest.raises(SettingsMismatch, match="with other weights or settings"):
+        KVLinkRAG.open(tmp_path / "c", model=other, embedder=embedder)
+    spec = replace(model.spec, presets={"test": PromptPreset(after="!")})  # no part of a snapshot
+    same = KVLinkModel(weights, byte_tokenizer(), spec, name=model.name)
+    with KVLinkRAG.open(tmp_path / "c", model=same, embedder=embedder) as rag:
+        assert rag.ask("Orvale?", max_new_tokens=1).trace.snapshots_encoded == 0
+
+
+def test_titles_are_searched_too(rag: KVLinkRAG) -> None:
+    rag.add(Document("It has a harbour.", title=town, id=town.lower()) for town in TOWNS)
+    for town in TOWNS:
+        best, next_best = rag.search(f"{town} harbour", k=2)
+        assert best.document.id == town.lower()
+        assert best.score > next_best.score
 
 
 def test_search_in_lists_is_remembered_and_finds_enough(
