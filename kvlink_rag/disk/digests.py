@@ -59,6 +59,16 @@ def weights_digest(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file `path`, kept like those of weight files. Raises `OSError`."""
+    known = _load_known()
+    kept = dict(known)
+    digest = _file_digest(Path(path), kept)
+    if kept != known:
+        _save_known(kept)
+    return digest
+
+
 def module_digest(module: torch.nn.Module) -> str:
     """SHA-256 over the parameters and buffers of `module`: names, dtypes, shapes and values.
 

@@ -19,6 +19,8 @@ from kvlink_rag.engine.attention import NAME as GROUPED
 from kvlink_rag.errors import ConfigError, ModelNotSupported
 from kvlink_rag.prompt.spec import PUBLISHED, SPEC_FILE, Spec
 
+from . import gguf
+
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
 
@@ -36,6 +38,8 @@ def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf.model_directory(path.resolve())
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise ConfigError(f"no model directory at {path}; give a directory or a hub id owner/name")
     return _snapshot(str(name), files or _FILES)
