@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from kvlink_rag.model.prompt_run import TextStream
     from kvlink_rag.prompt.layout import Layout
     from kvlink_rag.prompt.spec import PromptPreset, Spec
-    from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+    from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+    from kvlink_rag.retrieval.embedder import Embedder
+    from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
     from .documents import Document, Hit, Part, Passage, Text
     from .errors import KVLinkError
@@ -35,7 +37,7 @@ _HOME = {
     "AnswerStream": "collection.rag",
     "ContrieverEmbedder": "retrieval.contriever",
     "Document": "documents",
-    "Embedder": "retrieval.contriever",
+    "Embedder": "retrieval.embedder",
     "Hit": "documents",
     "KVLinkError": "errors",
     "KVLinkModel": "model.model",
@@ -50,6 +52,7 @@ _HOME = {
     "TextStream": "model.prompt_run",
     "Trace": "trace",
     "Verification": "model.model",
+    "load_embedder": "retrieval.embedder_kinds",
     "split_document": "ingest.splitter",
 }
 
@@ -74,6 +77,7 @@ __all__ = [
     "Trace",
     "Verification",
     "__version__",
+    "load_embedder",
     "split_document",
 ]
 

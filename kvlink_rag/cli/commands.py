@@ -27,7 +27,7 @@ from kvlink_rag.ingest.index_files import IngestReport, gone, ids_from, ingest
 from kvlink_rag.ingest.readers import MAX_BYTES, Problem, find, raise_or_log
 from kvlink_rag.model.loading import BUNDLED
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
 from . import terminal
 
@@ -344,7 +344,7 @@ def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
         device=arguments.device,
         dtype=arguments.dtype,
     )
-    embedder = ContrieverEmbedder.from_pretrained(
+    embedder = load_embedder(
         arguments.embedder or known.get("embedder", BUNDLED), device=arguments.device
     )
     codec = arguments.codec or known.get("codec")

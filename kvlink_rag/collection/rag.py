@@ -47,7 +47,7 @@ from kvlink_rag.model.outline import ModelOutline
 from kvlink_rag.model.prompt_run import Reuse, TextStream
 from kvlink_rag.prompt.recognition import MIN_TOKENS, Recogniser, count_passages
 from kvlink_rag.prompt.spec import Spec
-from kvlink_rag.retrieval.contriever import Embedder, Vectors
+from kvlink_rag.retrieval.embedder import Embedder, Vectors
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, as_embedder
 from kvlink_rag.retrieval.rounds import (
     Where,

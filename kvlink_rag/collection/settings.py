@@ -19,7 +19,8 @@ from kvlink_rag.model.loading import BUNDLED
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.model.outline import ModelOutline, outline
 from kvlink_rag.prompt.spec import Spec
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+from kvlink_rag.retrieval.embedder import Embedder
+from kvlink_rag.retrieval.embedder_kinds import load_embedder
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder
 from kvlink_rag.snapshots.snapshot import EXACT
 
@@ -160,9 +161,7 @@ class Settings:
 
     def _load_embedder(self) -> Embedder:
         if self._embedder is None:
-            self._embedder = ContrieverEmbedder.from_pretrained(
-                self.embedder_name, device=self._device
-            )
+            self._embedder = load_embedder(self.embedder_name, device=self._device)
         return self._embedder
 
     def _check(self, what: str, identity: str) -> None:
