@@ -27,9 +27,9 @@ from kvlink_rag import KVLinkModel
 from kvlink_rag.documents import Document
 from kvlink_rag.engine.backbone import check_supported
 from kvlink_rag.errors import ConfigError, MissingExtra, ModelNotSupported
-from kvlink_rag.model.gguf import model_directory
-from kvlink_rag.model.gguf.metadata import GGUFFile
-from kvlink_rag.model.gguf.tokenizer import build_tokenizer
+from kvlink_rag.pretrained.gguf import model_directory
+from kvlink_rag.pretrained.gguf.metadata import GGUFFile
+from kvlink_rag.pretrained.gguf.tokenizer import build_tokenizer
 
 HARD = [
     "",
@@ -565,7 +565,7 @@ def test_threads_that_come_at_once_get_one_directory(
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from kvlink_rag.model.gguf import convert, model_directory
+from kvlink_rag.pretrained.gguf import convert, model_directory
 def stop(frame, event, argument):
     code = frame.f_code
     if event == "call" and code.co_name == sys.argv[2] and "gguf" in code.co_filename:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import find_device, find_dtype
+from kvlink_rag.pretrained.model_files import find_device, find_dtype
 
 from .embedder import Vectors
 from .recipe import MODULES, Recipe, read_recipe

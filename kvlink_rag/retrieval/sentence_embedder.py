@@ -17,7 +17,7 @@ from tokenizers import normalizers
 from torch import Tensor
 
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import find_device, find_dtype
+from kvlink_rag.pretrained.model_files import find_device, find_dtype
 
 from .contriever import mean_pooling
 from .embedder import Vectors

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kvlink_rag.disk.digests import module_digest, tokenizer_digest, weights_digest
-from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import resolve
+from kvlink_rag.errors import ConfigError, first_line
+from kvlink_rag.pretrained.model_files import resolve
 
 from .embedder import Vectors
 
@@ -198,8 +198,9 @@ def load_encoder(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # three libraries raise whatever they meet in the files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{directory} holds no encoder that can be loaded: {reason}") from error
+        raise ConfigError(
+            f"{directory} holds no encoder that can be loaded: {first_line(error)}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"{directory} holds no encoder that can be loaded: {missing[0]} is not among its "

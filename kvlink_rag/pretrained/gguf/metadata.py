@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvlink_rag.errors import ConfigError, MissingExtra, ModelNotSupported
+from kvlink_rag.errors import ConfigError, MissingExtra, ModelNotSupported, first_line
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
@@ -74,8 +74,9 @@ def read_gguf(path: Path) -> GGUFFile:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: _tensor(tensor) for tensor in reader.tensors}
     except Exception as error:  # the reader trusts the file: it raises whatever comes of it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path} is not a whole GGUF file: {reason}; fetch it again") from error
+        raise ConfigError(
+            f"{path} is not a whole GGUF file: {first_line(error)}; fetch it again"
+        ) from error
     if reader.byte_order != "I":
         raise ModelNotSupported(f"{path} has another byte order than this machine")
     return GGUFFile(path, fields, tensors)

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from kvlink_rag.disk.atomic_files import private_directory, sync_directory
 from kvlink_rag.disk.digests import cache_directory, file_digest
-from kvlink_rag.errors import ConfigError, KVLinkError
+from kvlink_rag.errors import ConfigError, KVLinkError, first_line
 
 from .config import Family, configuration, family_of, weight_names
 from .metadata import GGUFFile, read_gguf
@@ -70,8 +70,9 @@ def convert(path: Path, directory: Path) -> None:
     except (KVLinkError, OSError):
         raise
     except Exception as error:  # fields that contradict each other: whatever comes of it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path} is no GGUF file that can be converted: {reason}") from error
+        raise ConfigError(
+            f"{path} is no GGUF file that can be converted: {first_line(error)}"
+        ) from error
 
 
 def _convert(file: GGUFFile, directory: Path) -> None:
