@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvlink_rag import ContrieverEmbedder, Document, KVLinkRAG
-from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
+from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.retrieval.rounds import embedded_text
 from kvlink_rag.retrieval.vector_index import VectorIndex
 

@@ -23,13 +23,13 @@ from kvlink_rag.collection.conversation import Conversation
 from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.disk.digests import cache_directory
-from kvlink_rag.disk.model_files import BUNDLED
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentNotFound
 from kvlink_rag.ingest.index_files import IngestReport, gone, ids_from, ingest
 from kvlink_rag.ingest.readers import MAX_BYTES, Problem, find, raise_or_log
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+from kvlink_rag.pretrained.model_files import BUNDLED
+from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
 from . import terminal
 
@@ -346,7 +346,7 @@ def _opener(arguments: argparse.Namespace) -> Callable[[Path], KVLinkRAG]:
         device=arguments.device,
         dtype=arguments.dtype,
     )
-    embedder = ContrieverEmbedder.from_pretrained(
+    embedder = load_embedder(
         arguments.embedder or known.get("embedder", BUNDLED), device=arguments.device
     )
     codec = arguments.codec or known.get("codec")

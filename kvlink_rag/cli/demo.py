@@ -20,10 +20,10 @@ import torch
 
 from kvlink_rag.collection.answering import Answer
 from kvlink_rag.collection.rag import KVLinkRAG
-from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.training.questions import final_answer
 

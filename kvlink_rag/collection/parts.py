@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.prompt.recognition import Recogniser
-from kvlink_rag.retrieval.contriever import Embedder
+from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore

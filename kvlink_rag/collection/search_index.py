@@ -16,7 +16,7 @@ from kvlink_rag.arguments import check_search
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Hit
 from kvlink_rag.errors import CatalogError, IndexCorrupt
-from kvlink_rag.retrieval.contriever import Vectors
+from kvlink_rag.retrieval.embedder import Vectors
 from kvlink_rag.retrieval.rounds import Where
 from kvlink_rag.retrieval.vector_index import VectorIndex
 

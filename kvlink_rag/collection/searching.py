@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from kvlink_rag.arguments import check_count
 from kvlink_rag.documents import Hit
 from kvlink_rag.errors import DocumentNotFound
-from kvlink_rag.retrieval.contriever import Vectors
+from kvlink_rag.retrieval.embedder import Vectors
 from kvlink_rag.retrieval.rounds import Where, retrieve
 
 from .parts import Parts

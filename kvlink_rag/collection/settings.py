@@ -17,13 +17,14 @@ import torch
 
 from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
 from kvlink_rag.disk.checked_file import check_compression
-from kvlink_rag.disk.model_files import BUNDLED
 from kvlink_rag.errors import ConfigError, SettingsMismatch
 from kvlink_rag.model.loading import load_format
 from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.pretrained.model_files import BUNDLED
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+from kvlink_rag.retrieval.embedder import Embedder
+from kvlink_rag.retrieval.embedder_kinds import load_embedder
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder
 from kvlink_rag.snapshots.snapshot import EXACT
 
@@ -200,9 +201,7 @@ class Settings:
     def _load_embedder(self) -> Embedder:
         with self._embedder_lock:
             if self._embedder is None:
-                self._embedder = ContrieverEmbedder.from_pretrained(
-                    self.embedder_name, device=self._asked.device
-                )
+                self._embedder = load_embedder(self.embedder_name, device=self._asked.device)
             return self._embedder
 
     def _check(self, what: str, identity: str) -> None:

@@ -1,7 +1,7 @@
 """A name to a loaded model: configuration, spec, tokenizer, weights.
 
-Knows how transformers loads them; code from a repository is never run. `disk.model_files` knows
-where they lie.
+Knows how transformers loads them; code from a repository is never run. `pretrained.model_files`
+knows where they lie.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvlink_rag.disk.model_files import first_line, quiet, resolve
 from kvlink_rag.engine.attention import NAME as GROUPED
 from kvlink_rag.engine.families import check_supported
-from kvlink_rag.errors import ConfigError, ModelNotSupported
+from kvlink_rag.errors import ConfigError, ModelNotSupported, first_line
+from kvlink_rag.pretrained.model_files import quiet, resolve
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.published import PUBLISHED
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from kvlink_rag.arguments import check_mode
 from kvlink_rag.disk.digests import weight_states
-from kvlink_rag.disk.model_files import BUNDLED, find_device, find_dtype
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling
 from kvlink_rag.engine.workspaces import Workspaces
 from kvlink_rag.errors import SpecError
+from kvlink_rag.pretrained.model_files import BUNDLED, find_device, find_dtype
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.prompt.spec import Spec

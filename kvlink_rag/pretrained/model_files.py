@@ -14,6 +14,8 @@ import torch
 
 from kvlink_rag.errors import ConfigError
 
+from . import gguf
+
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
 
@@ -31,6 +33,8 @@ def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf.model_directory(path.resolve())
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise ConfigError(f"no model directory at {path}; give a directory or a hub id owner/name")
     return _snapshot(str(name), files or _FILES)
@@ -85,8 +89,3 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'float16'")
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """What `error` says first, else its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
