@@ -177,15 +177,18 @@ class Backbone:
     """A causal LM of a supported architecture, in eval mode.
 
     source: the directory the weights came from, if any: then their file digests are the
-    fingerprint, else the parameters themselves are hashed once.
+    fingerprint, else the parameters themselves are hashed once. adapter: the digest of what was
+    merged into them since, or "".
     Raises `ModelNotSupported` for other architectures and RoPE types.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Path | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, source: Path | None = None, adapter: str = ""
+    ) -> None:
         self.config = model.config
         check_supported(self.config)
         self.model = model.eval()
-        self.source = source
+        self.source, self.adapter = source, adapter
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.layers: int = self.config.num_hidden_layers
@@ -225,7 +228,7 @@ class Backbone:
         return sum(0 if p.is_inference() else p._version for p in self._parameters)
 
     def _fingerprint(self, source: Path | None) -> str:
-        weights = weights_digest(source) if source else module_digest(self.model)
+        weights = weights_digest(source) + self.adapter if source else module_digest(self.model)
         names = [
             "model_type",
             "hidden_size",

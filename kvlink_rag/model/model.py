@@ -32,6 +32,7 @@ from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.snapshot import EXACT, Source
 from kvlink_rag.trace import Trace
 
+from .adapter import find_adapter
 from .generation import Sampling
 from .loading import (
     BUNDLED,
@@ -99,8 +100,9 @@ class KVLinkModel:
     """A causal LM, its tokenizer and its spec, ready to answer from snapshots.
 
     model, tokenizer: as transformers loads them. spec: see `Spec`; None means no link tokens.
-    name: shown to people. source: the directory of the weights, if any. graphs: whether forwards of
-    fixed shape are used (`static`), on CUDA as recorded graphs; None: on CUDA only.
+    name: shown to people. source: the directory of the weights, if any. adapter: the digest of what
+    was merged into them. graphs: whether forwards of fixed shape are used (`static`), on CUDA as
+    recorded graphs; None: on CUDA only. notice: said by every trace.
     Safe to share between threads. Raises `ModelNotSupported`, `SpecError`.
     """
 
@@ -112,9 +114,12 @@ class KVLinkModel:
         *,
         name: str = "model",
         source: Path | None = None,
+        adapter: str = "",
         graphs: bool | None = None,
+        notice: str = "",
     ) -> None:
-        self.backbone = Backbone(model, source)
+        self.backbone = Backbone(model, source, adapter)
+        self.notice = notice
         if self.backbone.device.type == "cuda" if graphs is None else graphs:
             self.backbone.workspaces = Workspaces.of(self.backbone)
         self.tokenizer = PartTokenizer(tokenizer)
@@ -131,23 +136,39 @@ class KVLinkModel:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
+        adapter: str | Path | None = None,
+        adapter_base: str | None = None,
         graphs: bool | None = None,
     ) -> KVLinkModel:
-        """Load a directory, a hub id or "bundled".
+        """Load a directory, a hub id or "bundled", or an adapter with the base it names.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: "auto" is the
         checkpoint's own. spec: None takes the `kvlink.json` beside the weights, else the built-in
-        one of a published checkpoint, else a spec without link tokens. graphs: False keeps CUDA
-        graphs off, see `KVLinkModel`.
+        one of a published checkpoint, else a spec without link tokens. adapter: the directory of an
+        adapter, merged in memory; adapter_base: "any" takes it on another base than it was trained
+        on, which every trace then says. graphs: False keeps CUDA graphs off, see `KVLinkModel`.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
         target, precision = find_device(device), find_dtype(dtype)
-        directory = resolve(path_or_id, bundled="lm")
+        base, found = find_adapter(path_or_id, adapter)
+        directory = resolve(base, bundled="lm")
         check_supported(load_config(directory))
-        spec = spec or find_spec(str(path_or_id), directory)
-        model = load_model(directory, precision).to(target)
+        spec = spec or (found.spec if found else find_spec(str(base), directory))
         tokenizer = load_tokenizer(directory, spec)
-        return cls(model, tokenizer, spec, name=str(path_or_id), source=directory, graphs=graphs)
+        notice = found.check(directory, tokenizer, adapter_base=adapter_base) if found else ""
+        model = load_model(directory, precision)
+        if found is not None:
+            found.merge_into(model)
+        return cls(
+            model.to(target),
+            tokenizer,
+            spec,
+            name=str(path_or_id),
+            source=directory,
+            adapter=found.digest if found else "",
+            graphs=graphs,
+            notice=notice,
+        )
 
     @property
     def window(self) -> int:
@@ -210,7 +231,7 @@ class KVLinkModel:
         mode: "reuse" assembles snapshots and computes the rest; "masked" is the oracle, one full
         prefill with the same visibility; "full" is ordinary causal attention over the same tokens.
         """
-        trace = Trace(mode=check_mode(mode))
+        trace = Trace(mode=check_mode(mode), notice=self.notice)
         run = PromptRun(self.backbone, self.layout(parts), trace, reuse or self.reuse)
         logits = run.start(room=0)
         run.keep()
@@ -270,6 +291,11 @@ class KVLinkModel:
         run = PromptRun(self.backbone, prompt, Trace(mode="masked"), self.reuse)
         with self.backbone.giving(prompt.segments.nonzero()[:, 0], keys, values):
             return run.start(room=0).cpu()
+
+    @cached_property
+    def added_ids(self) -> list[int]:
+        """Token ids that are never said: link tokens and markers."""
+        return sorted(self.spec.special_ids())
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

@@ -13,6 +13,7 @@ from kvlink_rag.engine.backbone import check_supported
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
+from .adapter import find_adapter
 from .loading import find_spec, load_config, load_tokenizer, resolve
 from .model import KVLinkModel, default_spec
 
@@ -45,10 +46,11 @@ def outline(model: KVLinkModel | str | Path, *, spec: Spec | None = None) -> Mod
     """
     if isinstance(model, KVLinkModel):
         return ModelOutline(model.name, model.window, model.tokenizer, model.spec)
-    directory = resolve(model, bundled="lm")
+    base, adapter = find_adapter(model, None)
+    directory = resolve(base, bundled="lm")
     config = load_config(directory)
     check_supported(config)
-    spec = spec or find_spec(str(model), directory)
+    spec = spec or (adapter.spec if adapter else find_spec(str(base), directory))
     tokenizer = load_tokenizer(directory, spec)
     window = int(config.max_position_embeddings)
     return ModelOutline(

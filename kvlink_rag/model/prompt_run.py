@@ -94,7 +94,7 @@ class TextStream(Iterator[str]):
         trace: Trace | None = None,
     ) -> None:
         self.trace = trace or Trace()
-        self.trace.mode = mode
+        self.trace.mode, self.trace.notice = mode, model.notice
         self.text = ""
         self._fresh = trace is None
         self._parts = list(parts) if isinstance(parts, Sequence) else parts
@@ -147,11 +147,14 @@ class TextStream(Iterator[str]):
             trace.total_ms = trace.elapsed_ms()
 
     def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
-        """`logits`, with an end ruled out as long as nothing visible has been said."""
-        if pieces.visible or pieces.stopped or not self._model.end_ids:
+        """`logits` without added tokens, and without an end until something visible was said."""
+        ruled_out = list(self._model.added_ids)
+        if not (pieces.visible or pieces.stopped):
+            ruled_out += self._model.end_ids
+        if not ruled_out:
             return logits
         logits = logits.clone()
-        logits[list(self._model.end_ids)] = -torch.inf
+        logits[ruled_out] = -torch.inf
         return logits
 
 
