@@ -18,7 +18,7 @@ import torch
 from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.errors import ConfigError, SettingsMismatch
-from kvlink_rag.model.loading import load_format
+from kvlink_rag.model.loading import find_model
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.pretrained.model_files import BUNDLED
 from kvlink_rag.prompt.format import PromptFormat
@@ -134,7 +134,7 @@ class Settings:
         """How the model's prompts are written, without its weights."""
         if self._model is not None:
             return self._model.format
-        return load_format(self.model_name, self._asked.spec)[0]
+        return find_model(self.model_name, self._asked.spec).format
 
     def settle_model(self, allow: bool) -> bool:
         """Check model and codec that were asked for; True where one is new and `allow` takes it."""

@@ -60,7 +60,8 @@ class WeightsIdentity:
     """The name of a model's weights, for as long as they are what it names.
 
     source: the directory the weights came from, if any. states: of its files before they were
-    loaded; None: as they are now. For any number of threads.
+    loaded; None: as they are now. merged: the digest of what was merged into them since, or "". For
+    any number of threads.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class WeightsIdentity:
         config: Any,
         source: Path | None,
         states: FileStates | None = None,
+        merged: str = "",
     ) -> None:
         self._model, self._config = model, config
-        self._source = source
+        self._source, self._merged = source, merged
         self._states = states if states is not None or source is None else weight_states(source)
         self._lock = threading.Lock()
         self._modules: list[torch.nn.Module] = []
@@ -109,7 +111,7 @@ class WeightsIdentity:
         if source is not None and look == self._loaded and not look.adapters:
             digest = weights_digest(source)
             if weight_states(source) == self._states:
-                return digest
+                return digest + self._merged
             logger.warning(
                 "the weight files in %s changed since they were loaded; the model is known by "
                 "what is in memory",
