@@ -192,6 +192,9 @@ class KVLinkModel:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: Sequence[str] | str = (),
         seed: int | None = None,
         mode: Mode = "reuse",
@@ -212,7 +215,10 @@ class KVLinkModel:
             end_ids=self.end_ids,
             never=self.never_ids,
             notice=self.notice,
-            sampling=Sampling(max_new_tokens, temperature, top_p, strings, seed),
+            sampling=Sampling(
+                *(max_new_tokens, temperature, top_p, strings, seed),
+                *(top_k, min_p, repetition_penalty),
+            ),
             mode=mode,
             reuse=reuse or self.reuse,
             trace=trace,
@@ -228,7 +234,7 @@ class KVLinkModel:
 
     @cached_property
     def never_ids(self) -> list[int]:
-        """Token ids that are never said: link tokens, markers, and rows that no token stands for."""
+        """Ids that are never said: link tokens, markers, and rows that no token stands for."""
         known = set(self.tokenizer.hf.get_vocab().values())
         unknown = (i for i in range(self.backbone.vocabulary) if i not in known)
         return sorted({*self.spec.special_ids(), *unknown})

@@ -86,25 +86,33 @@ class TextStream(Iterator[str]):
         trace, sampling = self.trace, self._sampling
         pieces = TextPieces(self._format.tokenizer.decode, sampling.stop)
         generator = sampling.generator()
+        stop_ids, seen = self._stop_ids(), run.prompt.token_ids
         for count in range(1, room + 1):
-            token = sample(self._allowed(logits, pieces), sampling, generator)
+            token = sample(self._allowed(logits, pieces), sampling, generator, seen)
             if count == 1:
                 trace.first_token_ms = trace.elapsed_ms()
             if token in self._end_ids:
                 trace.finish_reason = "stop"
                 break
             trace.generated_tokens = count
-            if piece := pieces.push(token):
+            if token not in stop_ids and (piece := pieces.push(token)):
                 yield piece
-            if pieces.stopped:
+            if pieces.stopped or token in stop_ids:
                 trace.finish_reason = "stop"
                 break
             if count < room:
+                if sampling.repetition_penalty != 1:
+                    seen = torch.cat([seen, torch.tensor([token])])
                 logits = run.step(token)
         else:
             trace.finish_reason = "length"
         if piece := pieces.finish():
             yield piece
+
+    def _stop_ids(self) -> list[int]:
+        """Ids of stop strings that are a special token, which is no text that could be seen."""
+        known = self._format.tokenizer.special_ids
+        return [known[text] for s in self._sampling.stop if (text := s.strip()) in known]
 
     def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
         """`logits` without what is never said, nor an end as long as nothing visible was."""
