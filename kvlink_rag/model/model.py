@@ -54,7 +54,7 @@ class KVLinkModel:
 
     model, tokenizer: as transformers loads them. spec: see `Spec`; None means no link tokens.
     name: shown to people. source: the directory of the weights, if any. adapter: the digest of what
-    was merged into them. graphs: whether forwards of fixed shape are used (`engine.workspaces`), on
+    was merged into them. graphs: whether forwards of fixed shape are used (`engine.workspace`), on
     CUDA as recorded graphs; None: on CUDA only. notice: said by every trace.
     Safe to share between threads. Raises `ModelNotSupported`, `SpecError`.
     """
