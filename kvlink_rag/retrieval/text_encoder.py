@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from kvlink_rag.disk.digests import module_digest, tokenizer_digest, weights_digest
 from kvlink_rag.errors import ConfigError, first_line
+from kvlink_rag.pretrained.known import PAIRS
 from kvlink_rag.pretrained.model_files import resolve
 
 from .embedder import Vectors
@@ -162,7 +163,7 @@ def _pad(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
 
 def find_encoder(path_or_id: str | Path, local_files_only: bool) -> Path:
     """The directory that `path_or_id` names. Raises `ConfigError` where there is none."""
-    if not local_files_only or Path(path_or_id).expanduser().is_dir():
+    if not local_files_only or str(path_or_id) in PAIRS or Path(path_or_id).expanduser().is_dir():
         return resolve(path_or_id, bundled="encoder", files=_FILES)
     from huggingface_hub import snapshot_download
 

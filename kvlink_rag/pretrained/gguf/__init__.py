@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .convert import model_directory
+from .convert import directories, directory_for, model_directory
 
-__all__ = ["model_directory"]
+__all__ = ["directories", "directory_for", "model_directory"]

@@ -38,15 +38,27 @@ def model_directory(path: Path) -> Path:
     several processes at once one does the work. Raises `ConfigError` (damaged),
     `ModelNotSupported` and `MissingExtra`.
     """
-    kept = private_directory(cache_directory() / "gguf")
-    target = kept / f"{file_digest(path)}-{_VERSION}"
+    target = directory_for(file_digest(path))
     if target.is_dir():
         return target
+    private_directory(target.parent)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             logger.info("converting %s, once, to %s", path, target)
             _make(path, target)
     return target
+
+
+def directory_for(sha256: str) -> Path:
+    """Where the model of the GGUF file with this digest lies once it is converted."""
+    return cache_directory() / "gguf" / f"{sha256}-{_VERSION}"
+
+
+def directories() -> list[Path]:
+    """The converted models that are here."""
+    return sorted(
+        path for path in (cache_directory() / "gguf").glob(f"*-{_VERSION}") if path.is_dir()
+    )
 
 
 def _make(path: Path, target: Path) -> None:
