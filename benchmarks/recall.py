@@ -59,7 +59,7 @@ def read(path: Path, limit: int | None) -> tuple[list[str], np.ndarray, list[Doc
     golds = [Document(row["ctxs"][0]["text"], row["ctxs"][0]["title"]) for row in rows]
     place: dict[str, int] = {}
     numbers = [place.setdefault(embedded_text(gold), len(place)) for gold in golds]
-    passages = {number: gold for number, gold in zip(numbers, golds, strict=True)}
+    passages = dict(zip(numbers, golds, strict=True))
     return [row["question"] for row in rows], np.array(numbers), [*passages.values()]
 
 
