@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import storage_workers as workers
+from conftest import ModelMaker, WordEmbedder
 from storage_workers import ids_of, key_of, make_snapshot
 from stress_crash import ended, fork
 
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.collection.catalog import Catalog
-from kvlink_rag.disk.forks import undivided
+from kvlink_rag.disk.forks import ForkSafeLock, undivided
 from kvlink_rag.snapshots.store import SnapshotStore
 
 HANGING_SECONDS = 120
@@ -115,3 +117,55 @@ def test_a_child_forked_in_the_middle_of_work_can_work(
         assert code == 0, "it hung" if code == -signal.SIGALRM else ""
     assert store.check() == []
     assert catalog.check() == []
+
+
+def test_a_lock_that_another_thread_holds_is_free_in_the_child() -> None:
+    lock, held, done = ForkSafeLock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+
+    def child() -> None:
+        with lock, lock:
+            pass
+
+    assert ended(fork(child)) == 0
+    done.set()
+    thread.join()
+    with lock:  # one that the forking thread holds stays its own in the child
+        assert ended(fork(child)) == 0
+    child()
+
+
+def test_a_collection_can_be_asked_in_a_child_forked_while_it_loads(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add([Document("a mill by a river", id="mill")])
+    loading, forked = threading.Event(), threading.Event()
+
+    def load(*arguments: Any, **options: Any) -> KVLinkModel:
+        loading.set()
+        forked.wait()
+        return model
+
+    monkeypatch.setattr(KVLinkModel, "from_pretrained", load)
+    with KVLinkRAG.open(tmp_path, embedder=embedder) as rag:
+        thread = threading.Thread(target=lambda: rag.model)
+        thread.start()
+        loading.wait()
+
+        def child() -> None:
+            forked.set()
+            assert rag.ask("which mill?", k=1, max_new_tokens=1).hits[0].document.id == "mill"
+
+        assert ended(fork(child)) == 0
+        forked.set()
+        thread.join()

@@ -6,7 +6,6 @@ built of; knows nothing of prompts, files or text.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlink_rag.disk.digests import FileStates
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.disk.huge_pages import prefer_huge
 from kvlink_rag.prompt.layout import visibility
 
@@ -89,7 +89,7 @@ class Backbone:
         self._hooks = Hooks(attentions, self.family, self._capture)
         self._identity = WeightsIdentity(self.model, self.config, source, states, adapter)
         self._spare: tuple[Tensor, Tensor] | None = None
-        self._spare_lock = threading.Lock()
+        self._spare_lock = ForkSafeLock()
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from kvlink_rag.disk.digests import FileStates, module_digest, weight_states, weights_digest
+from kvlink_rag.disk.forks import ForkSafeLock
 
 SAMPLED = 16  # numbers of each tensor that are looked at
 # What of a configuration shapes keys and values and does not show in the weights.
@@ -75,7 +75,7 @@ class WeightsIdentity:
         self._model, self._config = model, config
         self._source, self._merged = source, merged
         self._states = states if states is not None or source is None else weight_states(source)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._modules: list[torch.nn.Module] = []
         self._structure: list[int] = [-1]  # of no model
         self._adapters: list[torch.nn.Module] = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from types import TracebackType
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.checked_file import require_compression
 from kvlink_rag.disk.database_paths import printable, require_text
-from kvlink_rag.disk.forks import undivided
+from kvlink_rag.disk.forks import ForkSafeLock, undivided
 from kvlink_rag.errors import SnapshotCorrupt, StorageError
 from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_size, write_snapshot
 from kvlink_rag.snapshots.snapshot import AnySnapshot
@@ -79,7 +78,7 @@ class SnapshotStore:
         self.directory = Path(os.path.realpath(directory))
         self.size_limit, self.compress = size_limit, compress
         self._counts: Counter[str] = Counter()
-        self._counts_lock = threading.Lock()
+        self._counts_lock = ForkSafeLock()
         self._temporary = self.directory / _TEMPORARY
         try:
             require_text(self.directory)
