@@ -18,6 +18,8 @@ class Trace:
 
     passages: passages in the prompt. reused_tokens: their tokens, taken from snapshots.
     passages_as_text: passages recognised and computed all the same, for want of slots or room.
+    unrecognised_tokens: of a prompt, those that look like documents of the collection but are not
+    word for word, so they are computed.
     prefix_tokens: computed tokens taken from the prefix cache. computed_tokens: tokens the prefill
     ran the model over. snapshots_found: read from the store, or kept on the device;
     snapshots_encoded: encoded now. With CUDA graphs copies go on behind `assembly_ms`, and
@@ -35,6 +37,7 @@ class Trace:
     total_ms: float = 0.0
     passages: int = 0
     passages_as_text: int = 0
+    unrecognised_tokens: int = 0
     reused_tokens: int = 0
     prefix_tokens: int = 0
     computed_tokens: int = 0

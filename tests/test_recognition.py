@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlink_rag.prompt.recognition.beginnings
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part, Passage, Text
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part, Passage, Text, Trace
 from kvlink_rag.collection.catalog import Catalog, Record
 from kvlink_rag.errors import PromptError, PromptTooLong, TooManyPassages
 from kvlink_rag.prompt.recognition import Recogniser
+from kvlink_rag.prompt.recognition.beginnings import BEGUN, NECK
+from kvlink_rag.prompt.recognition.escapes import unescaped
 from kvlink_rag.prompt.recognition.rules import find_question
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
@@ -148,13 +150,94 @@ def test_two_passages_within_one_word_are_text(catalog: Catalog) -> None:
     assert put_back(parts) == prompt
 
 
-def test_inside_words_and_glued_to_signs_it_is_text(catalog: Catalog) -> None:
+def test_inside_words_and_sentences_it_is_text(catalog: Catalog) -> None:
     put(catalog, *DOCS)
     text = TEXTS[0]
-    for prompt in (f"x{text}", f"{text}x", f"({text})", f'"{text}" they say', f"<doc>{text}</doc>"):
+    for prompt in (f"x{text}", f"{text}x", f"{text}, they say", f"www.{text}", f"{text}/x"):
         assert ids(recogniser(catalog).recognise(f"{prompt}\n\nwhat?")) == []
     far = "!" * 100
     assert ids(recogniser(catalog).recognise(f"{text}{far}{TEXTS[1]}\n\nwhat?")) == []
+
+
+def listed(texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"page_content": t, "metadata": {"source": "a.txt", "n": n}} for n, t in enumerate(texts)
+    ]
+
+
+ODD = [
+    'She said: "the harbour\'s walls\nare grey"\tand so\\they are.',
+    "Ganz grau 🚢 ist der Hafen,\n\n  das weiß jeder in Orvale.",
+    "The harbour of Marnik is dry since\xa01911, of grey stone.",
+]
+FORMATS: dict[str, Callable[[Sequence[str]], str]] = {
+    "tags": lambda texts: "\n".join(f"<doc id='{n}'>{t}</doc>" for n, t in enumerate(texts)),
+    "glued tags": lambda texts: "".join(
+        f"<document><source>a</source><document_content>{t}</document_content></document>"
+        for t in texts
+    ),
+    "fences": lambda texts: "\n".join(f"```{t}```" for t in texts),
+    "fenced lines": lambda texts: "\n".join(f"```text\n{t}\n```" for t in texts),
+    "triple quotes": lambda texts: "\n".join(f'"""{t}"""' for t in texts),
+    "quotes": lambda texts: ", ".join(f"\u201c{t}\u201d" for t in texts),
+    "brackets": lambda texts: "\n".join(f"[{n}]({t})" for n, t in enumerate(texts)),
+    "labels": lambda texts: "\n".join(f"Content:{t}" for t in texts),
+    "table": lambda texts: "\n".join(f"|{n}|{t}|" for n, t in enumerate(texts)),
+    "json": lambda texts: json.dumps(listed(texts)),
+    "json, indented": lambda texts: json.dumps(listed(texts), indent=2, ensure_ascii=False),
+    "repr": lambda texts: repr(listed(texts)),
+    "repr of a list": lambda texts: str(list(texts)),
+    "glued edge": lambda texts: "See." + "\n".join(texts) + ".",
+}
+
+
+@pytest.mark.parametrize("question", ["after", "before", "before, no label"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_popular_formats_write_is_recognised(
+    catalog: Catalog, name: str, question: str
+) -> None:
+    texts = [*TEXTS[:2], *ODD]
+    if name in ("fences", "table", "glued edge"):
+        texts = TEXTS[:3]  # what holds the format's own signs is not this format
+    made = put(catalog, *texts)
+    context = FORMATS[name](texts)
+    asked = "Which of the harbours is the oldest one, and since when?"
+    prompt = {
+        "after": f"Use this:\n{context}\n\nQuestion: {asked}\nAnswer:",
+        "before": f"Question: {asked}\n\nContext:\n{context}",
+        "before, no label": f"{asked}\n\n{context}",
+    }[question]
+    parts = recogniser(catalog).recognise(prompt)
+    assert ids(parts) == [document.id for document in made]
+    assert asked in "".join(p.text for p in parts if isinstance(p, Text))
+
+
+def test_what_is_not_word_for_word_is_counted(catalog: Catalog) -> None:
+    put(catalog, *DOCS)
+    cut = TEXTS[0][:-8]
+    for prompt in (f"{cut} …\n\nwhat?", f"{TEXTS[1]}\n\n{cut}\n\nwhat?"):
+        trace = Trace()
+        messages = [{"role": "user", "content": prompt}]
+        recogniser(catalog).recognise_contents(messages, trace=trace)
+        assert len(cut) <= trace.unrecognised_tokens <= len(TEXTS[0]) + 2  # … is three bytes
+    trace = Trace()
+    messages = [{"role": "user", "content": f"{TEXTS[0]}\n\nAnother text.\n\nwhat?"}]
+    recogniser(catalog).recognise_contents(messages, trace=trace)
+    assert trace.unrecognised_tokens == 0
+
+
+@given(st.text(max_size=60))
+def test_escapes_of_json_and_python_are_read_back(text: str) -> None:
+    """Against the standard library's own readers; places lead back to what was written."""
+    plain = json.dumps(text, ensure_ascii=False)
+    for written in (json.dumps(text)[1:-1], plain[1:-1], repr(text)[1:-1]):
+        found = unescaped(written)
+        assert found.text == text
+        assert len(found.places) == len(text) + 1
+        assert found.places == sorted(found.places)
+        for i, character in enumerate(text):
+            piece = written[found.places[i] : found.places[i + 1]]
+            assert unescaped(piece).text == character
 
 
 UNICODE = [
@@ -399,7 +482,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> int:
     """Less than usual, so that its end is come to sooner."""
-    monkeypatch.setattr(kvlink_rag.prompt.recognition, "PATIENCE", 1 << 21)
+    monkeypatch.setattr(kvlink_rag.prompt.recognition.beginnings, "PATIENCE", 1 << 21)
     return 1 << 21
 
 
@@ -417,7 +500,7 @@ def test_one_character_ten_million_times(
         hashed.clear()
         parts = known.recognise(prompt)
         assert put_back(parts) == prompt
-        assert sum(hashed) < patience + 8 * len(prompt)
+        assert sum(hashed) < patience + 8 * len(prompt) + BEGUN * NECK
 
 
 HOSTILE = ["the ", "the\n", "question ", "-", "_", "A:\n", "Question:\n", "- ", "a-", "漢", "\n"]
@@ -436,7 +519,7 @@ def test_many_characters_of_anything(
         known.refresh()
         hashed.clear()
         parts = known.recognise(prompt, system=[TEXTS[0]] if end else [])
-        assert sum(hashed) < patience + 8 * len(prompt)
+        assert sum(hashed) < patience + 8 * len(prompt) + BEGUN * NECK
         assert put_back(parts) == prompt
 
 
@@ -593,17 +676,50 @@ def test_an_empty_question(rag: KVLinkRAG, prompt: Any) -> None:
         rag.ask("" if prompt == [] else " ")
 
 
-def test_nothing_recognised_is_worth_a_warning(
+FILLER = "An instruction that goes on and on, as those of applications do. " * 8
+
+
+def said(rag: KVLinkRAG, prompt: str, caplog: pytest.LogCaptureFixture) -> str:
+    """The warnings of one call."""
+    caplog.clear()
+    "".join(rag.complete(prompt, max_new_tokens=1))
+    return caplog.text
+
+
+def test_prompts_without_documents_are_told_once(
+    rag: KVLinkRAG, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert said(rag, "Nothing of it.\n\nwhat?", caplog) == ""  # it could hold none
+    for _ in range(2):
+        assert said(rag, f"{FILLER}\n\nwhat?", caplog) == ""
+    assert "recognised none of the 4 documents of" in said(rag, f"{FILLER}\n\nwhat?", caplog)
+    assert said(rag, f"{FILLER}\n\nwhat?", caplog) == ""
+
+
+def test_a_right_chain_is_never_warned_of(rag: KVLinkRAG, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten turns: a call over documents, and one that condenses the history and holds none."""
+    history = ""
+    for turn in range(10):
+        if turn:
+            condense = f"{FILLER}\n\nChat history:\n{history}\n\nRephrase: and then?"
+            assert said(rag, condense, caplog) == ""
+        assert said(rag, f"{FILLER}\n\n{TEXTS[turn % 4]}\n\nQuestion: what?", caplog) == ""
+        history += "Human: what?\nAssistant: that.\n"
+
+
+def test_an_empty_collection_is_told_once(
     rag: KVLinkRAG, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    "".join(rag.complete(f"{TEXTS[0]}\n\nwhat?", max_new_tokens=1))
-    assert "recognised none" not in caplog.text
-    "".join(rag.complete("Nothing of it.\n\nwhat?", max_new_tokens=1))
-    assert caplog.text.count("recognised none of the 4 documents") == 1
-    caplog.clear()
     with KVLinkRAG.open(tmp_path / "empty", model=rag.model) as empty:
-        "".join(empty.complete("Nothing of it.\n\nwhat?", max_new_tokens=1))
-    assert caplog.text == ""
+        assert said(empty, "what?", caplog) == ""
+        assert "holds no documents" in said(empty, f"{FILLER}\n\nwhat?", caplog)
+        assert said(empty, f"{FILLER}\n\nwhat?", caplog) == ""
+
+
+def test_a_changed_document_is_told_once(rag: KVLinkRAG, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = f"{TEXTS[0]}\n\n{TEXTS[1][:-9]} …\n\nwhat?"
+    assert "look like documents of" in said(rag, prompt, caplog)
+    assert said(rag, prompt, caplog) == ""
 
 
 def test_passages_beyond_the_slots_stay_text(
@@ -636,7 +752,7 @@ def test_chat(tmp_path: Path, chatty: KVLinkModel, embedder: WordEmbedder) -> No
         ]
         parts = rag.recognise_chat(messages)
         assert ids(parts) == ["orvale", "marnik"]
-        assert parts[1] == Text("\nYou are a helpful clerk of the harbour office.\n\n")
+        assert parts[1] == Text("You are a helpful clerk of the harbour office.\n\n")  # trimmed
         first = "".join(rag.complete(messages, max_new_tokens=4))
         messages += [
             {"role": "assistant", "content": f"{TEXTS[0]}"},

@@ -6,7 +6,7 @@ Knows which parts there are and how they are put together; knows no step of eith
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -51,6 +51,21 @@ class Loaded:
     recogniser: Recogniser
 
 
+@dataclass(slots=True)
+class Seen:
+    """What was recognised in the prompts of others so far, and of what was warned."""
+
+    passages: int = 0
+    prompts_without: int = 0
+    told: set[str] = field(default_factory=set)
+
+    def first(self, what: str) -> bool:
+        """Whether `what` was not told before; it is now."""
+        new = what not in self.told
+        self.told.add(what)
+        return new
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The parts of an open collection.
@@ -66,6 +81,7 @@ class Parts:
     settings: Settings
     prefix: PrefixCache | None
     loaded: Once[Loaded]
+    seen: Seen = field(default_factory=Seen)
 
     def embedder(self) -> Embedder:
         """The embedder, loaded by the first call. Raises `SettingsMismatch`."""

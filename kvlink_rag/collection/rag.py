@@ -311,9 +311,10 @@ class KVLinkRAG:
         """Stream the answer to a prompt or to messages, reusing every passage recognised in it.
 
         A string is one user message; without a chat template the spec's preset stands around it.
-        Logs a warning where the collection has documents and none was recognised. What fits as
-        text is never too long for being recognised (`fit`); passages beyond the model's slots
-        are computed as text. Either logs a warning and counts in the trace's `passages_as_text`.
+        What fits as text is never too long for being recognised (`fit`); passages beyond the
+        model's slots are computed as text. Either logs a warning and counts in the trace's
+        `passages_as_text`. Warns, once each, where several prompts held none of the collection's
+        documents, where it has none, and where something looks like one but differs.
         Arguments as in `KVLinkModel.stream`. Raises `PromptError` for an empty prompt, and where
         the last message is the user's and empty.
         """

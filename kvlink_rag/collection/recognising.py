@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvlink_rag.documents import Part, Passage, Text
+from kvlink_rag.documents import Part, Text
 from kvlink_rag.errors import PromptError
 from kvlink_rag.prompt.fitting import fit
 from kvlink_rag.prompt.recognition import count_passages
@@ -19,6 +19,9 @@ from .answering import Find, Found
 from .parts import Parts
 
 Message = Mapping[str, Any]
+
+ROOMY = 400  # characters of a prompt that may well hold a passage besides its question
+PATIENT = 3  # such prompts in which none is recognised, before it is told
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +62,7 @@ def from_prompt(
 def _warn(parts: Parts, trace: Trace, recognised: Sequence[Part], fitted: Sequence[Part]) -> None:
     """Say how many passages are computed although they are known, and note them in `trace`."""
     known, kept = count_passages(recognised), count_passages(fitted)
-    if not any(isinstance(part, Passage) for part in recognised) and parts.catalog.count():
-        logger.warning(
-            "recognised none of the %d documents of %s in the prompt, so all of it is "
-            "computed; a text is recognised where it stands unchanged between white space",
-            parts.catalog.count(),
-            parts.directory,
-        )
+    _warn_of_none(parts, trace, recognised)
     if trace.passages_as_text:
         logger.warning(
             "%d of the %d passages in the prompt are computed as text: the model has link "
@@ -83,6 +80,39 @@ def _warn(parts: Parts, trace: Trace, recognised: Sequence[Part], fitted: Sequen
             known,
         )
     trace.passages_as_text += known - kept
+
+
+def _warn_of_none(parts: Parts, trace: Trace, recognised: Sequence[Part]) -> None:
+    """Say, once each, why passages may not be recognised. A call that holds none is no reason."""
+    seen, known = parts.seen, count_passages(recognised)
+    seen.passages += known
+    text = sum(len(part.text) for part in recognised if isinstance(part, Text))
+    seen.prompts_without += not known and text >= ROOMY
+    if trace.unrecognised_tokens and seen.first("alike"):
+        logger.warning(
+            "%d tokens of the prompt look like documents of %s but are not word for word what it "
+            "holds, so they are computed; hand over texts unchanged, and register what you hand "
+            "over (a text cut or joined by a splitter or a window is another text)",
+            trace.unrecognised_tokens,
+            parts.directory,
+        )
+    if seen.passages or not seen.prompts_without:
+        return
+    documents = parts.catalog.count()
+    if not documents and seen.first("empty"):
+        logger.warning(
+            "the collection %s holds no documents, so nothing is reused; is it the right "
+            "directory? Its documents are added or registered first",
+            parts.directory,
+        )
+    elif documents and seen.prompts_without >= PATIENT and seen.first("none"):
+        logger.warning(
+            "recognised none of the %d documents of %s in %d prompts, so all of them were "
+            "computed; is it the right directory, and does it hold what the retriever returns?",
+            documents,
+            parts.directory,
+            seen.prompts_without,
+        )
 
 
 def _check_says_something(messages: Sequence[Message]) -> None:

@@ -24,6 +24,9 @@ CROWD = 64
 LONGEST = (1 << 24) - 1  # characters; no window holds a longer passage
 AT_ONCE = 1 << 15  # places of a prompt looked up together
 PATIENCE = 1 << 24  # characters and rows looked at for one prompt, besides eight a character
+BRACKETS = frozenset("<>[](){}\"'`|*#~«»“”„‘’‹›")  # of tags, quotes, fences and tables
+LEADS = frozenset(":=-–—•·")  # after a label or a bullet
+BEGUN = 256  # places of a prompt where a text that is not there may begin
 LOOK = 512  # what looking at one place costs of it
 
 Array = npt.NDArray[Any]
@@ -95,9 +98,31 @@ class Table:
                 same = self.entries[near[stops == stop]]
                 rows = same["row"][same["digest"] == _digest(prompt[start:stop])].tolist()
                 if rows:
-                    free = (bool(kind[start] == _SPACE), bool(kind[stop + 1] == _SPACE))
-                    found.append(Stretch(start, stop, tuple(sorted(rows)), free))
+                    sides = int(kind[start]), int(kind[stop + 1])
+                    free = (sides[0] in _OPENS, sides[1] in _CLOSES)
+                    loose = (sides[0] != _WORD, sides[1] != _WORD)
+                    found.append(Stretch(start, stop, tuple(sorted(rows)), free, loose))
         return found
+
+    def begun(self, prompt: str) -> list[tuple[int, int]]:
+        """Where a known text begins, and where it would end, whatever the prompt goes on with."""
+        if not len(self.heads) or not prompt:
+            return []
+        codes = _codes(prompt)
+        kind = _KINDS[np.minimum(codes, len(_KINDS) - 1)]
+        before = np.concatenate([[_SPACE], kind[:-1]])
+        starts = np.flatnonzero((kind != _SPACE) & ((kind != _WORD) | (before != _WORD)))
+        begun: list[tuple[int, int]] = []
+        end, tried = 0, 0
+        for start, low in self._probe(codes, starts):
+            if start < end or (tried := tried + 1) > BEGUN:
+                continue
+            near = self._near(low, prompt[start : start + NECK])[-1:]  # the longest of them
+            length = int(self.heads[near].max(initial=0) & _LENGTH)
+            if length >= HEAD:
+                end = min(start + length, len(prompt))
+                begun.append((start, end))
+        return begun
 
     def _probe(self, codes: Array, starts: Array) -> Iterator[tuple[int, int]]:
         """Positions where a known head stands, and the first place of that head in the table."""
@@ -174,8 +199,14 @@ def _codes(text: str) -> Array:
 
 
 def _kind(character: str) -> int:
-    return _SPACE if character.isspace() else _WORD if character.isalnum() else _OTHER
+    if character.isspace():
+        return _SPACE
+    if character.isalnum():
+        return _WORD
+    return _BRACKET if character in BRACKETS else _LEAD if character in LEADS else _OTHER
 
 
-_SPACE, _WORD, _OTHER = range(3)
+_SPACE, _WORD, _OTHER, _BRACKET, _LEAD = range(5)
+_CLOSES = (_SPACE, _BRACKET)  # what may stand right behind a passage
+_OPENS = (*_CLOSES, _LEAD)  # and right before one
 _KINDS = np.array([_kind(chr(code)) for code in range(1 << 16)], dtype=np.uint8)

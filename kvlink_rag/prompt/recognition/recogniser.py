@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from kvlink_rag.disk.forks import ForkSafeLock
@@ -19,7 +20,8 @@ from kvlink_rag.prompt.chat import content_parts
 from kvlink_rag.prompt.layout import PartEncoder
 from kvlink_rag.trace import Trace
 
-from .beginnings import Table
+from .beginnings import HEAD, Table
+from .escapes import unescaped
 from .rules import asking, find_question, occurrences, title_before
 from .stretches import Closed, Stretch, select
 
@@ -112,7 +114,7 @@ class Recogniser:
         closed = [c for text in system for c in self._own(prompt, text)]
         if question is not None:
             closed += occurrences(prompt, question)[-1:]
-        matches = self._long_enough(prompt, table.matches(prompt))
+        matches = self._long_enough(prompt, _matches(prompt, table))
         found = select(matches, closed)
         if asks and question is None:
             asked = find_question(prompt, found)
@@ -120,6 +122,7 @@ class Recogniser:
                 start = min(asked.start, *(s.start for s in inside))
                 found = select(matches, [*closed, Closed(start, asked.stop)])
         confirmed = self._confirmed(prompt, found, table)
+        trace.unrecognised_tokens += self._unrecognised(prompt, confirmed, table)
         trace.passages_as_text += len(confirmed[most:]) if most is not None else 0
         return _cut(prompt, confirmed[:most])
 
@@ -176,7 +179,7 @@ class Recogniser:
         confirmed = []
         for stretch, row in zip(found, chosen, strict=True):
             entry, text = entries.get(row), prompt[stretch.start : stretch.stop]
-            if entry and entry.document.text.strip() == text:
+            if entry and entry.document.text.strip() in (text, unescaped(text).text):
                 confirmed.append((stretch, entry.document))
         return confirmed
 
@@ -196,6 +199,22 @@ class Recogniser:
             table.titles[key] = titles
         titles = table.titles[key]
         return titles[title_before(before, titles)]
+
+    def _unrecognised(
+        self, prompt: str, confirmed: Sequence[tuple[Stretch, Document]], table: Table
+    ) -> int:
+        """Tokens outside passages that look like known texts: begun like one, or one but for white
+        space and Unicode form."""
+        at, looks = 0, 0
+        for start, stop in (*((s.start, s.stop) for s, _ in confirmed), (len(prompt),) * 2):
+            outside = prompt[at:start]
+            if len(outside) >= HEAD:
+                looks += self._looking_alike(outside, table)
+            at = stop
+        return looks
+
+    def _looking_alike(self, text: str, table: Table) -> int:
+        return sum(len(self._tokenizer.encode(text[a:b])) for a, b in table.begun(text))
 
     def _entries(self, rows: Sequence[int]) -> Sequence[KnownEntry]:
         try:
@@ -229,6 +248,19 @@ class Recogniser:
             or len(self._tokenizer.encode(text)) >= self.min_tokens
         }
         return [s for s in matches if s.rows in enough]
+
+
+def _matches(prompt: str, table: Table) -> list[Stretch]:
+    """Every stretch that is a known text, as it is or as JSON and Python write it in a string."""
+    found = table.matches(prompt)
+    if "\\" not in prompt:
+        return found
+    plain = unescaped(prompt)
+    for match in table.matches(plain.text):
+        start, stop = plain.places[match.start], plain.places[match.stop]
+        if "\\" in prompt[start:stop]:
+            found.append(replace(match, start=start, stop=stop))
+    return found
 
 
 def _cut(prompt: str, found: Sequence[tuple[Stretch, Document]]) -> list[Part]:

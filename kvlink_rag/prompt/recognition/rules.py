@@ -14,6 +14,7 @@ from .stretches import Closed, Stretch
 
 TITLE = 300  # characters of a title that is looked for before a text
 LABEL = 60  # characters of the longest bare label
+QUESTION_MARKS = "?？؟"
 BARE_LABELS = 4  # that may end a prompt
 
 _QUESTION = re.compile(
@@ -42,7 +43,8 @@ def find_question(prompt: str, passages: Sequence[Stretch]) -> Closed:
     """The final question of a prompt in which `passages` were found.
 
     What the last label such as "Question:" outside passages introduces, up to a blank line, a line
-    of signs or the next label; without one, the last line that is not a bare label ("Answer:").
+    of signs or the next label; without one, the last line that is not a bare label ("Answer:"), or
+    where passages stand there, the last line outside them that has a question mark.
     """
     starts = [s.start for s in passages]
     for label in reversed(list(_QUESTION.finditer(prompt))):
@@ -58,7 +60,31 @@ def find_question(prompt: str, passages: Sequence[Stretch]) -> Closed:
         if not start_of_line or len(line) > LABEL or not _BARE_LABEL.fullmatch(line):
             break
         stop = len(prompt[:start_of_line].rstrip())
-    return Closed(prompt.rfind("\n", 0, stop) + 1, len(prompt))
+    last = Closed(prompt.rfind("\n", 0, stop) + 1, len(prompt))
+    held = [s for s in passages if last.forbids(s.start, s.stop)]
+    if held and not _has_mark(prompt, last, held):  # the context may come last
+        return _asked_before(prompt, passages) or last
+    return last
+
+
+def _has_mark(prompt: str, line: Closed, passages: Sequence[Stretch]) -> bool:
+    """Whether a question mark stands in `line` outside the passages in it."""
+    edges = [line.start, *(edge for s in passages for edge in (s.start, s.stop)), line.stop]
+    outside = "".join(prompt[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return any(mark in outside for mark in QUESTION_MARKS)
+
+
+def _asked_before(prompt: str, passages: Sequence[Stretch]) -> Closed | None:
+    """The last line outside passages that asks something: the context may come after it."""
+    edges = [0, *(edge for s in passages for edge in (s.start, s.stop)), len(prompt)]
+    for start, stop in reversed(list(zip(edges[::2], edges[1::2], strict=True))):
+        mark = max(prompt.rfind(sign, start, stop) for sign in QUESTION_MARKS)
+        if mark >= 0:
+            end = prompt.find("\n", mark, stop)
+            return Closed(
+                max(start, prompt.rfind("\n", start, mark) + 1), end if end >= 0 else stop
+            )
+    return None
 
 
 def title_before(before: str, titles: Mapping[str, int]) -> str:

@@ -17,13 +17,15 @@ SEPARATOR = 32  # characters between two passages that need no white space aroun
 class Stretch:
     """`prompt[start:stop]`, the stripped text of the documents in `rows`.
 
-    free: whether white space or the prompt's end stands at its start, and at its stop.
+    free: whether white space, a bracket, a quote or the prompt's end stands at its start and at its
+    stop; loose: whether at least no word goes on there.
     """
 
     start: int
     stop: int
     rows: tuple[int, ...]
     free: tuple[bool, bool] = (True, True)
+    loose: tuple[bool, bool] = (True, True)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -87,7 +89,10 @@ def _longest_first(found: Sequence[Stretch]) -> list[Stretch]:
 
 
 def _glued(taken: Sequence[Stretch]) -> set[Stretch]:
-    """Those that have neither white space nor another that stays at one of their sides."""
+    """Those that have neither a border nor another that stays at one of their sides.
+
+    One beside another that stays is in a chain, whose outer edge need not be free.
+    """
     gone: set[Stretch] = set()
 
     def near(left: int, right: int) -> bool:
@@ -98,8 +103,11 @@ def _glued(taken: Sequence[Stretch]) -> set[Stretch]:
     waiting = list(range(len(taken)))
     while waiting:
         at = waiting.pop()
-        left, right = taken[at].free
-        stays = (left or near(at - 1, at)) and (right or near(at, at + 1))
+        (left, right), loose = taken[at].free, taken[at].loose
+        before, after = near(at - 1, at), near(at, at + 1)
+        stays = (left or before or (after and loose[0])) and (
+            right or after or (before and loose[1])
+        )
         if not stays and taken[at] not in gone:
             gone.add(taken[at])
             waiting += [i for i in (at - 1, at + 1) if 0 <= i < len(taken)]
