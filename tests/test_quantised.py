@@ -26,10 +26,11 @@ from test_oracle import difference, documents, rule_logits
 
 import kvlink_rag.collection.checking
 import kvlink_rag.snapshots.quantised
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Trace
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Trace, arguments
 from kvlink_rag.errors import ConfigError, SettingsMismatch, SnapshotCorrupt
 from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
+from kvlink_rag.snapshots import codecs
 from kvlink_rag.snapshots.codecs import in_codec
 from kvlink_rag.snapshots.encode import encode_one
 from kvlink_rag.snapshots.file_format import (
@@ -497,6 +498,20 @@ def test_keys_of_codecs_differ() -> None:
     assert len(keys) == 4
     text = b'["kvlink-snapshot",1,"m","torch.float32","int8"]\n' + struct.pack("<q", 1)
     assert hashlib.sha256(text).hexdigest() in keys
+
+
+def test_every_codec_by_name_is_registered_and_reads_what_it_writes() -> None:
+    assert tuple(codecs.CODECS) == arguments.CODECS
+    keys, values = (torch.randn(2, 2, 9, 8) for _ in "kv")
+    exact = Snapshot(keys, values, torch.arange(9))
+    for name, codec in codecs.CODECS.items():
+        made = codec.encode(exact)
+        again = codec.read(dict(made.tensors))
+        assert (again.codec, list(again.tensors)) == (name, list(made.tensors))
+        layout = {n: (t.dtype, list(t.shape)) for n, t in made.tensors.items()}
+        assert layout == codec.layout((2, 2, 9, 8), torch.float32)
+        pairs = zip(again.exact(F32), made.exact(F32), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
 
 
 def test_quantising_a_models_own_states_keeps_most_of_them(make_model: ModelMaker) -> None:

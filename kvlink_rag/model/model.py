@@ -102,7 +102,7 @@ class KVLinkModel:
 
     model, tokenizer: as transformers loads them. spec: see `Spec`; None means no link tokens.
     name: shown to people. source: the directory of the weights, if any. graphs: whether forwards of
-    fixed shape are used (`static`), on CUDA as recorded graphs; None: on CUDA only.
+    fixed shape are used (`engine.workspace`), on CUDA as recorded graphs; None: on CUDA only.
     Safe to share between threads. Raises `ModelNotSupported`, `SpecError`.
     """
 
