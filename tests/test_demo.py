@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from kvlink_rag import KVLinkRAG
-from kvlink_rag.cli.demo import ASKED, load_documents, load_examples, run
+from kvlink_rag.datasets.bundled import load_documents, load_examples
 from kvlink_rag.errors import ConfigError
+from kvlink_rag.evaluation.demonstration import ASKED, run
 from kvlink_rag.model.loading import BUNDLED_DIRECTORY
 
 bundled = pytest.mark.skipif(
