@@ -8,8 +8,9 @@ from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlink_rag.engine.sampling import Sampling, sample
+from kvlink_rag.engine.text_pieces import TextPieces
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.generation import Sampling, TextPieces, sample
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 ENCODER = PartTokenizer(byte_tokenizer())
@@ -79,6 +80,14 @@ def test_held_back_text_comes_out_when_no_stop_follows() -> None:
     assert out[-1] == "bc"
 
 
+def test_the_earliest_stop_string_counts_not_the_first_listed() -> None:
+    """Both are there once "b" came: "a" was held back because it may begin one."""
+    for stops in (("b", "ab"), ("ab", "b")):
+        out, pieces = pieces_of("xabc", stops)
+        assert "".join(out) == "x"
+        assert pieces.stopped
+
+
 def test_greedy_and_sampling() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
     greedy = Sampling()
@@ -107,6 +116,14 @@ def test_top_p_keeps_the_smallest_set() -> None:
     assert {sample(logits, drawn, generator) for _ in range(300)} == {0, 1}
     tiny = Sampling(temperature=1.0, top_p=1e-9, seed=0)
     assert {sample(logits, tiny, tiny.generator()) for _ in range(5)} == {0}
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_top_p_stops_where_the_probability_is_reached(top_p: float, kept: int) -> None:
+    """Four tokens of 1/4 each, exactly."""
+    drawn = Sampling(temperature=1.0, top_p=top_p, seed=0)
+    generator = drawn.generator()
+    assert len({sample(torch.zeros(4), drawn, generator) for _ in range(300)}) == kept
 
 
 @pytest.mark.parametrize(

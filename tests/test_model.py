@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, ModelMaker, byte_spec, byte_tokenizer, random_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text
 from kvlink_rag.errors import ConfigError, ModelNotSupported, PromptError, PromptTooLong, SpecError
 from kvlink_rag.model.loading import find_spec, load_tokenizer
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 DOCS = [Document("the cat sat on the mat"), Document("a dog"), Document("漢字 and é")]
 
@@ -81,8 +83,29 @@ def test_directories_that_hold_no_model(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(ConfigError, match="holds no model"):
         KVLinkModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"expected a tokenizer\.json"):
+        KVLinkModel.from_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="safetensors"):
         KVLinkModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_a_tensor_or_with_others_is_refused(tmp_path: Path) -> None:
+    random_model("llama", torch.float32).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != key}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"lack {re.escape(key)}; expected exactly"):
+        KVLinkModel.from_pretrained(tmp_path)
+    extra = {f"model.layers.0.self_attn.{n}_proj.bias": torch.zeros(4) for n in "qkvo"}
+    save_file({**tensors, **extra}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"also hold .*k_proj\.bias.* and 1 more"):
+        KVLinkModel.from_pretrained(tmp_path)
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file({**tensors, **old}, file, {"format": "pt"})
+    assert KVLinkModel.from_pretrained(tmp_path).name == str(tmp_path)
 
 
 def test_other_architectures_and_rope_types_are_refused(tmp_path: Path) -> None:
@@ -229,7 +252,7 @@ def test_chat_templates_that_lose_messages_are_refused(chatty: KVLinkModel) -> N
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     lossy = KVLinkModel(chatty.backbone.model, tokenizer, byte_spec())
     with pytest.raises(PromptError, match="drops"):
-        lossy.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+        lossy.chat([{"role": role, "content": "a"} for role in ("user", "assistant", "user")])
     with pytest.raises(PromptError, match="content is int"):
         lossy.chat([{"role": "user", "content": 3}])
 

@@ -17,7 +17,7 @@ from .opening import OPTIONS, Options, collection, load, require_documents
 from .values import Count, Json, Seed
 
 if TYPE_CHECKING:
-    from kvlink_rag.collection.rag import AnswerStream
+    from kvlink_rag.collection.answering import AnswerStream
 
 
 @Parameter(name="*")

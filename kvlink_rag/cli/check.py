@@ -10,22 +10,24 @@ from kvlink_rag.quantities import number
 
 from . import terminal
 from .opening import OPTIONS, Options, collection
+from .values import Sample
 
 _NAME = re.compile(r"'[^']*'|\"[^\"]*\"|\b[0-9a-f]{32,}\b|\b\d+\b")  # what differs within a kind
 SHOWN = 3  # problems of one kind that are shown one by one
 
 
-def check(*, fix: bool = False, options: Options = OPTIONS) -> int:
+def check(*, fix: bool = False, sample: Sample = 0, options: Options = OPTIONS) -> int:
     """Find lost or damaged files.
 
     Compares catalog, index and snapshots. Exit code 1: problems are left.
 
     Args:
         fix: mend what can be made again
+        sample: so many snapshots, or all, are compared with what the model encodes now
     """
     with collection(options) as rag, terminal.doing("checking"):
-        problems = rag.check(fix=fix)
-        left = rag.check() if fix and problems else problems
+        problems = rag.check(fix=fix, sample=sample)
+        left = rag.check(sample=sample) if fix and problems else problems
     if not problems:
         terminal.show(["no problems"])
         return 0

@@ -18,7 +18,8 @@ def list(*, as_json: Json = False, options: Options = OPTIONS) -> int:
         as_json: print JSON
     """
     with collection(options) as rag:
-        found = Counter(document.metadata.get("source") for document in rag.documents())
+        named = (document.metadata.get("source") for document in rag.documents())
+        found = Counter(each if isinstance(each, str) else None for each in named)
     sources = sorted(found.items(), key=lambda each: str(each[0] or ""))
     if as_json:
         rows = [{"source": source, "passages": count} for source, count in sources]

@@ -110,7 +110,7 @@ def load_model(options: Options) -> KVLinkModel:
     """The model alone, the bundled one unless named."""
     with terminal.doing("loading libraries"):
         hush(options)
-        from kvlink_rag.model.loading import BUNDLED
+        from kvlink_rag.disk.model_files import BUNDLED
         from kvlink_rag.model.model import KVLinkModel
     name = options.model or BUNDLED
     with terminal.doing(f"loading the model {name!r}"):
@@ -124,7 +124,7 @@ def opener(
     with terminal.doing("loading libraries"):
         hush(options)
         from kvlink_rag.collection.rag import KVLinkRAG
-        from kvlink_rag.model.loading import BUNDLED
+        from kvlink_rag.disk.model_files import BUNDLED
         from kvlink_rag.model.model import KVLinkModel
     known: dict[str, str] = {}
     if _has_collection(directory_of(options)):
@@ -152,7 +152,7 @@ def require_documents(rag: KVLinkRAG) -> None:
 
 def _has_collection(directory: Path) -> bool:
     """Whether a collection is there, or what is left of one that lost its catalog."""
-    from kvlink_rag.collection.rag import CATALOG, INDEX, SNAPSHOTS
+    from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
 
     parts = (directory / name for name in (CATALOG, INDEX, SNAPSHOTS))
     return directory.is_file() or any(part.exists() for part in parts)

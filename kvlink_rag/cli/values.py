@@ -39,6 +39,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _sample(text: str) -> int | None:
+    """How many; None for all."""
+    return None if text == "all" else 0 if text == "0" else _count(text)
+
+
 def _places(text: str) -> tuple[int, ...]:
     """0-9 or 0,4,9."""
     first, dash, last = text.partition("-")
@@ -59,6 +64,7 @@ def _groups(text: str) -> tuple[str, ...]:
 
 Count = Annotated[int, _of_text(_count)]
 Seed = Annotated[int, _of_text(_seed)]
+Sample = Annotated[int | None, _of_text(_sample)]
 Size = Annotated[int, _of_text(lambda text: parse_size(text, least=1))]
 Places = Annotated[tuple[int, ...], _of_text(_places)]
 Groups = Annotated[tuple[By, ...], _of_text(_groups)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -24,6 +24,7 @@ _SHOWN = ("holds", "difference", "tolerance", "same_top_token", "margin", "messa
 def verify(
     *,
     k: Annotated[Count, Parameter(name="-k")] = 4,
+    every: Annotated[bool, Parameter(name="--all")] = False,
     as_json: Json = False,
     options: Options = OPTIONS,
 ) -> int:
@@ -34,12 +35,14 @@ def verify(
     code 1: they differ.
 
     Args:
-        k: passages to compare
+        k: passages in the prompt that is compared
+        every: compare every stored snapshot with what the model encodes now, not a sample
         as_json: print JSON
     """
+    wanted: dict[str, Any] = {"sample": None} if every else {}
     if directory_of(options).exists():
         with collection(options) as rag:
-            name, found = rag.model_name, rag.verify(k=k)
+            name, found = rag.model_name, rag.verify(k=k, **wanted)
     else:
         model = load_model(options)
         name, found = model.name, model.verify(model.prompt(_SAMPLES, "Where is it?"))

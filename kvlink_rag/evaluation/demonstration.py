@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from kvlink_rag.collection.rag import Answer, KVLinkRAG
+from kvlink_rag.collection.answering import Answer
+from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.datasets.answers import final_answer
 from kvlink_rag.datasets.bundled import Example, load_documents, load_examples
+from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.documents import Document, Part
-from kvlink_rag.model.loading import BUNDLED_DIRECTORY
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import Reuse
 from kvlink_rag.quantities import number, size
+from kvlink_rag.snapshots.sources import Reuse
 
 ASKED = {"one-hop": 4, "two-hop": 4, "absent": 2}  # questions of each kind
 PASSAGES = 10

@@ -10,9 +10,7 @@ import asyncio
 import hashlib
 import re
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,44 +137,33 @@ def _own_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Responsive:
-    """Whether the event loop turned while something ran in another thread."""
+    """Whether the event loop turns while something runs in another thread, which waits for that."""
 
-    def __init__(self, rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._rag, self._monkeypatch = rag, monkeypatch
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self._turns = 0
 
-    def slow(self, target: Any, name: str, seconds: float = 0.3) -> None:
-        """Make a function take its time, and note the thread it runs in."""
+    def meet(self, target: Any, name: str) -> None:
+        """Let each call of a function wait in its thread until the loop has turned."""
         real = getattr(target, name)
 
         def wait(*arguments: Any, **named: Any) -> Any:
             assert threading.current_thread() is not threading.main_thread()
-            time.sleep(seconds)
+            turned = threading.Event()
+            self._loop.call_soon_threadsafe(turned.set)
+            assert turned.wait(600), "the event loop stands still"
+            self._turns += 1
             return real(*arguments, **named)
 
         self._monkeypatch.setattr(target, name, wait)
 
     async def turns(self, work: Awaitable[Any]) -> int:
-        """How often the loop turned while `work` ran."""
-        async with self._counting() as counted:
-            await work
-        return counted[0]
-
-    @asynccontextmanager
-    async def _counting(self) -> AsyncIterator[list[int]]:
-        counted = [0]
-
-        async def count() -> None:
-            while True:
-                await asyncio.sleep(0.01)
-                counted[0] += 1
-
-        task = asyncio.create_task(count())
-        try:
-            yield counted
-        finally:
-            task.cancel()
+        """How many calls met the turning loop during `work`."""
+        self._loop, before = asyncio.get_running_loop(), self._turns
+        await work
+        return self._turns - before
 
 
 @pytest.fixture
-def responsive(rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch) -> Responsive:
-    return Responsive(rag, monkeypatch)
+def responsive(monkeypatch: pytest.MonkeyPatch) -> Responsive:
+    return Responsive(monkeypatch)

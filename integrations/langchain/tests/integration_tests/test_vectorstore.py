@@ -278,7 +278,7 @@ async def test_the_event_loop_turns_meanwhile(
 ) -> None:
     retriever = KVLinkRetriever(rag=rag)
     for name in ("add", "search", "delete", "get", "search_vector"):
-        responsive.slow(rag, name)
+        responsive.meet(rag, name)
     works = [
         store.aadd_texts(["The mill."]),
         store.aadd_documents([Document("The gate.")]),
@@ -290,7 +290,7 @@ async def test_the_event_loop_turns_meanwhile(
         retriever.ainvoke("x"),
     ]
     for work in works:
-        assert await responsive.turns(work) >= 5  # of 30, were the machine idle
+        assert await responsive.turns(work) == 1
 
 
 async def test_the_retriever(rag: KVLinkRAG, store: KVLinkVectorStore) -> None:
