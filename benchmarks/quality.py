@@ -33,9 +33,9 @@ from kvlink_rag.arguments import CODECS
 from kvlink_rag.compare.baselines import METHODS, Baselines, Method
 from kvlink_rag.datasets.answers import final_answer
 from kvlink_rag.datasets.bundled import Example, load_documents
-from kvlink_rag.disk.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.model.decode import decode_one_token
 from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from kvlink_rag.model.verify import Verification
     from kvlink_rag.prompt.layout import Layout
     from kvlink_rag.prompt.spec import PromptPreset, Spec
-    from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+    from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+    from kvlink_rag.retrieval.embedder import Embedder
+    from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
     from .documents import Document, Hit, Part, Passage, Text
     from .errors import KVLinkError
@@ -37,7 +39,7 @@ _HOME = {
     "AnswerStream": "collection.answering",
     "ContrieverEmbedder": "retrieval.contriever",
     "Document": "documents",
-    "Embedder": "retrieval.contriever",
+    "Embedder": "retrieval.embedder",
     "Hit": "documents",
     "KVLinkError": "errors",
     "KVLinkModel": "model.model",
@@ -52,6 +54,7 @@ _HOME = {
     "TextStream": "model.text_stream",
     "Trace": "trace",
     "Verification": "model.verify",
+    "load_embedder": "retrieval.embedder_kinds",
     "split_document": "ingest.splitter",
 }
 
@@ -76,6 +79,7 @@ __all__ = [
     "Trace",
     "Verification",
     "__version__",
+    "load_embedder",
     "split_document",
 ]
 

@@ -106,3 +106,8 @@ class MissingExtra(KVLinkError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'kvlink-rag[{extra}]'"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says first, else its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

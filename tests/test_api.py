@@ -28,6 +28,7 @@ PUBLIC = {
     "Trace",
     "Verification",
     "__version__",
+    "load_embedder",
     "split_document",
 }
 

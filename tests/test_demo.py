@@ -9,9 +9,9 @@ import pytest
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, TextStream
 from kvlink_rag.datasets.bundled import load_documents, load_examples
-from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.evaluation.demonstration import ASKED, run
+from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 
 bundled = pytest.mark.skipif(
     not (BUNDLED_DIRECTORY / "lm" / "model.safetensors").exists(),

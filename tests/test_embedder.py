@@ -15,7 +15,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from kvlink_rag.disk.digests import tokenizer_digest
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder, mean_pooling
+from kvlink_rag.retrieval.contriever import ContrieverEmbedder, mean_pooling
+from kvlink_rag.retrieval.embedder import Embedder
 
 WINDOW = 24
 WORDS = ["the", "harbour", "of", "orvale", "was", "built", "in", "1911", "[", "]", "cls", "sep"]

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from trust import open_tiny, tiny_model
 
 from kvlink_rag import Document, KVLinkRAG
-from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.errors import PassageTooLong, PromptError, PromptTooLong, SpecError
 from kvlink_rag.ingest.readers.files import MAX_BYTES, SourceFile
 from kvlink_rag.ingest.readers.pdf import read_pdf
 from kvlink_rag.model.loading import load_tokenizer
+from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.prompt.layout import layout
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer

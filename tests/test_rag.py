@@ -16,6 +16,7 @@ from conftest import ModelMaker, WordEmbedder, byte_tokenizer, random_model
 import kvlink_rag.collection.adding
 import kvlink_rag.retrieval.vector_index
 from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage, PromptPreset
+from kvlink_rag.collection.conversation import Conversation
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -633,3 +634,22 @@ def test_verify_compares_snapshots_of_a_codec(
         made = encode_one(other.backbone, other.passage_tokens(entry.document))
         rag.store.put(str(entry.snapshot_key), in_codec(made, codec))
         assert rag.verify(k=1, sample=None).wrong == ("1",)
+
+
+def test_one_text_from_several_sources_fills_one_place(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder
+) -> None:
+    copies = [Document("The mill has nine wheels.", id=f"mill{i}") for i in range(4)]
+    others = [Document("The mill burnt.", id="fire"), Document("A mill stands there.", id="there")]
+    with KVLinkRAG.open(tmp_path, model=make_model("llama"), embedder=embedder) as rag:
+        rag.add([*copies, *others])
+        answer = rag.ask("How many wheels has the mill?", k=3, max_new_tokens=2)
+        assert [len(hit.also) for hit in answer.hits] == [3, 0, 0]
+        best = answer.hits[0]
+        assert {best.document.id, *(d.id for d in best.also)} == {d.id for d in copies}
+        assert {hit.document.id for hit in answer.hits[1:]} == {"fire", "there"}
+        assert answer.trace.passages == 3
+        assert len(rag.search("How many wheels has the mill?", k=3)) == 3  # search hides nothing
+        turn = Conversation(rag, k=3).ask("How many wheels has the mill?", max_new_tokens=2)
+        list(turn)
+        assert len({hit.document.text for hit in turn.hits}) == 3

@@ -26,8 +26,8 @@ def list(*, as_json: Json = False, options: Options = OPTIONS) -> int:
         terminal.show_json({"sources": rows, "passages": found.total()})
         return 0
     width = len(f"{max(found.values(), default=0):,}")
-    named = ((count, "(no source)" if source is None else str(source)) for source, count in sources)
-    terminal.show(f"{count:{width},}  {' '.join(name.splitlines())}" for count, name in named)
+    shown = ((count, "(no source)" if source is None else str(source)) for source, count in sources)
+    terminal.show(f"{count:{width},}  {' '.join(name.splitlines())}" for count, name in shown)
     from_sources = number(len(sources), "source")
     terminal.show([f"{number(found.total(), 'passage')} from {from_sources}"])
     return 0

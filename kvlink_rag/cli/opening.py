@@ -110,8 +110,8 @@ def load_model(options: Options) -> KVLinkModel:
     """The model alone, the bundled one unless named."""
     with terminal.doing("loading libraries"):
         hush(options)
-        from kvlink_rag.disk.model_files import BUNDLED
         from kvlink_rag.model.model import KVLinkModel
+        from kvlink_rag.pretrained.model_files import BUNDLED
     name = options.model or BUNDLED
     with terminal.doing(f"loading the model {name!r}"):
         return KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
@@ -124,8 +124,8 @@ def opener(
     with terminal.doing("loading libraries"):
         hush(options)
         from kvlink_rag.collection.rag import KVLinkRAG
-        from kvlink_rag.disk.model_files import BUNDLED
         from kvlink_rag.model.model import KVLinkModel
+        from kvlink_rag.pretrained.model_files import BUNDLED
     known: dict[str, str] = {}
     if _has_collection(directory_of(options)):
         with KVLinkRAG.open(directory_of(options), create=False) as rag:

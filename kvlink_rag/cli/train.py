@@ -16,6 +16,7 @@ def train(
     dry_run: bool = False,
     tflops: float = 300.0,
     resume: str | None = None,
+    merge: bool = False,
     as_json: Json = False,
     options: Options = OPTIONS,
 ) -> int:
@@ -30,18 +31,20 @@ def train(
         dry_run: only say examples, tokens, memory and time
         tflops: a device's, for --dry-run
         resume: a checkpoint other than the last
+        merge: write the whole model, not the adapter alone
         as_json: print JSON (--dry-run)
     """
     with terminal.doing("loading libraries"):
         hush(options)
         from kvlink_rag.training.finetune.config import load
         from kvlink_rag.training.finetune.dry_run import estimate, lines
-        from kvlink_rag.training.finetune.trainer import finetune
+        from kvlink_rag.training.finetune.trainer import ADAPTER, finetune
     loaded = load(config)
     if dry_run:
         found = estimate(loaded, tflops=tflops)
         terminal.show_json(found.to_dict()) if as_json else terminal.show(lines(found))
         return 0
-    directory = finetune(loaded, device=options.device, resume=resume)
-    terminal.show([f"the tuned model is in {directory}"])
+    directory = finetune(loaded, device=options.device, resume=resume, merge=merge)
+    what = "adapter" if directory.name == ADAPTER else "tuned model"
+    terminal.show([f"the {what} is in {directory}"])
     return 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvlink_rag.documents import Document
-from kvlink_rag.retrieval.contriever import Vectors
+from kvlink_rag.retrieval.embedder import Vectors
 from kvlink_rag.retrieval.rounds import embedded_text
 
 from .catalog import Entry, Record

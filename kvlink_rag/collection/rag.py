@@ -30,7 +30,7 @@ from kvlink_rag.model.verify import Verification
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.recognition import MIN_TOKENS
 from kvlink_rag.prompt.spec import Spec
-from kvlink_rag.retrieval.contriever import Embedder, Vectors
+from kvlink_rag.retrieval.embedder import Embedder, Vectors
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, as_embedder
 from kvlink_rag.retrieval.rounds import Where
 from kvlink_rag.retrieval.vector_index import VectorIndex

@@ -70,6 +70,16 @@ def weight_states(path: Path) -> FileStates:
     return {name: _state(os.path.realpath(path / name)) for name in _weight_files(path)}
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file `path`, kept like those of weight files. Raises `OSError`."""
+    known = _load_known()
+    kept = dict(known)
+    digest = _file_digest(Path(path), kept)
+    if kept != known:
+        _save_known(kept)
+    return digest
+
+
 def module_digest(module: torch.nn.Module) -> str:
     """SHA-256 over the parameters and buffers of `module`: names, dtypes, shapes and values.
 

@@ -6,7 +6,6 @@ built of; knows nothing of prompts, files or text.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlink_rag.disk.digests import FileStates
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.disk.huge_pages import prefer_huge
 from kvlink_rag.prompt.layout import visibility
 
@@ -56,7 +56,7 @@ class Backbone:
     """A causal LM of a supported architecture, in eval mode.
 
     source, states: the directory the weights came from, if any, and the state of its files before
-    they were loaded; see `identity`.
+    they were loaded. adapter: the digest of what was merged into them since, or "". See `identity`.
     Raises `ModelNotSupported` for other architectures and RoPE types.
     """
 
@@ -65,6 +65,7 @@ class Backbone:
         model: PreTrainedModel,
         source: Path | None = None,
         states: FileStates | None = None,
+        adapter: str = "",
     ) -> None:
         self.config = model.config
         check_supported(self.config)
@@ -86,9 +87,9 @@ class Backbone:
         self._capture = Capture()
         attentions = (layer.self_attn for layer in self.model.model.layers)
         self._hooks = Hooks(attentions, self.family, self._capture)
-        self._identity = WeightsIdentity(self.model, self.config, source, states)
+        self._identity = WeightsIdentity(self.model, self.config, source, states, adapter)
         self._spare: tuple[Tensor, Tensor] | None = None
-        self._spare_lock = threading.Lock()
+        self._spare_lock = ForkSafeLock()
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from kvlink_rag.disk.forks import ForkSafeLock
+
 from .families import Family
 
 
@@ -90,7 +92,7 @@ class Hooks:
         self._attentions, self._capture = list(attentions), capture
         self._names = {"keys": family.keys[-1], "values": family.values}
         self._hooked: dict[tuple[str, int], tuple[torch.nn.Module, RemovableHandle]] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self.follow()
 
     def follow(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from kvlink_rag.disk.digests import FileStates, module_digest, weight_states, weights_digest
+from kvlink_rag.disk.forks import ForkSafeLock
 
 SAMPLED = 16  # numbers of each tensor that are looked at
 # What of a configuration shapes keys and values and does not show in the weights.
@@ -60,7 +60,8 @@ class WeightsIdentity:
     """The name of a model's weights, for as long as they are what it names.
 
     source: the directory the weights came from, if any. states: of its files before they were
-    loaded; None: as they are now. For any number of threads.
+    loaded; None: as they are now. merged: the digest of what was merged into them since, or "". For
+    any number of threads.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class WeightsIdentity:
         config: Any,
         source: Path | None,
         states: FileStates | None = None,
+        merged: str = "",
     ) -> None:
         self._model, self._config = model, config
-        self._source = source
+        self._source, self._merged = source, merged
         self._states = states if states is not None or source is None else weight_states(source)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._modules: list[torch.nn.Module] = []
         self._structure: list[int] = [-1]  # of no model
         self._adapters: list[torch.nn.Module] = []
@@ -109,7 +111,7 @@ class WeightsIdentity:
         if source is not None and look == self._loaded and not look.adapters:
             digest = weights_digest(source)
             if weight_states(source) == self._states:
-                return digest
+                return digest + self._merged
             logger.warning(
                 "the weight files in %s changed since they were loaded; the model is known by "
                 "what is in memory",

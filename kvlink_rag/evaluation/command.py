@@ -16,11 +16,12 @@ from tqdm import tqdm
 from kvlink_rag.datasets.rows import Source
 from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.datasets.sets import DataSet, Skipped, filled_up, find_set, read
-from kvlink_rag.disk.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.model.verify import TOLERANCE
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.retrieval.embedder import Embedder
+from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
 from .figure import draw
 from .modes import contenders
@@ -161,10 +162,10 @@ def _retrieved(
     return [Case(e, None, found) for e, found in corpus.ask(examples, k)]
 
 
-def _embedder(request: Request) -> ContrieverEmbedder:
+def _embedder(request: Request) -> Embedder:
     name = request.embedder or BUNDLED
     directory = BUNDLED_DIRECTORY / "encoder" if name == BUNDLED else name
-    return ContrieverEmbedder.from_pretrained(directory, device=request.device)
+    return load_embedder(directory, device=request.device)
 
 
 _ANSWERED_UNDER = (

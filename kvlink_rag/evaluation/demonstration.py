@@ -22,9 +22,9 @@ from kvlink_rag.collection.answering import Answer
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.datasets.answers import final_answer
 from kvlink_rag.datasets.bundled import Example, load_documents, load_examples
-from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.quantities import number, size
 from kvlink_rag.snapshots.sources import Reuse
 

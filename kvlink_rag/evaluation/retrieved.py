@@ -16,7 +16,7 @@ from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.datasets.sets import Skipped
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentError, ExampleError
-from kvlink_rag.retrieval.contriever import Embedder
+from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.retrieval.rounds import embedded_text
 from kvlink_rag.retrieval.vector_index import VectorIndex
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvlink_rag.errors import ConfigError
 
-from .contriever import Embedder, Vectors
+from .embedder import Embedder, Vectors
 
 # Fields that say which encoder a wrapper stands for; what it lacks does not count.
 _FIELDS = (

@@ -14,6 +14,9 @@ import torch
 
 from kvlink_rag.errors import ConfigError
 
+from . import fetch, gguf
+from .known import PAIRS
+
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
 
@@ -21,18 +24,26 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -> Path:
-    """The directory that holds the model `name`, fetched from the hub if it is an id there.
+    """The directory that holds the model `name`: a directory, a GGUF file, a known pair, a hub id.
 
-    bundled: the folder of the bundled pair ("lm" or "encoder") that the name "bundled" means.
+    What is not here is fetched, a GGUF file converted once. bundled: the part ("lm" or "encoder")
+    that the name of a pair, "bundled" too, means.
     Raises `ConfigError` where there is no such directory and no such repository at hand.
     """
     if str(name) == BUNDLED:
         return BUNDLED_DIRECTORY / bundled
+    if str(name) in PAIRS:
+        return fetch.part(str(name), "embedder" if bundled == "encoder" else "reader")
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf.model_directory(path.resolve())
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise ConfigError(f"no model directory at {path}; give a directory or a hub id owner/name")
+        raise ConfigError(
+            f"no model directory at {path}; give a directory, a GGUF "
+            f"file, a hub id owner/name or one of {', '.join(PAIRS)} (kvlink-rag models)"
+        )
     return _snapshot(str(name), files or _FILES)
 
 
@@ -85,8 +96,3 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'float16'")
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """What `error` says first, else its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Pretrained models and their files: where they lie, which are known, how they are fetched."""
