@@ -7,7 +7,7 @@
     retrieved  held-out questions asked of a collection of `--pages` passages: `KVLinkRAG.ask` with
                k = 10, two-hop questions in two rounds
 
-The final answer is scored by exact match (`kvlink_rag.training.questions.final_answer`). The last
+The final answer is scored by exact match (`kvlink_rag.datasets.answers.final_answer`). The last
 line is one JSON object.
 """
 

@@ -30,15 +30,15 @@ from measuring import Row, draw, finish, load, parser, show
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Part, Trace
 from kvlink_rag.arguments import CODECS
-from kvlink_rag.cli.demo import Example, load_documents
 from kvlink_rag.compare.baselines import METHODS, Baselines, Method
+from kvlink_rag.datasets.answers import final_answer
+from kvlink_rag.datasets.bundled import Example, load_documents
 from kvlink_rag.model.decode import decode_one_token
 from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
-from kvlink_rag.training.questions import final_answer
 
 PASSAGES, ROUNDS, ANSWER_TOKENS = 10, 2, 48
 COLUMNS = ("way", "codec", "reference", "questions", "places", "divergence", "top1", "exact_match")

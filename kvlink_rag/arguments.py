@@ -8,16 +8,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Literal, get_args
 
 from .errors import ConfigError, PromptError
 
-CODECS = ("exact", "int8", "int4", "fp8")  # how snapshots are kept (`snapshots.codecs`)
-BF16 = "bf16"  # the exact codec of a bfloat16 model, by another name
-COMPRESSIONS = ("none", "zstd")  # of snapshot files, lossless
-SEARCHES = ("auto", "exact", "ivf")  # how the nearest passages are found (`retrieval`)
-ORDERS = ("score", "id")  # how hits follow each other in the prompt
-MODES = ("reuse", "masked", "full")  # how a prompt comes to its first token (`model.prompt_run`)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Codec = Literal["exact", "int8", "int4", "fp8"]
+CODECS: tuple[Codec, ...] = get_args(Codec)  # how snapshots are kept (`snapshots.codecs`)
+Bf16 = Literal["bf16"]
+BF16: Bf16 = "bf16"  # the exact codec of a bfloat16 model, by another name
+Compression = Literal["none", "zstd"]
+COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)  # of snapshot files, lossless
+Search = Literal["auto", "exact", "ivf"]
+SEARCHES: tuple[Search, ...] = get_args(Search)  # how the nearest passages are found (`retrieval`)
+Order = Literal["score", "id"]
+ORDERS: tuple[Order, ...] = get_args(Order)  # how hits follow each other in the prompt
+Mode = Literal["reuse", "masked", "full"]
+MODES: tuple[Mode, ...] = get_args(Mode)  # how a prompt comes to its first token
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 MAX_SEED = 2**64 - 1  # torch's
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)

@@ -20,7 +20,7 @@ from conftest import ModelMaker
 import kvlink_rag.engine.backbone
 import kvlink_rag.engine.workspaces
 from kvlink_rag import Document
-from kvlink_rag.cli.commands import find_benchmarks
+from kvlink_rag.cli.bench import find_benchmarks
 from kvlink_rag.cli.main import main
 from kvlink_rag.compare.baselines import Baselines
 from kvlink_rag.snapshots.kept_runs import PrefixCache

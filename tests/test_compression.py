@@ -14,7 +14,7 @@ from conftest import ModelMaker, WordEmbedder
 from storage_workers import make_snapshot
 
 from kvlink_rag import Document, KVLinkRAG
-from kvlink_rag.cli import terminal
+from kvlink_rag.cli.plan import lines
 from kvlink_rag.disk import checked_file as sealed
 from kvlink_rag.disk.checked_file import _checksum, _header, require_compression
 from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
@@ -230,7 +230,7 @@ def test_a_plan_knows_it_as_up_to(
     files = find([str(tmp_path / "a.txt")], print)
     made = plan(files, opened, on_problem=print, seconds=0)
     assert made.compression == "zstd"
-    shown = terminal.plan(made.to_dict())[1]
+    shown = lines(made.to_dict())[1]
     assert shown.startswith("up to ")
     assert "snapshots up to " in shown
-    assert "up to" not in terminal.plan(replace(made, compression="none").to_dict())[1]
+    assert "up to" not in lines(replace(made, compression="none").to_dict())[1]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, TextStream
-from kvlink_rag.cli.demo import ASKED, load_documents, load_examples, run
+from kvlink_rag.datasets.bundled import load_documents, load_examples
 from kvlink_rag.errors import ConfigError
+from kvlink_rag.evaluation.demonstration import ASKED, run
 from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 
 bundled = pytest.mark.skipif(

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 BENEATH = {
     "arguments": ["errors"],
     "documents": ["errors"],
+    "quantities": ["errors"],
     "trace": ["errors"],
-    "disk": ["arguments", "documents", "trace"],
+    "disk": ["arguments", "documents", "quantities", "trace"],
     "pretrained": ["disk"],
     "prompt": ["pretrained"],
     "engine": ["prompt"],

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import kvlink_rag
+from kvlink_rag.datasets.answers import final_answer
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.training.evaluate_small import held_out, measure
-from kvlink_rag.training.questions import final_answer
 from kvlink_rag.training.tokenizer import small_spec
 
 BUNDLED = Path(kvlink_rag.__file__).parent / "bundled"

@@ -9,10 +9,11 @@ import re
 
 import pytest
 
+from kvlink_rag.datasets.answers import ABSENT, final_answer
 from kvlink_rag.training.evaluate_small import held_out
-from kvlink_rag.training.facts import ABSENT, KINDS, RELATIONS
+from kvlink_rag.training.facts import KINDS, RELATIONS
 from kvlink_rag.training.names import GIVEN, Names, split_of
-from kvlink_rag.training.questions import Exercise, exercise, final_answer
+from kvlink_rag.training.questions import Exercise, exercise
 from kvlink_rag.training.retriever import large_world
 from kvlink_rag.training.world import Builder
 

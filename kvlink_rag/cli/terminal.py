@@ -1,13 +1,16 @@
-"""What people see: numbers, sources and traces as lines of text. Knows no torch and no files."""
+"""What people see: lines, sources, traces, progress. Knows no torch and no files."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kvlink_rag.documents import Document, Hit
+from kvlink_rag.quantities import number
 
 # Control characters of documents and answers must not steer the terminal: all but newline and
 # tab, and those that turn the direction of what follows.
@@ -16,12 +19,10 @@ _STEERING = [
     *(*range(0x202A, 0x202F), *range(0x2066, 0x206A)),
 ]
 _HARMLESS = dict.fromkeys(_STEERING, "\N{REPLACEMENT CHARACTER}")
+_CLEAR = "\r\x1b[K"  # the line that the cursor is in
+_TITLE = 60  # characters of a title, in a line of a source
 
-
-def note(text: str) -> None:
-    """A remark beside the output, on stderr."""
-    sys.stderr.write(f"kvlink-rag: {visible(text)}\n")
-    sys.stderr.flush()
+Say = Callable[[str], object]
 
 
 def visible(text: str) -> str:
@@ -35,36 +36,59 @@ def line(text: str, width: int) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:,.3g} TB"
+def show(lines: Iterable[str]) -> None:
+    """Print `lines`."""
+    for each in lines:
+        sys.stdout.write(f"{visible(each)}\n")
 
 
-def number(count: float, one: str, many: str = "") -> str:
-    """ "1 passage", "2,000 passages"."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
+def show_json(fields: Mapping[str, Any]) -> None:
+    """Print `fields` as JSON."""
+    sys.stdout.write(json.dumps(fields, indent=2) + "\n")
 
 
-def plan(fields: Mapping[str, Any]) -> list[str]:
-    """A plan for people."""
-    exact = "" if fields["codec"] == "exact" else f" as {fields['codec']}"
-    most = "up to " if fields["compression"] != "none" else ""
-    seconds = fields["seconds"]
-    long = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:,.0f} s"
-    return [
-        f"{number(fields['files'], 'file')}, {number(fields['documents'], 'document')}, "
-        f"{number(fields['passages'], 'passage')}: {number(fields['snapshots'], 'snapshot')} of "
-        f"{number(fields['tokens'], 'token')}{exact}",
-        f"{most}{size(fields['total_bytes'])}: snapshots {most}{size(fields['snapshot_bytes'])}, "
-        f"catalog and index {size(fields['other_bytes'])}",
-        f"about {long} with {fields['model']!r} and {fields['embedder']!r}, at "
-        f"{fields['tokens_per_second']:,.0f} tokens a second "
-        f"({number(fields['sample_passages'], 'passage')} tried)",
-    ]
+def show_pieces(pieces: Iterable[str]) -> str:
+    """Print an answer as it comes, without a new line after it; the whole answer."""
+    said = ""
+    for piece in pieces:
+        said += piece
+        sys.stdout.write(visible(piece))
+        sys.stdout.flush()
+    return said
+
+
+def note(text: str) -> None:
+    """A remark beside the output, on stderr."""
+    sys.stderr.write(f"kvlink-rag: {visible(text)}\n")
+    sys.stderr.flush()
+
+
+def above(as_json: bool) -> Say:
+    """Prints a line at once; to stderr where stdout is for JSON."""
+    stream = sys.stderr if as_json else sys.stdout
+    return lambda text: print(visible(text), file=stream, flush=True)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say on a terminal what is being waited for, as long as it lasts."""
+    shown = sys.stderr.isatty()
+    if shown:
+        sys.stderr.write(f"{_CLEAR}kvlink-rag: {line(what, _columns() - 16)} …")
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write(_CLEAR)
+            sys.stderr.flush()
+
+
+def progress(total: int, what: str) -> Any:
+    """A bar over the bytes of files, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 def place(document: Document) -> str:
@@ -72,16 +96,21 @@ def place(document: Document) -> str:
     source, page = document.metadata.get("source"), document.metadata.get("page")
     where = [str(source)] if source else []
     where += [f"page {page}"] if page is not None else []
-    return ", ".join([*where, f"id {document.id}"])
+    return visible(" ".join(", ".join([*where, f"id {document.id}"]).split()))
 
 
 def sources(hits: Sequence[Hit], start: int = 1) -> Iterator[str]:
-    """A line for each hit: number, score, title, place."""
-    width = max(40, shutil.get_terminal_size().columns - 1)
-    for number, hit in enumerate(hits, start):
-        title = hit.document.title or hit.document.text
-        head = f"[{number}] {hit.score:.3f}  {line(title, width // 2)}"
-        yield f"{head}  ({line(place(hit.document), width)})"
+    """For each hit its number, title and place: one line, or two where a terminal is too narrow.
+
+    Ids and sources are whole. No scores: inner products of an embedder have no scale of their own.
+    """
+    for rank, hit in enumerate(hits, start):
+        head = f"[{rank}] {line(hit.document.title or hit.document.text, _TITLE)}"
+        where = place(hit.document)
+        if sys.stdout.isatty() and len(head) + len(where) + 4 > _columns():
+            yield from (head, f"    {where}")
+        else:
+            yield f"{head}  ({where})"
 
 
 def trace(fields: Mapping[str, Any]) -> list[str]:
@@ -108,3 +137,7 @@ def trace(fields: Mapping[str, Any]) -> list[str]:
         f"snapshots: {fields['snapshots_found']} found, {fields['snapshots_encoded']} encoded",
     ]
     return ["ms: " + ", ".join(times), "; ".join(counts)]
+
+
+def _columns() -> int:
+    return max(40, shutil.get_terminal_size().columns)

@@ -1,8 +1,7 @@
-"""`kvlink-rag eval`: from arguments to a directory of answers, a table and a figure."""
+"""From a request to a directory of answers, a table and a figure. Knows no command line."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -28,28 +27,29 @@ from .figure import draw
 from .modes import contenders
 from .records import Records
 from .records import read as read_records
+from .request import By, Request
 from .retrieved import Corpus, read_corpus
 from .run import Case, at_positions, evaluate, usable
 from .scores import scorer
-from .summary import By, agreement, summarize, table
+from .summary import agreement, summarize, table
 
 log = logging.getLogger(__name__)
 
 TABLE, SUMMARY, FIGURE = "summary.md", "summary.json", "figure.png"
 
 
-def run(arguments: argparse.Namespace, model: KVLinkModel) -> int:
+def run(request: Request, model: KVLinkModel) -> int:
     """Evaluate and show the table; 1 if reuse said something else than the masked prefill."""
-    data_set = find_set(arguments.set)
+    data_set = find_set(request.set)
     scorer(data_set.metric)  # a missing package is told before any work
-    skipped = Skipped(arguments.on_bad)
-    model = model.with_spec(_spec(model, arguments))
-    compared = list(contenders(model, arguments.modes))
-    cases = list(usable(_cases(arguments, data_set, skipped), compared, skipped))
+    skipped = Skipped(request.on_bad)
+    model = model.with_spec(_spec(model, request))
+    compared = list(contenders(model, request.modes))
+    cases = list(usable(_cases(request, data_set, skipped), compared, skipped))
     if not cases:
         raise ConfigError(f"nothing to ask: all examples were skipped ({dict(skipped.reasons)})")
     with (
-        Records(arguments.out, _settings(arguments, model)) as records,
+        Records(request.out, _settings(request, model)) as records,
         tqdm(total=len(cases) * len(compared), unit=" answers", disable=None) as bar,
     ):
         evaluate(
@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace, model: KVLinkModel) -> int:
             records,
             data_set=data_set.name,
             metric=data_set.metric,
-            batch=arguments.batch,
-            most=arguments.max_new_tokens,
+            batch=request.batch,
+            most=request.max_new_tokens,
             advance=bar.update,
         )
-    return report([arguments.out], arguments.out, model, skipped, by=arguments.by)
+    return report([request.out], request.out, model, skipped, by=request.by)
 
 
 def report(
@@ -112,59 +112,60 @@ def _remarks(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _spec(model: KVLinkModel, arguments: argparse.Namespace) -> Any:
+def _spec(model: KVLinkModel, request: Request) -> Any:
     """The model's spec with the prompt preset and the rank that were asked for."""
-    changes = {"preset": arguments.prompt, "rank": arguments.rank}
+    changes: dict[str, Any] = {"preset": request.prompt, "rank": request.rank}
     return replace(model.spec, **{name: value for name, value in changes.items() if value})
 
 
-def _cases(arguments: argparse.Namespace, data_set: DataSet, skipped: Skipped) -> list[Case]:
+def _cases(request: Request, data_set: DataSet, skipped: Skipped) -> list[Case]:
     """Examples, filled up or over retrieved documents, with the gold one at each place wanted."""
     source = data_set.source
-    if not (arguments.data or source.path):
+    if not (request.data or source.path):
         raise ConfigError(
             f"the set {data_set.name} is on no hub; write its rows with: python -m "
             "kvlink_rag.training.held_out --out DIR, then give one of the files with --data"
         )
-    if arguments.data:
-        source = Source(arguments.data, None, arguments.split or source.split)
-    elif arguments.split:
-        source = replace(source, split=arguments.split)
+    if request.data:
+        source = Source(request.data, None, request.split or source.split)
+    elif request.split:
+        source = replace(source, split=request.split)
     pool: Iterable[Example] = read(data_set, source, skipped)
-    if arguments.documents or (arguments.retrieve and not arguments.corpus):
+    if request.documents or (request.retrieve and not request.corpus):
         pool = list(pool)  # others' documents are wanted too
-    last = None if arguments.limit is None else arguments.first + arguments.limit
-    examples = list(islice(pool, arguments.first, last))
-    if arguments.retrieve:
-        return _retrieved(arguments, pool, examples, skipped)
-    if arguments.documents:
+    last = None if request.limit is None else request.first + request.limit
+    examples = list(islice(pool, request.first, last))
+    if request.retrieve:
+        return _retrieved(request, request.retrieve, pool, examples, skipped)
+    if request.documents:
         chosen = {example.id for example in examples}
-        filled = filled_up(list(pool), arguments.documents, arguments.seed)
+        filled = filled_up(list(pool), request.documents, request.seed)
         examples = [example for example in filled if example.id in chosen]
-    return list(at_positions(examples, arguments.gold_at, skipped))
+    return list(at_positions(examples, request.gold_at, skipped))
 
 
 def _retrieved(
-    arguments: argparse.Namespace,
+    request: Request,
+    k: int,
     pool: Iterable[Example],
     examples: Sequence[Example],
     skipped: Skipped,
 ) -> list[Case]:
-    if arguments.gold_at:
+    if request.gold_at:
         raise ConfigError("--gold-at needs documents that are given; leave out --retrieve")
     passages = (
-        read_corpus(Source(arguments.corpus), skipped)
-        if arguments.corpus
+        read_corpus(Source(request.corpus), skipped)
+        if request.corpus
         else (document for example in pool for document in example.documents)
     )
-    corpus = Corpus(passages, _embedder(arguments))
-    return [Case(e, None, found) for e, found in corpus.ask(examples, arguments.retrieve)]
+    corpus = Corpus(passages, _embedder(request))
+    return [Case(e, None, found) for e, found in corpus.ask(examples, k)]
 
 
-def _embedder(arguments: argparse.Namespace) -> Embedder:
-    name = arguments.embedder or BUNDLED
+def _embedder(request: Request) -> Embedder:
+    name = request.embedder or BUNDLED
     directory = BUNDLED_DIRECTORY / "encoder" if name == BUNDLED else name
-    return load_embedder(directory, device=arguments.device)
+    return load_embedder(directory, device=request.device)
 
 
 _ANSWERED_UNDER = (
@@ -173,8 +174,9 @@ _ANSWERED_UNDER = (
 )  # fmt: skip
 
 
-def _settings(arguments: argparse.Namespace, model: KVLinkModel) -> dict[str, Any]:
+def _settings(request: Request, model: KVLinkModel) -> dict[str, Any]:
     """What must not change within one directory; modes and the limit may grow."""
-    settings = {name: getattr(arguments, name) for name in _ANSWERED_UNDER}
+    settings = {name: getattr(request, name) for name in _ANSWERED_UNDER}
+    settings["gold_at"] = list(request.gold_at)  # as JSON gives it back
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     return {**settings, "model": model.name, "fingerprint": model.fingerprint, "dtype": dtype}

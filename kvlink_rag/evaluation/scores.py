@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvlink_rag.datasets.answers import contained, exact_match, f1
+from kvlink_rag.datasets.answers import contained, exact_match, f1, final_answer
 from kvlink_rag.datasets.sets import Metric
 from kvlink_rag.errors import MissingExtra
 
@@ -13,7 +13,9 @@ Score = Callable[[str, Sequence[str]], dict[str, float]]
 
 def scorer(metric: Metric) -> Score:
     """The function that scores a prediction. Raises `MissingExtra` (ROUGE)."""
-    return {"answers": lambda: _answers, "rouge": _rouge, "final": _final}[metric]()
+    if metric == "rouge":
+        return _rouge()
+    return {"answers": _answers, "final": _final}[metric]
 
 
 def _answers(prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -24,15 +26,10 @@ def _answers(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _final() -> Score:
+def _final(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     """Whether the final answer is the right one: the bundled model may name a bridge before it."""
-    from kvlink_rag.training.questions import final_answer
-
-    def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-        said = final_answer(prediction)
-        return {"final": float(any(said == final_answer(answer) for answer in answers))}
-
-    return score
+    said = final_answer(prediction)
+    return {"final": float(any(said == final_answer(answer) for answer in answers))}
 
 
 def _rouge() -> Score:

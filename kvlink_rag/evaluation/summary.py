@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .records import Record
+from .request import GROUPS, By
 
 RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
-By = Literal["kind", "passages"]
-GROUPS: tuple[By, ...] = get_args(By)
 
 
 @dataclass(frozen=True, slots=True)

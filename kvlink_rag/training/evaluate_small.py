@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
+from kvlink_rag.datasets.answers import final_answer
 from kvlink_rag.engine.live_cache import as_argument
 from kvlink_rag.prompt.layout import Layout, layout, visibility
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec
@@ -29,7 +30,6 @@ from .questions import (
     absent_around,
     context,
     exercise,
-    final_answer,
     one_hop,
     two_hop,
     two_hop_facts,

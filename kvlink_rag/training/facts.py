@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-ABSENT = "The documents do not say"
-
 
 @dataclass(frozen=True, slots=True)
 class Relation:

@@ -12,10 +12,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvlink_rag.datasets.answers import ABSENT
 from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.prompt.spec import Spec
 
-from .facts import ABSENT
 from .world import Page
 
 BOS, SYSTEM, USER, ASSISTANT, END = "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from kvlink_rag.datasets.answers import ABSENT
+
 from .facts import (
-    ABSENT,
     KINDS,
     Relation,
     bridges_of,
@@ -50,20 +51,6 @@ class Exercise:
 
     pages: tuple[Page, ...]
     questions: tuple[Question, ...]
-
-
-def final_answer(text: str) -> str:
-    """What is scored: the part after the last " is " of the first line, or the fixed answer for
-    absent facts.
-
-    "Ann Bell, whose birthplace is Marnik." -> "marnik"; anything that says the documents do not
-    say -> that. Compared without case, surrounding spaces and a closing full stop.
-    """
-    line = text.strip().split("\n", 1)[0].strip().rstrip(".").lower()
-    absent = ABSENT.lower()
-    if absent.removeprefix("the ") in line:
-        return absent
-    return line.rsplit(" is ", 1)[-1].strip()
 
 
 def one_hop(world: World, fact: Fact, rng: random.Random) -> Question:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvlink_rag.cli.terminal import number, size
 from kvlink_rag.model.loading import load_config
 from kvlink_rag.prompt.tokenizer import PartTokenizer
+from kvlink_rag.quantities import number, size
 
 from .batches import Collator
 from .config import FinetuneConfig

@@ -1,0 +1,168 @@
+"""The options of every command, and a collection or model opened as they say.
+
+Imports nothing heavy before something is opened, so that help is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from kvlink_rag.arguments import Dtype
+from kvlink_rag.errors import ConfigError
+
+from . import terminal
+
+if TYPE_CHECKING:
+    from kvlink_rag.collection.rag import KVLinkRAG
+    from kvlink_rag.model.model import KVLinkModel
+
+_EVERY = Group("Options of every command", sort_key=9)
+
+
+@Parameter(name="*", group=_EVERY)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The options of every command; given before or after it."""
+
+    dir: str | None = None
+    """the collection's directory"""
+    model: str | None = None
+    """a model directory, hub id or 'bundled' (the collection's)"""
+    embedder: str | None = None
+    """likewise for the embedder"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    dtype: Dtype = "auto"
+    """of the model; auto: its own"""
+    reencode: bool = False
+    """take another --model or --embedder than the collection's and encode it again"""
+    offline: bool = False
+    """use no network"""
+    debug: bool = False
+    """show tracebacks"""
+    verbose: Annotated[int, Parameter(name=("--verbose", "-v"), count=True)] = 0
+    """say more; twice: say all"""
+
+
+OPTIONS = Options()  # as given by nobody
+
+
+def directory_of(options: Options) -> Path:
+    """The collection's directory. Raises `ConfigError` where it has no name."""
+    if options.dir == "":
+        raise ConfigError("--dir is empty, expected a directory; leave it out for the usual one")
+    if options.dir is not None:
+        return Path(options.dir).expanduser()
+    from kvlink_rag.disk.digests import cache_directory
+
+    return cache_directory() / "collection"
+
+
+@contextmanager
+def collection(options: Options, *, create: bool = False, **settings: Any) -> Iterator[KVLinkRAG]:
+    """The collection, open; one that is not there yet is made only if `create`.
+
+    settings: more arguments of `KVLinkRAG.open`. Raises `ConfigError` where there is none.
+    """
+    directory = directory_of(options)
+    if not create and not directory.exists():
+        raise ConfigError(
+            f"no collection in {directory}; make one with: kvlink-rag index PATH (or give --dir)"
+        )
+    with terminal.doing("loading libraries"):
+        hush(options)
+        from kvlink_rag.collection.rag import KVLinkRAG
+    with terminal.doing("opening the collection"):
+        rag = KVLinkRAG.open(
+            directory,
+            model=options.model,
+            embedder=options.embedder,
+            device=options.device,
+            dtype=options.dtype,
+            reencode=options.reencode,
+            create=create,
+            **settings,
+        )
+    with rag:
+        yield rag
+
+
+def load(rag: KVLinkRAG) -> None:
+    """Load model and embedder, and say so: what makes the first answer wait.
+
+    Also tells what the model's spec wants people to know, such as that it is a demonstration.
+    """
+    with terminal.doing(f"loading the model {rag.model_name!r}"):
+        notice = rag.model.spec.notice
+    with terminal.doing(f"loading the embedder {rag.embedder_name!r}"):
+        _ = rag.embedder
+    if notice:
+        terminal.note(notice)
+
+
+def load_model(options: Options) -> KVLinkModel:
+    """The model alone, the bundled one unless named."""
+    with terminal.doing("loading libraries"):
+        hush(options)
+        from kvlink_rag.model.model import KVLinkModel
+        from kvlink_rag.pretrained.model_files import BUNDLED
+    name = options.model or BUNDLED
+    with terminal.doing(f"loading the model {name!r}"):
+        return KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
+
+
+def opener(
+    options: Options, *, codec: str | None, compression: str | None
+) -> Callable[[Path], KVLinkRAG]:
+    """Opens empty collections like the one that `index` would make; the model is loaded once."""
+    with terminal.doing("loading libraries"):
+        hush(options)
+        from kvlink_rag.collection.rag import KVLinkRAG
+        from kvlink_rag.model.model import KVLinkModel
+        from kvlink_rag.pretrained.model_files import BUNDLED
+    known: dict[str, str] = {}
+    if _has_collection(directory_of(options)):
+        with KVLinkRAG.open(directory_of(options), create=False) as rag:
+            known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
+            known["compression"] = rag.compression
+    name = options.model or known.get("model", BUNDLED)
+    with terminal.doing(f"loading the model {name!r}"):
+        model = KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
+    return lambda path: KVLinkRAG.open(
+        path,
+        model=model,
+        embedder=options.embedder or known.get("embedder", BUNDLED),
+        device=options.device,
+        codec=codec or known.get("codec"),
+        compression=compression or known.get("compression"),
+    )
+
+
+def require_documents(rag: KVLinkRAG) -> None:
+    """Raise `ConfigError` where there is nothing to answer from."""
+    if not len(rag):
+        raise ConfigError(f"{rag.directory} holds no documents; add some: kvlink-rag index PATH")
+
+
+def _has_collection(directory: Path) -> bool:
+    """Whether a collection is there, or what is left of one that lost its catalog."""
+    from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
+
+    parts = (directory / name for name in (CATALOG, INDEX, SNAPSHOTS))
+    return directory.is_file() or any(part.exists() for part in parts)
+
+
+def hush(options: Options) -> None:
+    """No bars and remarks of transformers around our output, unless asked for."""
+    if options.verbose:
+        return
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
