@@ -7,7 +7,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo notebooks test lint format bench stress soak fuzz audit train-small clean
+.PHONY: help setup demo notebooks test test-oldest test-newest lint format bench stress soak fuzz audit train-small clean
 MINUTES ?= 5
 
 help: ## List the tasks
@@ -32,6 +32,23 @@ test: setup lint ## Set up, check style and types, run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
+
+test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest
+	$(call test-with,oldest,constraints-oldest.txt)
+
+# torch stays the pinned one in both: another one may pull gigabytes of CUDA packages.
+test-newest: ## All tests with the newest libraries that the ranges admit, in .venv-newest
+	$(call test-with,newest,.venv-newest/constraints.txt)
+
+define test-with
+	test -x .venv-$(1)/bin/python || $(PYTHON) -m venv .venv-$(1)
+	grep '^torch==' constraints.txt > .venv-$(1)/constraints.txt
+	.venv-$(1)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(2) \
+		--editable '.[dev]' --editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
+	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
+	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
+endef
 
 lint: setup ## Style and types
 	$(BIN)/ruff check .
@@ -69,4 +86,4 @@ train-small: setup ## Train a small pair from a seed, into runs (see docs/experi
 	$(BIN)/python -m kvlink_rag.training.small --out runs/small
 
 clean: ## Remove what the tasks made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache runs build dist

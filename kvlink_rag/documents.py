@@ -122,10 +122,14 @@ def _check_unchanged(value: object, where: str = "metadata") -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A retrieved document and its score (inner product; larger is nearer)."""
+    """A retrieved document and its score (inner product; larger is nearer).
+
+    also: other documents of the same text, which an answer is not given a second time.
+    """
 
     document: Document
     score: float
+    also: tuple[Document, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

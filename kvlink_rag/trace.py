@@ -21,7 +21,8 @@ class Trace:
     prefix_tokens: computed tokens taken from the prefix cache. computed_tokens: tokens the prefill
     ran the model over. snapshots_found: read from the store, or kept on the device;
     snapshots_encoded: encoded now. With CUDA graphs copies go on behind `assembly_ms`, and
-    `prefill_ms` waits for them.
+    `prefill_ms` waits for them. notice: what is doubtful about the model, such as an adapter on
+    another base than it was trained on.
     """
 
     retrieval_ms: float = 0.0
@@ -42,6 +43,7 @@ class Trace:
     snapshots_encoded: int = 0
     mode: str = "reuse"
     finish_reason: str = ""
+    notice: str = ""
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @contextmanager

@@ -199,6 +199,26 @@ def read_only(directory: str) -> Iterator[None]:
     _refused(lambda: index.save(Path(directory, "index"), 1), OSError, "Read-only")
 
 
+def only_read(directory: str, place: str, user: int) -> Iterator[None]:
+    """Read the same as `user`, from a mount at `place` that nobody can write to."""
+    yield
+    _mount("--bind", directory, place)
+    if subprocess.run(["mount", "-o", "remount,bind,ro", place], check=False).returncode:
+        os._exit(SKIPPED)
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    with SnapshotStore(f"{place}/store") as opened:
+        found = opened.get(key_of(1), ids_of(1))
+        assert found is not None
+        assert same(found, make_snapshot(1))
+        assert opened.get(key_of(2), ids_of(2)) is None
+        assert opened.check() == []
+    with Catalog.open(f"{place}/catalog.db", create=True, siblings=["store"]) as held:
+        assert [entry.id for entry in held.iterate()] == ["a"]
+        assert held.check() == []
+
+
 def full_disk(directory: str) -> Iterator[None]:
     """Write until nothing fits any more: what was acknowledged is there, the rest is not."""
     yield

@@ -225,7 +225,9 @@ def test_load(tmp_path: Path) -> None:
             row["cache_bytes"] == 2 * 16 * 2 * 2 * 32 * 4
         )  # tokens, k and v, layers, dim, float32
         assert row["both_ms"] > 0
-        assert row["over_memcpy"] == pytest.approx(row["both_ms"] / row["memcpy_ms"], rel=0.2)
+        least, most = row["memcpy_ms"] - 0.0006, row["memcpy_ms"] + 0.0006  # it is rounded
+        assert (row["over_memcpy"] - 0.0006) * least <= row["both_ms"] + 0.0006
+        assert (row["over_memcpy"] + 0.0006) * most >= row["both_ms"] - 0.0006
 
 
 def test_decode(tmp_path: Path) -> None:

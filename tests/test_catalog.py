@@ -428,6 +428,24 @@ def test_every_change_waits_for_the_disk(
     assert [found for found, changed in commits if changed] == [full]
 
 
+def test_deleted_text_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our own wish: this SQLite may be one that does so anyway."""
+    connect = sqlite3.connect
+
+    def otherwise_built(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", otherwise_built)
+    with Catalog.open(tmp_path / "catalog.db", create=True) as catalog:
+        catalog.upsert([record(f"{n}", f"secret {n}") for n in range(200)])
+        catalog.upsert([record("0", "harmless")])
+        catalog.delete([f"{n}" for n in range(1, 200)])
+        for path in tmp_path.iterdir():
+            assert b"secret" not in path.read_bytes(), path
+
+
 def watch_commits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], bool]]:
     """At each COMMIT from now on: how the connection is set, and whether it has changed rows."""
     commits: list[tuple[dict[str, Any], bool]] = []

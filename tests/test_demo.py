@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvlink_rag import KVLinkRAG
+from kvlink_rag import KVLinkModel, KVLinkRAG, TextStream
 from kvlink_rag.cli.demo import ASKED, load_documents, load_examples, run
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
@@ -18,8 +19,20 @@ bundled = pytest.mark.skipif(
 
 
 @bundled
-def test_the_demo_marks_its_answers_and_reuse_is_faster(tmp_path: Path) -> None:
+def test_the_demo_marks_its_answers_and_times_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
+    timed: list[tuple[str, TextStream]] = []
+    real = KVLinkModel.stream
+
+    def stream(
+        model: KVLinkModel, *arguments: Any, mode: Any = "reuse", **named: Any
+    ) -> TextStream:
+        timed.append((mode, real(model, *arguments, mode=mode, **named)))
+        return timed[-1][1]
+
+    monkeypatch.setattr(KVLinkModel, "stream", stream)
     with KVLinkRAG.open(tmp_path) as rag:
         found = run(rag, runs=1, say=said.append)
         again = run(rag, runs=1, say=said.append)
@@ -36,7 +49,9 @@ def test_the_demo_marks_its_answers_and_reuse_is_faster(tmp_path: Path) -> None:
         )
     long = found["ttft"][1]
     assert long["tokens"] > 3000
-    assert long["reuse_ms"] < long["full_ms"]
+    assert long["reuse_ms"] > 0 < long["full_ms"]
+    computed = {mode: stream.trace.computed_tokens for mode, stream in timed[-2:]}
+    assert computed["full"] == long["tokens"] > 10 * computed["reuse"]
     assert found["disk"]["snapshots"] > 10**6
     assert again["indexed"]["tokens"] == 0
     assert [a["said"] for a in again["answers"]] == [a["said"] for a in found["answers"]]

@@ -18,16 +18,20 @@ from conftest import byte_spec, byte_tokenizer, random_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from kvlink_rag import Document, KVLinkModel, Text
+from kvlink_rag import Document, KVLinkModel, Passage, Text
 from kvlink_rag.cli.main import main
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.training.finetune import trainer as module
+from kvlink_rag.training.finetune.attention import NAME
 from kvlink_rag.training.finetune.batches import Collator
+from kvlink_rag.training.finetune.chat import Chat
 from kvlink_rag.training.finetune.config import FinetuneConfig, Links, Lora, Part
 from kvlink_rag.training.finetune.dry_run import estimate
+from kvlink_rag.training.finetune.losses import full_attention
 from kvlink_rag.training.finetune.prepare import begin_tokens, prepare
 from kvlink_rag.training.finetune.samples import Sample, encode
 from kvlink_rag.training.finetune.trainer import KVLinkTrainer, arguments, finetune
+from kvlink_rag.training.finetune.transforms import Format
 
 TEMPLATE = (
     "<bos>{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
@@ -113,29 +117,65 @@ def losses(config: FinetuneConfig) -> list[float]:
 def test_the_trainers_logits_are_the_masked_prefills(
     config: FinetuneConfig, family: str, links: int
 ) -> None:
-    """Three prompts packed in one row, as the Trainer feeds them, each against its own oracle."""
+    """Many questions over one memory, and several memories in one row, as the Trainer feeds them:
+    at each answer token, what the masked prefill of that question alone says there.
+    """
     spec, tokenizer = byte_spec(links), byte_tokenizer()
     oracle = KVLinkModel(random_model(family, torch.float32), tokenizer, spec)
-    prompts = [
-        spec.prompt([Document(f"{j} is {j}.", title=f"T{j}") for j in range(count)], "What is 0?")
-        for count in (1, 3, 2)
+    form = Format(spec, Chat("", "", "", "", "<eos>"), "")
+    sets = [[Document(f"{j} is {j}.", title=f"T{j}") for j in range(n)] for n in (1, 3, 2, 0)]
+    asked = [[(f"What is {i}?" + "?" * i, f"{i}!") for i in range(n)] for n in (3, 1, 16, 2)]
+    samples = [
+        encode(Sample(*form.ask(d, a)), oracle.tokenizer, spec, 9999)
+        for d, a in zip(sets, asked, strict=True)
     ]
-    prompts.append([Text("<bos>", special=True), Text("No documents here.")])
-    samples = [encode(Sample(tuple(p), ()), oracle.tokenizer, spec, 999) for p in prompts]
     model = random_model(family, torch.float32)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(NAME)
     made = KVLinkTrainer(model=model, args=arguments(config, cpu=True))
-    batch = Collator(999, pack=True)(samples)
-    assert len(batch["input_ids"]) == 1
+    batch = Collator()(samples)
     with torch.no_grad():
-        logits = model(**made._prepare_inputs(batch)).logits[0]
-    order = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
-    for group, number in enumerate(order, start=1):
-        last = int((batch["groups"][0] == group).nonzero().max())
-        wanted = oracle.prefill(prompts[number], mode="masked").logits
-        torch.testing.assert_close(logits[last], wanted, rtol=1e-4, atol=1e-4)
-        full = oracle.prefill(prompts[number], mode="full").logits
-        assert torch.allclose(logits[last], full, atol=1e-3) == (number == 3)
+        logits = iter(made.forward(model, made._prepare_inputs(batch)))
+    for documents, questions in zip(sets, asked, strict=True):
+        for question, answer in questions:
+            parts = spec.prompt(documents, question)
+            for said in range(len(answer) + 1):
+                prompt = [*parts, Text(answer[:said])] if said else parts
+                found = next(logits)
+                wanted = oracle.prefill(prompt, mode="masked").logits
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                full = oracle.prefill(prompt, mode="full").logits
+                assert torch.allclose(found, full, atol=1e-3) == (not documents)
+    assert next(logits, None) is None
+
+
+@pytest.mark.parametrize("links", [0, 5])
+def test_the_teacher_is_full_attention_over_the_plain_prompt(
+    config: FinetuneConfig, links: int
+) -> None:
+    spec, tokenizer = byte_spec(links), byte_tokenizer()
+    plain = dataclasses.replace(spec, links_per_passage=0, mem_start=None, mem_end=None)
+    oracle = KVLinkModel(random_model("llama", torch.float32), tokenizer, plain)
+    form = Format(spec, Chat("", "", "", "", "<eos>"), "")
+    documents = [Document(f"{j} is {j}.", title=f"T{j}") for j in range(3)]
+    asked = [("What?", "a"), ("Who is it?", "b")]
+    texts = [Sample((Passage(documents[0]),), (((Text("on and on"), True),),))] * 2
+    samples = [Sample(*form.ask(documents, asked)), *texts]
+    encoded = [encode(sample, oracle.tokenizer, spec, 9999) for sample in samples]
+    model = random_model("llama", torch.float32)
+    model.set_attn_implementation(NAME)
+    made = KVLinkTrainer(model=model, args=arguments(config, cpu=True))
+    batch = full_attention(Collator()(encoded), spec.special_ids())
+    with torch.no_grad():
+        logits = made.forward(model, batch)
+    assert len(logits) == sum(each.learned for each in encoded)
+    for number, (question, answer) in enumerate(asked):
+        for said in (0, 1):
+            prompt = [*spec.prompt(documents, question), Text(answer[:said])]
+            wanted = oracle.prefill([p for p in prompt if p != Text("")], mode="full").logits
+            found = logits[2 * number + said]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    begun = oracle.prefill([Text(plain.render_passage(documents[0]))], mode="full").logits
+    torch.testing.assert_close(logits[4], begun, rtol=1e-4, atol=1e-4)
 
 
 # Runs
@@ -166,38 +206,42 @@ def test_a_run_goes_on_with_the_losses_it_would_have_had(
 ) -> None:
     """From the last checkpoint, and from one that is named; the whole run is the reference."""
     config = dataclasses.replace(config, lora=lora)
-    finetune(config, device="cpu")
+    directory = finetune(config, device="cpu")
     whole = losses(config)
     assert len(whole) == 6
     out = Path(config.out)
-    shutil.rmtree(out / "model")
+    (weights,) = directory.glob("*.safetensors")
+    wanted = weights.read_bytes()
+    shutil.rmtree(directory)
     shutil.rmtree(out / "checkpoints" / "checkpoint-6")
-    directory = finetune(config, device="cpu")
+    assert finetune(config, device="cpu") == directory
     assert losses(config) == whole
-    weights = (directory / "model.safetensors").read_bytes()
+    assert weights.read_bytes() == wanted
     checkpoint = str(out / "checkpoints" / "checkpoint-3")
     finetune(config, device="cpu", resume=checkpoint)
     assert losses(config) == whole
-    assert (directory / "model.safetensors").read_bytes() == weights
+    assert weights.read_bytes() == wanted
     with pytest.raises(ConfigError, match="no checkpoint"):
         finetune(config, device="cpu", resume=str(out))
     with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
-        finetune(dataclasses.replace(config, steps=7), device="cpu")
+        finetune(dataclasses.replace(config, steps=5), device="cpu")
+    finetune(dataclasses.replace(config, steps=7), device="cpu")
+    assert losses(config)[:6] == whole
+    assert len(losses(config)) == 7
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"pack": False},
         {"device_batch": 2},
-        {"device_batch": 1, "pack": False},
+        {"device_batch": 1},
         {"gradient_checkpointing": True},
     ],
 )
 def test_what_must_not_change_the_losses(
     config: FinetuneConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Packing, accumulation and checkpointing are about memory, not about what is learned."""
+    """Accumulation and checkpointing are about memory, not about what is learned."""
     short = dataclasses.replace(config, steps=2)
     finetune(short, device="cpu")
     other = dataclasses.replace(short, out=str(tmp_path / "other"), **changes)
@@ -205,7 +249,10 @@ def test_what_must_not_change_the_losses(
     assert losses(other) == pytest.approx(losses(short), rel=1e-3)
 
 
-def test_bfloat16_is_near(config: FinetuneConfig, tmp_path: Path) -> None:
+def test_bfloat16_is_near(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
     short = dataclasses.replace(config, steps=2)
     finetune(short, device="cpu")
     other = dataclasses.replace(short, out=str(tmp_path / "other"), bf16=True, stored="bfloat16")
@@ -222,7 +269,7 @@ def test_adapters_train_themselves_and_the_new_tokens_only(
 ) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     lora = dataclasses.replace(config, lora=Lora(rank=4, alpha=8), gradient_checkpointing=True)
-    directory = finetune(lora, device="cpu")
+    directory = finetune(lora, device="cpu", merge=True)
     assert losses(lora)[-1] < losses(lora)[0]
     model = KVLinkModel.from_pretrained(directory, device="cpu")
     after, before = model.backbone.model, AutoModelForCausalLM.from_pretrained(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from kvlink_rag import Document, Passage, Text
 from kvlink_rag.errors import ConfigError, ExampleError, PromptTooLong
 from kvlink_rag.prompt.layout import layout, visibility
 from kvlink_rag.prompt.tokenizer import PartTokenizer
-from kvlink_rag.training.finetune.batches import STEP, Collator, block_masks, dense_masks
+from kvlink_rag.training.finetune.attention import Plan
+from kvlink_rag.training.finetune.batches import FLEX_BLOCK, Collator, block_masks, plans
 from kvlink_rag.training.finetune.chat import LLAMA3, Chat, find_chat
 from kvlink_rag.training.finetune.config import (
     CONFIGS,
@@ -27,12 +29,12 @@ from kvlink_rag.training.finetune.config import (
     load,
 )
 from kvlink_rag.training.finetune.prepare import reserved_ids, with_tokens
+from kvlink_rag.training.finetune.questions import Asking
 from kvlink_rag.training.finetune.samples import IGNORED, Encoded, Sample, encode
 from kvlink_rag.training.finetune.stream import Mixture
 from kvlink_rag.training.finetune.transforms import TRANSFORMS, Format
-from kvlink_rag.training.packing import CachedEncoder
 
-ENCODER = CachedEncoder(PartTokenizer(byte_tokenizer()))
+ENCODER = PartTokenizer(byte_tokenizer())
 SPEC = byte_spec()
 CHAT = Chat("<bos>S:", "\nU:", "\nA:", "<eos>\nU:", "<eos>")
 FORM = Format(SPEC, CHAT, "Answer.", opening="<bos>")
@@ -80,16 +82,16 @@ def decoded(ids: torch.Tensor) -> str:
 
 
 def learned(sample: Encoded) -> str:
-    return decoded(sample.labels[sample.labels != IGNORED])
+    return decoded(sample.targets[sample.targets != IGNORED])
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
-def test_labels_are_the_learned_tokens_themselves(kind: str) -> None:
+def test_targets_are_the_next_tokens(kind: str) -> None:
     sample = encoded(kind)
-    where = sample.labels != IGNORED
-    assert where.any()
-    assert torch.equal(sample.labels[where], sample.token_ids[where])
-    assert not sample.segments[where].any()
+    where = (sample.targets != IGNORED).nonzero()[:, 0]
+    assert len(where)
+    assert torch.equal(sample.targets[where], sample.token_ids[where + 1])
+    assert not sample.segments[where + 1].any()
 
 
 def test_what_is_learned() -> None:
@@ -109,8 +111,24 @@ def test_a_question_is_laid_out_as_inference_does() -> None:
     found, count = encoded("qa"), len(wanted)
     for field in ("token_ids", "positions", "segments"):
         assert torch.equal(getattr(found, field)[:count], getattr(wanted, field))
-    assert (found.labels[:count] == IGNORED).all()
-    assert (found.labels[count:] != IGNORED).all()
+    assert (found.targets[: count - 1] == IGNORED).all()
+    assert (found.targets[count - 1 : -1] != IGNORED).all()
+    assert found.targets[-1] == IGNORED
+
+
+def test_each_of_several_questions_is_laid_out_as_it_is_alone() -> None:
+    documents = [Document("One.", title="A"), Document("Two.", title="B")]
+    asked = [("Who?", "Tarn"), ("And when was it?", "In 1997"), ("?", "x")]
+    head, tails = FORM.ask(documents, asked)
+    found = encode(Sample(head, tails), ENCODER, SPEC, 999)
+    for number, (question, answer) in enumerate(asked, start=1):
+        parts = (*SPEC.prompt(documents, question), Text(answer), Text("<eos>", special=True))
+        wanted = layout(parts, ENCODER, SPEC)
+        own = (found.branches == 0) | (found.branches == number)
+        for field in ("token_ids", "positions", "segments"):
+            assert torch.equal(getattr(found, field)[own], getattr(wanted, field))
+        targets = found.targets[own]
+        assert decoded(targets[targets != IGNORED]) == f"{answer}<eos>"
 
 
 def test_the_twin_has_the_same_text_and_no_memory() -> None:
@@ -136,7 +154,7 @@ def test_texts_lose_nothing_when_they_are_cut_into_memory() -> None:
     sample = made("text_memory")
     pieces = [part.document.text for part in sample.head if isinstance(part, Passage)]
     assert 5 <= len(pieces) <= 40
-    whole = " ".join([*pieces, sample.tail[0][0].text])
+    whole = " ".join([*pieces, sample.tails[0][0][0].text])
     assert whole == ROWS["text_memory"]["text"]
     words = sum(len(piece.split()) for piece in pieces)
     assert 500 * 0.75 - 1 <= words <= 1500 * 0.75
@@ -182,12 +200,16 @@ def test_rows_that_cannot_be_used_are_refused(kind: str, row: dict[str, Any]) ->
         made(kind, row)
 
 
+def learned_texts(sample: Sample) -> list[str]:
+    return [text.text for text, learned in sample.tails[0] if learned]
+
+
 def test_answers_come_from_the_column_that_is_named() -> None:
     row = {**ROWS["qa"], "generated": "By Tarn.", "other": "Tarn did."}
-    assert made("qa", row).tail[0][0] == Text("By Tarn.")
-    form = Format(SPEC, CHAT, "", column="other", documents=1)
+    assert learned_texts(made("qa", row)) == ["By Tarn.", "<eos>"]
+    form = Format(SPEC, CHAT, "", column="other", asking=Asking(documents=1))
     found = made("qa", row, form)
-    assert found.tail[0][0] == Text("Tarn did.")
+    assert learned_texts(found) == ["Tarn did.", "<eos>"]
     assert sum(isinstance(part, Passage) for part in found.head) == 1
 
 
@@ -203,28 +225,25 @@ def test_a_long_text_is_cut_and_a_long_question_refused() -> None:
 
 @pytest.fixture(scope="module")
 def samples() -> list[Encoded]:
-    return [encoded("qa"), encoded("chat_memory"), encoded("chat"), encoded("qa_full")]
+    documents = [Document("One.", title="A"), Document("Two.", title="B")]
+    several = Sample(*FORM.ask(documents, [("Who?", "Tarn"), ("When?", "In 1997"), ("?", "x")]))
+    whole = encode(several, ENCODER, SPEC, 999)
+    return [encoded("qa"), whole, encoded("chat_memory"), encoded("chat"), encoded("qa_full")]
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_rows_hold_every_sample_once(samples: list[Encoded], pack: bool) -> None:
-    batch = Collator(512, pack)(samples)
+@pytest.mark.parametrize("multiple", [1, FLEX_BLOCK])
+def test_a_row_holds_every_sample_once(samples: list[Encoded], multiple: int) -> None:
+    batch = Collator(multiple)(samples)
     assert {t.shape for t in batch.values()} == {batch["input_ids"].shape}
     rows, width = batch["input_ids"].shape
-    assert width % STEP == 0
-    assert rows < len(samples) if pack else rows == len(samples)
-    found = []
-    for row in range(rows):
-        for group in range(1, int(batch["groups"][row].max()) + 1):
-            own = batch["groups"][row] == group
-            fields = ("input_ids", "position_ids", "segments", "labels")
-            found.append(tuple(tuple(batch[name][row][own].tolist()) for name in fields))
-    fields = ("token_ids", "positions", "segments", "labels")
-    wanted = [tuple(tuple(getattr(s, name).tolist()) for name in fields) for s in samples]
-    assert sorted(found) == sorted(wanted)
-    padding = batch["groups"] == 0
-    assert (batch["labels"][padding] == IGNORED).all()
-    assert int((batch["labels"] != IGNORED).sum()) == sum(s.learned for s in samples)
+    assert rows == 1
+    assert 0 <= width - sum(map(len, samples)) < multiple
+    names = {"input_ids": "token_ids", "position_ids": "positions", "labels": "targets"}
+    for number, sample in enumerate(samples, start=1):
+        own = batch["groups"][0] == number
+        for name in ("input_ids", "position_ids", "segments", "branches", "labels"):
+            assert torch.equal(batch[name][0][own], getattr(sample, names.get(name, name)))
+    assert (batch["labels"][batch["groups"] == 0] == IGNORED).all()
 
 
 CONFIGURATIONS = {
@@ -234,31 +253,54 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.parametrize("multiple", [1, FLEX_BLOCK])
 @pytest.mark.parametrize("family", CONFIGURATIONS)
-def test_masks_are_the_rule_inside_each_sample(samples: list[Encoded], family: str) -> None:
-    """Dense and block masks, against `visibility` of each sample alone and nothing between them."""
-    config, batch = CONFIGURATIONS[family], Collator(512, True)(samples)
-    dense, block = dense_masks(config, batch), block_masks(config, batch)
+def test_masks_are_the_rule_inside_each_sample(
+    samples: list[Encoded], family: str, multiple: int
+) -> None:
+    """Plans and block masks against `visibility` of each branch with its memory."""
+    config, batch = CONFIGURATIONS[family], Collator(multiple)(samples)
+    plan, block = plans(config, batch), block_masks(config, batch)
     window = getattr(config, "sliding_window", None)
     pairs = (
         [("full_attention", None), ("sliding_attention", window)]
-        if isinstance(dense, dict)
+        if isinstance(plan, dict)
         else [(None, window)]
     )
-    assert not isinstance(dense, dict) or dense.keys() == block.keys()
+    assert not isinstance(plan, dict) or plan.keys() == block.keys()
+    names = ("groups", "position_ids", "segments", "branches")
+    group, at, segment, branch = (batch[name][0] for name in names)
+    tokens = torch.arange(len(group))
     for name, width in pairs:
-        mask = dense if name is None else dense[name]
+        wanted = visibility(at, segment, at, segment, window=width)
+        wanted &= group[:, None] == group[None, :]
+        wanted &= (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
         rule = (block if name is None else block[name]).mask_mod
-        tokens = torch.arange(mask.shape[-1])
-        for row in range(len(mask)):
-            group = batch["groups"][row]
-            at, segment = batch["position_ids"][row], batch["segments"][row]
-            wanted = visibility(at, segment, at, segment, window=width)
-            wanted &= group[:, None] == group[None, :]
-            assert torch.equal(mask[row, 0], wanted)
-            assert mask[row, 0].diagonal().all()  # padding too sees itself: no row is empty
-            found = rule(torch.tensor(row), torch.tensor(0), tokens[:, None], tokens[None, :])
-            assert torch.equal(found, wanted)
+        found = rule(torch.tensor(0), torch.tensor(0), tokens[:, None], tokens[None, :])
+        assert torch.equal(found, wanted)
+        heads = config.num_attention_heads // config.num_key_value_heads
+        assert torch.equal(dense(plan if name is None else plan[name], heads), wanted)
+        assert wanted.diagonal().all()  # padding too sees itself: no row is empty
+
+
+def dense(plan: Plan, groups: int) -> torch.Tensor:
+    """bool [tokens, tokens]: what a plan lets see, the same for each query head of a group."""
+    seen = []
+    for lengths, passages, free in plan:
+        assert all(torch.equal(each, free[: len(free) // groups]) for each in free.chunk(groups))
+        mask = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
+        rest = free[: len(free) // groups] == 0
+        start = 0
+        for length, bias in zip(lengths, passages, strict=True):
+            own = slice(start, start + length)
+            if bias is None:
+                mask[own], rest = rest[:length], rest[length:]
+            else:
+                mask[own, own] = bias[:length] == 0
+            start += length
+        assert not len(rest)
+        seen.append(mask)
+    return torch.block_diag(*(each.int() for each in seen)).bool()
 
 
 # Token ids, chats, configs
@@ -331,7 +373,7 @@ def test_bundled_configs_are_the_papers(name: str) -> None:
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1.5}, "whole number"),
         ({"learning_rate": "fast"}, "expected a number"),
-        ({"pack": "yes"}, "true or false"),
+        ({"bf16": "yes"}, "true or false"),
         ({"batch": 6}, "multiple of device_batch"),
         ({"preset": "x"}, "expected one of"),
         ({"stepps": 1}, "unknown settings"),
@@ -339,6 +381,10 @@ def test_bundled_configs_are_the_papers(name: str) -> None:
         ({"data": [{"kind": "qq", "path": "x"}]}, "expected one of qa"),
         ({"data": [{"kind": "qa"}]}, "path"),
         ({"data": [{"kind": "qa", "path": "x", "weight": 0}]}, "expected above 0"),
+        ({"data": [{"kind": "qa", "path": "x", "fewest": 2}]}, "expected 0 to fill"),
+        ({"data": [{"kind": "qa", "path": "x", "questions": 0}]}, "questions is 0"),
+        ({"data": [{"kind": "qa", "path": "x", "absent": 1.0}]}, "less than 1"),
+        ({"distill": 2.0}, "distill is 2.0"),
         ({"links": {"per": 1}}, "unknown settings"),
         ({"lora": {}, "fsdp": "full_shard"}, "lora and fsdp"),
     ],
@@ -405,7 +451,7 @@ def test_an_oracle_file_is_filled_up_from_its_own_rows(tmp_path: Path) -> None:
     ]
     path = tmp_path / "oracle.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part = Part("qa", str(path), fill=4, first=2, last=9)
+    part = Part("qa", str(path), fill=4, first=2, last=9, questions=1)
     mixture = Mixture(config(data=(part,)), ENCODER, FORM)
     found = [sample for _, sample in zip(range(14), mixture, strict=False)]
     assert {learned(sample) for sample in found} == {f"answer{i}<eos>" for i in range(2, 9)}
@@ -420,6 +466,62 @@ def test_an_oracle_file_is_filled_up_from_its_own_rows(tmp_path: Path) -> None:
     assert len(places) > 1
     with pytest.raises(ConfigError, match="fill is 11"):
         config(data=(Part("qa", "x", fill=11),))
+
+
+def facts(tmp_path: Path) -> Part:
+    """Twelve questions, each with its passage and six others; the last two ask about one."""
+    documents = [{"title": f"T{i}", "text": f"Is answer{i:02}."} for i in range(12)]
+    rows = [
+        {
+            "question": f"q{i:02}",
+            "answers": [f"answer{i:02}"],
+            "ctxs": [{**documents[i], "isgold": True}]
+            + [documents[(i + step) % 12] for step in range(1, 7)],
+        }
+        for i in range(12)
+    ]
+    rows.append({**rows[11], "question": "q12"})
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Part("qa", str(path), fill=8, fewest=2, questions=5, absent=0.25)
+
+
+def test_passages_are_asked_all_that_is_known_about_them(tmp_path: Path) -> None:
+    """Whatever is asked has its passage in the memory, or the fixed answer and no passage."""
+    part = facts(tmp_path)
+    mixture = Mixture(config(data=(part,), absent_answer="Not there.", seed=1), ENCODER, FORM)
+    counts, absent, asked, places = set(), 0, 0, set()
+    for _, sample in zip(range(200), mixture, strict=False):
+        passages = int(sample.segments.max())
+        texts = [decoded(sample.token_ids[sample.segments == n + 1]) for n in range(passages)]
+        assert len(set(texts)) == passages
+        counts.add(passages)
+        questions = int(sample.branches.max())
+        assert 1 <= questions <= 5
+        for branch in range(1, questions + 1):
+            own = sample.branches == branch
+            question = re.search(r"q(\d\d)", decoded(sample.token_ids[own]))
+            assert question is not None
+            number = min(int(question[1]), 11)
+            answer = decoded(sample.targets[own & (sample.targets != IGNORED)])
+            held = [n for n, text in enumerate(texts) if f"answer{number:02}" in text]
+            assert answer == (f"answer{number:02}<eos>" if held else "Not there.<eos>")
+            absent, asked = absent + (not held), asked + 1
+            places |= set(held)
+    assert counts == set(range(2, 9))
+    assert places == set(range(8))
+    assert asked > 600
+    assert 0.2 < absent / asked < 0.35
+
+
+def test_link_tokens_are_left_out_of_a_share_of_samples(tmp_path: Path) -> None:
+    part = facts(tmp_path)
+    for share, wanted in ((1.0, {True}), (0.0, {False}), (0.5, {True, False})):
+        mixture = Mixture(config(data=(part,), links_share=share), ENCODER, FORM)
+        links = set(SPEC.special_ids()) - {SPEC.mem_start, SPEC.mem_end}
+        found = [set(s.token_ids.tolist()) for _, s in zip(range(20), mixture, strict=False)]
+        assert {bool(ids & links) for ids in found} == wanted
+        assert all(SPEC.mem_start in ids for ids in found)
 
 
 def test_bad_rows_are_refused_where_the_config_says_so(tmp_path: Path) -> None:

@@ -7,6 +7,14 @@ import torch
 from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from kvlink_rag.engine.sampling import Sampling, sample
 from kvlink_rag.engine.text_pieces import TextPieces
@@ -80,6 +88,14 @@ def test_held_back_text_comes_out_when_no_stop_follows() -> None:
     assert out[-1] == "bc"
 
 
+def test_the_earliest_stop_string_counts_not_the_first_listed() -> None:
+    """Both are there once "b" came: "a" was held back because it may begin one."""
+    for stops in (("b", "ab"), ("ab", "b")):
+        out, pieces = pieces_of("xabc", stops)
+        assert "".join(out) == "x"
+        assert pieces.stopped
+
+
 def test_greedy_and_sampling() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
     greedy = Sampling()
@@ -110,6 +126,14 @@ def test_top_p_keeps_the_smallest_set() -> None:
     assert {sample(logits, tiny, tiny.generator()) for _ in range(5)} == {0}
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_top_p_stops_where_the_probability_is_reached(top_p: float, kept: int) -> None:
+    """Four tokens of 1/4 each, exactly."""
+    drawn = Sampling(temperature=1.0, top_p=top_p, seed=0)
+    generator = drawn.generator()
+    assert len({sample(torch.zeros(4), drawn, generator) for _ in range(300)}) == kept
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -125,3 +149,44 @@ def test_top_p_keeps_the_smallest_set() -> None:
 def test_impossible_sampling_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Sampling(**bad)  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=4, max_size=40),
+    st.integers(0, 6),
+    st.sampled_from([1.0, 0.9, 0.5, 0.1]),
+    st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    st.sampled_from([1.0, 1.3, 0.8]),
+)
+def test_what_is_sampled_from_is_what_transformers_leaves(
+    numbers: list[float], top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    """Each way to cut, and all together, beside transformers' own processors in its order."""
+    logits, seen = torch.tensor(numbers), torch.tensor([0, 2, 2])
+    ways = [
+        RepetitionPenaltyLogitsProcessor(penalty),
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(top_k or len(numbers)),
+        TopPLogitsWarper(top_p),
+        MinPLogitsWarper(min_p),
+    ]
+    left = LogitsProcessorList(ways)(seen[None], logits[None].clone())[0]
+    possible = {int(i) for i in left.isfinite().nonzero()}
+    sampling = Sampling(
+        temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = {sample(logits, sampling, generator, seen) for _ in range(100)}
+    edge = (logits[:, None] - logits[None, :]).abs()  # ties are cut in no order
+    if (edge + torch.eye(len(logits)) > 1e-3).all():
+        assert drawn <= possible
+        best = left.softmax(0).argmax()
+        assert int(best) in drawn or left.softmax(0).max() < 0.1
+
+
+def test_a_penalty_counts_without_sampling_too() -> None:
+    logits = torch.tensor([2.0, 1.9, -1.0])
+    generator = torch.Generator()
+    plain, strict = Sampling(), Sampling(repetition_penalty=1.5)
+    assert sample(logits, plain, generator, torch.tensor([0])) == 0
+    assert sample(logits, strict, generator, torch.tensor([0])) == 1

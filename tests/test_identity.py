@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +26,9 @@ from trust import SMALL, open_tiny
 from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.disk.checked_file import Kind
-from kvlink_rag.errors import SnapshotCorrupt
+from kvlink_rag.errors import ConfigError, SnapshotCorrupt
 from kvlink_rag.snapshots import file_format
+from kvlink_rag.snapshots.encode import encode_one
 from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_key
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.sources import EncodeNow, Reuse, StoredSnapshots
@@ -200,6 +203,188 @@ def test_weights_changed_under_an_open_model(store: SnapshotStore) -> None:
     model.backbone.model.load_state_dict(variant().backbone.model.state_dict())
     assert fetch(store, model).snapshots_found == 1
     assert model.fingerprint == variant().fingerprint
+
+
+def adapters(model: KVLinkModel) -> Any:
+    """The model inside, with two LoRA adapters, the first one active."""
+    peft = pytest.importorskip("peft", reason="pip install 'kvlink-rag[train]'")
+    inner = model.backbone.model
+    for remark in ("Already found a `peft_config`", "Adapter x was active"):  # on purpose
+        warnings.filterwarnings("ignore", remark)
+    for seed, name in enumerate("xy"):
+        torch.manual_seed(seed)
+        targets = ["k_proj", "v_proj"]
+        inner.add_adapter(
+            peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), adapter_name=name
+        )
+    inner.set_adapter("x")
+    return inner
+
+
+def rescale(inner: Any) -> None:
+    for module in inner.modules():
+        if hasattr(module, "adapter_layer_names"):
+            module.set_scale("x", 4.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inner: inner.set_adapter("y"),
+        lambda inner: inner.disable_adapters(),
+        lambda inner: inner.set_adapter(["x", "y"]),
+        rescale,
+        lambda inner: inner.delete_adapter("x"),
+    ],
+    ids=["switched", "disabled", "both", "rescaled", "deleted"],
+)
+def test_adapters_are_part_of_the_identity(
+    store: SnapshotStore, change: Callable[[Any], None]
+) -> None:
+    model = variant()
+    before = model.fingerprint
+    inner = adapters(model)
+    tuned = model.fingerprint
+    assert tuned != before
+    assert fetch(store, model).snapshots_encoded == 1
+    assert fetch(store, model).snapshots_found == 1
+    change(inner)
+    assert model.fingerprint != tuned
+    fetch(store, model)
+    reuse = Reuse(StoredSnapshots(store, model.backbone))
+    assert model.verify([Passage(DOCUMENT), Text("Who?")], reuse=reuse).holds
+
+
+def assign(inner: Any, other: Any) -> None:
+    inner.load_state_dict(other.state_dict(), assign=True)
+
+
+def replace_parameter(inner: Any, other: Any) -> None:
+    layer, theirs = inner.model.layers[0].self_attn, other.model.layers[0].self_attn
+    layer.v_proj.weight = torch.nn.Parameter(theirs.v_proj.weight.detach().clone())
+
+
+def replace_layer(inner: Any, other: Any) -> None:
+    inner.model.layers[0].self_attn.k_proj.weight.data = other.model.layers[
+        0
+    ].self_attn.k_proj.weight.data.clone()
+
+
+def past_the_counter(inner: Any, other: Any) -> None:
+    for mine, theirs in zip(inner.parameters(), other.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+
+
+def fused(inner: Any, other: Any) -> None:
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=0.1, fused=True)
+    for parameter in inner.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change", [assign, replace_parameter, replace_layer, past_the_counter, fused]
+)
+def test_weights_that_change_in_memory_are_noticed(
+    store: SnapshotStore, change: Callable[[Any, Any], None]
+) -> None:
+    model, other = variant(), variant(seed=5).backbone.model
+    assert fetch(store, model).snapshots_found == 1
+    change(model.backbone.model, other)
+    assert fetch(store, model).snapshots_encoded == 1
+    reuse = Reuse(StoredSnapshots(store, model.backbone))
+    assert model.verify([Passage(DOCUMENT), Text("Who?")], reuse=reuse).holds
+
+
+def test_a_model_made_in_inference_mode_is_watched_too(store: SnapshotStore) -> None:
+    with torch.inference_mode():
+        model = variant()
+        before = model.fingerprint
+        model.backbone.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        assert model.fingerprint != before
+
+
+def test_what_is_encoded_while_weights_change_is_not_stored(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = variant(seed=7)
+    snapshots = StoredSnapshots(store, model.backbone)
+    real = model.backbone.capture
+
+    def training(token_ids: torch.Tensor) -> Any:
+        with torch.no_grad():
+            model.backbone.model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+        return real(token_ids)
+
+    monkeypatch.setattr(model.backbone, "capture", training)
+    held = len(store)
+    snapshots.fetch([model.passage_tokens(DOCUMENT)], Trace())
+    assert len(store) == held
+    ids = model.passage_tokens(Document("A mill by the river."))
+    key = snapshots.key(ids)
+    with pytest.raises(ConfigError, match="weights changed while it encoded"):
+        snapshots.put(key, encode_one(model.backbone, ids))
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over", "restored"])
+def test_a_weights_file_that_changes_after_loading_gives_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Between `from_pretrained` and the first use, whose digest is taken later."""
+    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path / "cache"))
+    folders = []
+    for seed in (0, 1):
+        folders.append(tmp_path / str(seed))
+        random_model("llama", F32, seed=seed).save_pretrained(folders[-1])
+        byte_tokenizer().save_pretrained(folders[-1])
+    first, second = (folder / "model.safetensors" for folder in folders)
+    names = [KVLinkModel.from_pretrained(f, device="cpu").fingerprint for f in folders]
+    assert len(set(names)) == 2
+    loaded = KVLinkModel.from_pretrained(folders[0], device="cpu")
+    kept, state = first.read_bytes(), first.stat()
+    if how == "replaced":
+        second.replace(first)
+    else:
+        first.write_bytes(second.read_bytes())
+    if how == "restored":
+        first.write_bytes(kept)
+        os.utime(first, ns=(state.st_atime_ns, state.st_mtime_ns))
+    in_memory = KVLinkModel(loaded.backbone.model, byte_tokenizer()).fingerprint
+    assert loaded.fingerprint == in_memory
+    assert loaded.fingerprint not in (names if how != "restored" else names[1:])
+
+
+# A model of files: its weights are known by the files alone, so the rest must be told apart too.
+
+
+def from_files(directory: Path, dtype: str = "float32", **config: Any) -> KVLinkModel:
+    """The tiny model, loaded from files that hold the same weights whatever `config` is."""
+    if not directory.exists():
+        made = variant()
+        made.backbone.model.save_pretrained(directory)
+        made.tokenizer.hf.save_pretrained(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return KVLinkModel.from_pretrained(directory, device="cpu", dtype=dtype, spec=byte_spec())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 10_000.0}},
+        {"rope_parameters": {**LLAMA3_ROPE, "factor": 16.0}},
+        {"rms_norm_eps": 1e-3},
+    ],
+)
+def test_equal_files_of_weights_under_another_configuration_do_not(
+    store: SnapshotStore, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    first = from_files(tmp_path / "m")
+    assert fetch(store, first).snapshots_encoded == 1
+    assert fetch(store, from_files(tmp_path / "m")).snapshots_found == 1
+    other = from_files(tmp_path / "m", **change)
+    assert other.fingerprint != first.fingerprint
+    assert fetch(store, other).snapshots_encoded == 1
 
 
 # Kept runs.

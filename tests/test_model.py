@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, ModelMaker, byte_spec, byte_tokenizer, random_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import kvlink_rag.model.text_stream
 from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text
 from kvlink_rag.errors import ConfigError, ModelNotSupported, PromptError, PromptTooLong, SpecError
 from kvlink_rag.model.loading import find_spec, load_tokenizer
 from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 DOCS = [Document("the cat sat on the mat"), Document("a dog"), Document("漢字 and é")]
+PARTS = [Text("<bos>", special=True), Passage(DOCS[0]), Text("what?")]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,24 @@ def test_directories_that_hold_no_model(tmp_path: Path, saved: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="safetensors"):
         KVLinkModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_a_tensor_or_with_others_is_refused(tmp_path: Path) -> None:
+    random_model("llama", torch.float32).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != key}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"lack {re.escape(key)}; expected exactly"):
+        KVLinkModel.from_pretrained(tmp_path)
+    extra = {f"model.layers.0.self_attn.{n}_proj.bias": torch.zeros(4) for n in "qkvo"}
+    save_file({**tensors, **extra}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"also hold .*k_proj\.bias.* and 1 more"):
+        KVLinkModel.from_pretrained(tmp_path)
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file({**tensors, **old}, file, {"format": "pt"})
+    assert KVLinkModel.from_pretrained(tmp_path).name == str(tmp_path)
 
 
 def test_other_architectures_and_rope_types_are_refused(tmp_path: Path) -> None:
@@ -290,3 +312,29 @@ def test_threads_share_one_model(model: KVLinkModel) -> None:
     with ThreadPoolExecutor(6) as pool:
         got = list(pool.map(lambda p: model.generate(p, max_new_tokens=10), prompts))
     assert got == expected
+
+
+@pytest.mark.parametrize("stop", ["<mem_end>", "<mem_end>\n"])
+def test_a_stop_string_that_is_a_special_token_stops(
+    model: KVLinkModel, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    said = iter([40, 41, 259, *[42] * 50])
+    monkeypatch.setattr(kvlink_rag.model.text_stream, "sample", lambda *arguments: next(said))
+    stream = model.stream(PARTS, max_new_tokens=20, stop=[stop])
+    assert "".join(stream) == model.tokenizer.decode([40, 41])
+    assert (stream.trace.generated_tokens, stream.trace.finish_reason) == (3, "stop")
+
+
+def test_ids_that_are_no_text_are_never_said(model: KVLinkModel) -> None:
+    """Link tokens, markers, and rows of a padded vocabulary, however likely they are."""
+    padded = random_model("llama", torch.float32, vocab_size=512)
+    with torch.no_grad():
+        padded.lm_head.weight[258:] = 50 * padded.lm_head.weight[:254].abs().max()
+    likely = KVLinkModel(padded, byte_tokenizer(), byte_spec())
+    logits = likely.prefill(PARTS).logits
+    assert int(logits.argmax()) >= 258
+    stream = likely.stream(PARTS, max_new_tokens=8, temperature=5.0, seed=1)
+    text = "".join(stream)
+    assert stream.trace.generated_tokens > 0
+    assert text
+    assert set(likely.never_ids) == set(range(258, 512))

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ModelMaker, WordEmbedder
+from conftest import ModelMaker, WordEmbedder, byte_tokenizer, random_model
 
 import kvlink_rag.collection.adding
 import kvlink_rag.retrieval.vector_index
-from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage
+from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage, PromptPreset
+from kvlink_rag.collection.conversation import Conversation
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -26,6 +27,8 @@ from kvlink_rag.errors import (
     SettingsMismatch,
 )
 from kvlink_rag.retrieval.rounds import in_order
+from kvlink_rag.snapshots.codecs import in_codec
+from kvlink_rag.snapshots.encode import encode_one
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]
 
@@ -68,6 +71,39 @@ def test_add_and_ask(rag: KVLinkRAG) -> None:
     assert all(stage > 0 for stage in stages)
     assert sum(stages) <= trace.first_token_ms <= trace.total_ms
     assert answers_equal_oracle(rag, "Which town is Marnik?")
+
+
+RENDERED = {
+    "passage_template": "{title} - {text}\n",
+    "untitled_template": "- {text}\n",
+    "rank": "exact",
+}
+
+
+@pytest.mark.parametrize("field", RENDERED)
+def test_other_rendered_passages_are_another_collections(
+    tmp_path: Path, embedder: WordEmbedder, model: KVLinkModel, field: str
+) -> None:
+    """Snapshots hold the rendered text, so they fit one way to render it."""
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        rag.add(towns(2))
+    weights = random_model("llama", torch.float32)
+    spec = replace(model.spec, **{field: RENDERED[field]})
+    other = KVLinkModel(weights, byte_tokenizer(), spec, name=model.name)
+    with pytest.raises(SettingsMismatch, match="with other weights or settings"):
+        KVLinkRAG.open(tmp_path / "c", model=other, embedder=embedder)
+    spec = replace(model.spec, presets={"test": PromptPreset(after="!")})  # no part of a snapshot
+    same = KVLinkModel(weights, byte_tokenizer(), spec, name=model.name)
+    with KVLinkRAG.open(tmp_path / "c", model=same, embedder=embedder) as rag:
+        assert rag.ask("Orvale?", max_new_tokens=1).trace.snapshots_encoded == 0
+
+
+def test_titles_are_searched_too(rag: KVLinkRAG) -> None:
+    rag.add(Document("It has a harbour.", title=town, id=town.lower()) for town in TOWNS)
+    for town in TOWNS:
+        best, next_best = rag.search(f"{town} harbour", k=2)
+        assert best.document.id == town.lower()
+        assert best.score > next_best.score
 
 
 def test_search_in_lists_is_remembered_and_finds_enough(
@@ -555,3 +591,65 @@ def test_replacing_the_last_change_before_the_index_is_loaded_rebuilds_nothing(
         assert rag.search("village of weavers", 1)[0].document.id == "hux"
         assert rag.check() == []
     assert not caplog.records
+
+
+def forge(rag: KVLinkRAG, other: KVLinkModel, ids: list[str]) -> None:
+    """Put snapshots that another model made under this model's keys."""
+    for entry in rag.catalog.get(ids):
+        made = encode_one(other.backbone, other.passage_tokens(entry.document))
+        rag.store.put(str(entry.snapshot_key), made)
+
+
+def test_verify_finds_snapshots_of_other_weights(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder
+) -> None:
+    model, other = make_model("llama"), make_model("llama", seed=3)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
+        rag.add([Document(f"Tower {i} has {i} bells of bronze.", id=str(i)) for i in range(50)])
+        fine = rag.verify(k=2)
+        assert (fine.holds, fine.compared, fine.wrong) == (True, 32, ())
+        ids = [str(i) for i in range(40, 50)]
+        forge(rag, other, ids)
+        found = rag.verify(k=2, seed=0)  # 32 of 50 miss all ten once in 230,000 draws
+        assert not found.holds
+        assert set(found.wrong) <= set(ids)
+        assert "stored snapshots are NOT what this model encodes" in found.message
+        whole = rag.verify(k=2, sample=None)
+        assert (whole.compared, set(whole.wrong)) == (50, set(ids))
+        assert rag.check() == []  # their checksums are right
+        assert len(rag.check(sample=None)) == 10
+        rag.check(fix=True, sample=None)
+        assert rag.verify(sample=None).holds
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+def test_verify_compares_snapshots_of_a_codec(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder, codec: str
+) -> None:
+    model, other = make_model("llama"), make_model("llama", seed=3)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, codec=codec) as rag:
+        rag.add([Document(f"Tower {i} has {i} bells of bronze.", id=str(i)) for i in range(4)])
+        assert rag.verify(k=2).holds
+        entry = rag.catalog.get(["1"])[0]
+        made = encode_one(other.backbone, other.passage_tokens(entry.document))
+        rag.store.put(str(entry.snapshot_key), in_codec(made, codec))
+        assert rag.verify(k=1, sample=None).wrong == ("1",)
+
+
+def test_one_text_from_several_sources_fills_one_place(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder
+) -> None:
+    copies = [Document("The mill has nine wheels.", id=f"mill{i}") for i in range(4)]
+    others = [Document("The mill burnt.", id="fire"), Document("A mill stands there.", id="there")]
+    with KVLinkRAG.open(tmp_path, model=make_model("llama"), embedder=embedder) as rag:
+        rag.add([*copies, *others])
+        answer = rag.ask("How many wheels has the mill?", k=3, max_new_tokens=2)
+        assert [len(hit.also) for hit in answer.hits] == [3, 0, 0]
+        best = answer.hits[0]
+        assert {best.document.id, *(d.id for d in best.also)} == {d.id for d in copies}
+        assert {hit.document.id for hit in answer.hits[1:]} == {"fire", "there"}
+        assert answer.trace.passages == 3
+        assert len(rag.search("How many wheels has the mill?", k=3)) == 3  # search hides nothing
+        turn = Conversation(rag, k=3).ask("How many wheels has the mill?", max_new_tokens=2)
+        list(turn)
+        assert len({hit.document.text for hit in turn.hits}) == 3

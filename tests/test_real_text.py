@@ -1,4 +1,4 @@
-"""Retrieval over real passages: all of Natural Questions' gold passages, indexed whole."""
+"""Retrieval over real passages: gold passages of Natural Questions."""
 
 from __future__ import annotations
 
@@ -25,27 +25,20 @@ def questions(shared_data: Path) -> list[tuple[str, Document]]:
     ]
 
 
-def test_real_passages_are_searched_as_by_hand(
-    questions: list[tuple[str, Document]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All 2,655 passages: hits are those of plain inner products. What recall the bundled encoder
-    reaches on real questions is printed, not asked for: it knows generated text only.
-    """
+def test_real_passages_are_searched_as_by_hand(questions: list[tuple[str, Document]]) -> None:
+    """Every fifth of the 2,655 passages: hits are those of plain inner products."""
+    assert len(questions) == 2655
+    some = questions[::5]
     embedder = ContrieverEmbedder.from_pretrained(BUNDLED_DIRECTORY / "encoder", device="cpu")
-    vectors = embedder.embed([embedded_text(document) for _, document in questions])
+    vectors = embedder.embed([embedded_text(document) for _, document in some])
     index = VectorIndex(embedder.dimension)
-    index.add(np.arange(len(questions)), vectors)
-    assert len(index) == len(questions) == 2655
-    asked = np.arange(0, len(questions), 5)
-    queries = embedder.embed_queries([questions[i][0] for i in asked])
+    index.add(np.arange(len(some)), vectors)
+    queries = embedder.embed_queries([question for question, _ in some[::5]])
     hits = [index.search(query, 10) for query in queries]
     found = np.array([[row for row, _ in each] for each in hits])
     scores = queries @ vectors.T
     best = -np.sort(-scores, axis=1)[:, :10]
     np.testing.assert_allclose(np.take_along_axis(scores, found, axis=1), best, rtol=1e-5)
-    recall = (found == asked[:, None]).any(axis=1).mean()
-    with capsys.disabled():
-        print(f"\nNatural Questions, bundled encoder, 2,655 passages: recall@10 {recall:.1%}")
 
 
 def test_a_collection_of_real_passages_answers(

@@ -9,7 +9,6 @@ import multiprocessing
 import sqlite3
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +136,16 @@ def test_the_longest_wins(catalog: Catalog) -> None:
     put(catalog, overlap)
     parts = found(f"{TEXTS[0]} {overlap.text}\n\nwhat?")
     assert ids(parts) == ["in", "over"]  # not the shorter "out", which begins before "over"
+
+
+def test_two_passages_within_one_word_are_text(catalog: Catalog) -> None:
+    """Each stands beside another passage, and still begins or ends inside a word."""
+    put(catalog, *(text.rstrip(".") for text in TEXTS))
+    first, second, third, fourth = (text.rstrip(".") for text in TEXTS)
+    prompt = f"{first}{second}\n\n{third}.{fourth}\n\nwhat?"
+    parts = recogniser(catalog).recognise(prompt)
+    assert [p.document.text for p in parts if isinstance(p, Passage)] == [third, fourth]
+    assert put_back(parts) == prompt
 
 
 def test_inside_words_and_glued_to_signs_it_is_text(catalog: Catalog) -> None:
@@ -375,7 +385,27 @@ def longest_free(prompt: str, texts: Sequence[str]) -> int:
 # Hostile texts
 
 
-def test_one_character_ten_million_times(catalog: Catalog) -> None:
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the texts that were hashed to be compared, of each anew: the work that is done."""
+    done: list[int] = []
+    plain = xxhash.xxh3_64_intdigest
+    monkeypatch.setattr(
+        xxhash, "xxh3_64_intdigest", lambda text, seed: done.append(len(text)) or plain(text, seed)
+    )
+    return done
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Less than usual, so that its end is come to sooner."""
+    monkeypatch.setattr(kvlink_rag.prompt.recognition, "PATIENCE", 1 << 21)
+    return 1 << 21
+
+
+def test_one_character_ten_million_times(
+    catalog: Catalog, hashed: list[int], patience: int
+) -> None:
     put(
         catalog,
         *("a" * n for n in range(16, 4000, 3)),
@@ -384,10 +414,10 @@ def test_one_character_ten_million_times(catalog: Catalog) -> None:
     known = recogniser(catalog)
     known.refresh()
     for prompt in ("a" * 10_000_000, "a " * 500_000, "a-" * 500_000):
-        start = time.process_time()
+        hashed.clear()
         parts = known.recognise(prompt)
         assert put_back(parts) == prompt
-        assert time.process_time() - start < 20
+        assert sum(hashed) < patience + 8 * len(prompt)
 
 
 HOSTILE = ["the ", "the\n", "question ", "-", "_", "A:\n", "Question:\n", "- ", "a-", "漢", "\n"]
@@ -395,19 +425,22 @@ HOSTILE += [" ", f"{TEXTS[0]}-", f"{TEXTS[0]} ", f"Query: {TEXTS[0]}\n"]
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_a_million_characters_of_anything(catalog: Catalog, piece: str) -> None:
-    """Time grows with the length, whatever stands there."""
+def test_many_characters_of_anything(
+    catalog: Catalog, hashed: list[int], patience: int, piece: str
+) -> None:
+    """Work grows with the length, whatever stands there; a quadratic pattern would never end."""
     put(catalog, *DOCS, *(piece.strip() * n or "x" for n in range(20, 120, 7)))
     known = recogniser(catalog)
-    for end in ("", "Question", " " * 100_000, "\nAnswer:"):
-        prompt = f"Question{piece * (1_000_000 // len(piece))}{end}"
-        start = time.process_time()
+    for end in ("", "Question", " " * 30_000, "\nAnswer:"):
+        prompt = f"Question{piece * (300_000 // len(piece))}{end}"
+        known.refresh()
+        hashed.clear()
         parts = known.recognise(prompt, system=[TEXTS[0]] if end else [])
-        assert time.process_time() - start < 10
+        assert sum(hashed) < patience + 8 * len(prompt)
         assert put_back(parts) == prompt
 
 
-def test_many_passages_with_one_head_and_one_text(catalog: Catalog) -> None:
+def test_many_passages_with_one_head_and_one_text(catalog: Catalog, hashed: list[int]) -> None:
     head = "Internal report of the harbour company, confidential, not for circulation. "
     put(catalog, *(Document(f"{head}{n} {'word ' * (n % 300)}", id=str(n)) for n in range(5000)))
     put(catalog, *(Document(head + "The same.", title=f"T{n}", id=f"s{n:04}") for n in range(3000)))
@@ -416,9 +449,9 @@ def test_many_passages_with_one_head_and_one_text(catalog: Catalog) -> None:
     texts = [f"{head}{n} {'word ' * (n % 300)}" for n in wanted]
     prompt = "\n\n".join([*texts, f"T2999: {head}The same.", f"{head}The same.", "what?"])
     assert ids(known.recognise(prompt)) == ["17", "4711", "23", "s2999", "s0000"]
-    start = time.process_time()
+    hashed.clear()
     known.recognise(prompt)
-    assert time.process_time() - start < 0.5
+    assert len(hashed) < 200  # at 5 places of 36 lengths below `NECK` (without necks: 300)
 
 
 def test_a_prompt_that_asks_for_too_much_work_is_computed(

@@ -10,6 +10,7 @@ import random
 import shutil
 import sqlite3
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import storage_workers as workers
 from storage_workers import ids_of, key_of, make_snapshot, same
 
 from kvlink_rag.collection.catalog import Catalog
-from kvlink_rag.errors import ConfigError, StorageError
+from kvlink_rag.errors import CatalogError, ConfigError, StorageError
 from kvlink_rag.snapshots.file_format import snapshot_size
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.snapshots.store import store as store_module
@@ -710,8 +711,8 @@ def test_a_store_that_was_removed_gives_misses(
         store.put(key_of(1), make_snapshot(1))
 
 
-def mounted(task: str, directory: Path) -> None:
-    code = workers.run(task, str(directory))
+def mounted(task: str, directory: Path, *args: Any) -> None:
+    code = workers.run(task, str(directory), *args)
     if code == workers.SKIPPED:
         pytest.skip("this process may not mount file systems")
     assert code == 0
@@ -723,6 +724,46 @@ def test_a_read_only_collection_can_be_read(tmp_path: Path) -> None:
     with Catalog.open(tmp_path / "catalog.db", create=True) as catalog:
         catalog.upsert([workers.record("a", "text")])
     mounted("read_only", tmp_path)
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+def test_a_read_only_collection_opens_whatever_its_modes(tmp_path: Path, user: int) -> None:
+    """From an image layer, git or an object store: modes are open, empty folders are lost."""
+    with SnapshotStore(tmp_path / "store") as store:
+        put(store, 1)
+    with Catalog.open(tmp_path / "catalog.db", create=True) as catalog:
+        catalog.upsert([workers.record("a", "text")])
+    (tmp_path / "store" / "tmp").rmdir()
+    for path in [tmp_path, *tmp_path.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        mounted("only_read", tmp_path, place, user)
+
+
+def test_a_path_that_sqlite_cannot_open_is_told(tmp_path: Path) -> None:
+    path = tmp_path
+    while len(bytes(path)) < 520:
+        path /= "long" * 40
+    with pytest.raises(StorageError, match=r"path of \d+ bytes is too long for SQLite"):
+        SnapshotStore(path)
+    with pytest.raises(CatalogError, match=r"path of \d+ bytes is too long for SQLite"):
+        Catalog.open(path / "catalog.db", create=True)
+
+
+def test_a_path_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    """Nothing is made there: what a mapping cannot open would be a miss for ever."""
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    path.mkdir()
+    with pytest.raises(StorageError, match=r"caf\\xe9/store.*not UTF-8; move or rename") as told:
+        SnapshotStore(path / "store")
+    str(told.value).encode()
+    with pytest.raises(
+        CatalogError, match=r"caf\\xe9/catalog.db.*not UTF-8; move or rename"
+    ) as told:
+        Catalog.open(path / "catalog.db", create=True)
+    str(told.value).encode()
+    assert list(path.iterdir()) == []
 
 
 def test_a_full_disk_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:

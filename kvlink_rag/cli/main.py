@@ -418,6 +418,9 @@ def _train(commands: Any) -> argparse.ArgumentParser:
         "--tflops", type=float, default=300.0, metavar="N", help="a device's, for --dry-run (300)"
     )
     parser.add_argument("--resume", metavar="DIR", help="a checkpoint other than the last")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the whole model, not the adapter alone"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON (--dry-run)")
     parser.set_defaults(interrupted="interrupted; run the same command again to go on from here")
     return parser

@@ -19,7 +19,7 @@ from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
 
 from .parts import Parts
-from .searching import search
+from .searching import search_distinct
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ class AnswerStream(Iterator[str]):
 
 
 def from_question(parts: Parts, question: str, *, k: int, rounds: int, order: str) -> Find:
-    """Finds what retrieval finds: the spec's prompt over the best `k` documents."""
+    """Finds what retrieval finds: the spec's prompt over the best `k` texts."""
 
     def find(trace: Trace) -> Found:
         # 1. question → hits
         with trace.stage("retrieval"):
-            hits = search(parts, question, k, rounds=rounds)
+            hits = search_distinct(parts, question, k, rounds=rounds)
         # 2. hits → parts
         documents = [hit.document for hit in in_order(hits, order)]
         return Found(parts.loaded().model.prompt(documents, question), hits)

@@ -11,11 +11,15 @@ from kvlink_rag.errors import CatalogError
 from .adding import BATCH
 from .parts import Parts
 from .passages import batched, has_snapshot
+from .proving import sampled, wrongly_encoded
 from .reencoding import embed_again, encode_again, unused
 
 
-def check(parts: Parts, fix: bool) -> list[str]:
-    """What is wrong, one line each; with `fix`, mend all that can be made again."""
+def check(parts: Parts, fix: bool, sample: int | None = 0) -> list[str]:
+    """What is wrong, one line each; with `fix`, mend all that can be made again.
+
+    sample: how many snapshots (None: all) are compared with what the model encodes now.
+    """
     problems: list[str] = []
     try:
         problems += (f"catalog: {problem}" for problem in _check_catalog(parts, fix))
@@ -23,6 +27,7 @@ def check(parts: Parts, fix: bool) -> list[str]:
         problems += (f"snapshots: {problem}" for problem in parts.store.check(fix))
         problems += _check_unused(parts, fix)
         problems += _check_missing(parts, fix)
+        problems += _check_encoded(parts, fix, sample)
     except CatalogError as error:
         if not problems:
             raise
@@ -65,4 +70,20 @@ def _check_missing(parts: Parts, fix: bool) -> list[str]:
         problems += [f"snapshots: document {entry.id!r} has none" for entry in lost]
         if lost and fix:
             encode_again(parts, lost)
+    return problems
+
+
+def _check_encoded(parts: Parts, fix: bool, sample: int | None) -> list[str]:
+    """Snapshots that are not what the model encodes: other weights made them."""
+    problems = []
+    for entries in sampled(parts, sample):
+        _, wrong = wrongly_encoded(parts, entries)
+        problems += [
+            f"snapshots: that of document {entry.id!r} is not what the model encodes"
+            for entry in wrong
+        ]
+        if wrong and fix:
+            for key in {str(entry.snapshot_key) for entry in wrong}:
+                parts.store.delete(key)
+            encode_again(parts, wrong)
     return problems

@@ -18,6 +18,7 @@ from kvlink_rag.trace import Trace
 
 from .answering import AnswerStream, Found
 from .rag import KVLinkRAG
+from .searching import search_distinct
 
 SYSTEM = "You answer questions from the documents."
 
@@ -52,12 +53,13 @@ class Conversation:
 
     def hits(self, question: str) -> list[Hit]:
         """New passages for `question`: asked alone, and after the last question."""
-        found = self._rag.search(question, self._k, rounds=self._rounds)
+        found = search_distinct(self.parts, question, self._k, rounds=self._rounds)
         if self._turns:
             both = f"{self._turns[-1].question} {question}"
-            found = _interleaved(found, self._rag.search(both, self._k, rounds=self._rounds))
-        shown = {hit.document.id for turn in self._turns for hit in turn.hits}
-        return [hit for hit in found if hit.document.id not in shown][: self._k]
+            again = search_distinct(self.parts, both, self._k, rounds=self._rounds)
+            found = _interleaved(found, again)
+        shown = {hit.document.text.strip() for turn in self._turns for hit in turn.hits}
+        return [hit for hit in found if hit.document.text.strip() not in shown][: self._k]
 
     def find(self, turn: Turn, trace: Trace) -> Found:
         """The prompt of `turn`; forgets the oldest turns until it fits."""
@@ -109,10 +111,10 @@ class Turn(AnswerStream):
 
 
 def _interleaved(first: list[Hit], second: list[Hit]) -> list[Hit]:
-    """Both lists by turns, no document twice."""
+    """Both lists by turns, no text twice."""
     longest = max(len(first), len(second))
     pairs = [hit for i in range(longest) for hit in (*first[i : i + 1], *second[i : i + 1])]
-    found: dict[str | None, Hit] = {}
+    found: dict[str, Hit] = {}
     for hit in pairs:
-        found.setdefault(hit.document.id, hit)
+        found.setdefault(hit.document.text.strip(), hit)
     return list(found.values())

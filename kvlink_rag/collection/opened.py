@@ -7,11 +7,11 @@ model, the index and the mapped snapshots must be there once. Knows `KVLinkRAG` 
 from __future__ import annotations
 
 import atexit
-import threading
 import weakref
 from pathlib import Path
 
 from kvlink_rag.disk.digests import cache_directory
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder
 from kvlink_rag.snapshots.store import SnapshotStore
@@ -20,7 +20,7 @@ from .catalog import Catalog
 from .rag import KVLinkRAG
 
 _opened: weakref.WeakSet[KVLinkRAG] = weakref.WeakSet()
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 
 def default_directory() -> Path:

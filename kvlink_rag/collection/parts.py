@@ -5,12 +5,12 @@ Knows which parts there are and how they are put together; knows no step of eith
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.retrieval.embedder import Embedder
@@ -30,7 +30,7 @@ class Once(Generic[Thing]):
 
     def __init__(self, load: Callable[[], Thing]) -> None:
         self._load = load
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self.held: Thing | None = None
 
     def __call__(self) -> Thing:

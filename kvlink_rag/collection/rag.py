@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from kvlink_rag.arguments import check_count, check_question, parse_size
+from kvlink_rag.arguments import check_question, parse_size
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, Hit, Part
 from kvlink_rag.errors import ConfigError, DocumentNotFound, StorageError
@@ -39,7 +38,7 @@ from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.trace import Trace
 
-from . import adding, checking, recognising, reencoding, searching
+from . import adding, checking, proving, recognising, reencoding, searching
 from .adding import AddReport
 from .answering import Answer, AnswerStream, from_question
 from .catalog import Catalog
@@ -51,6 +50,7 @@ from .settings import Asked
 from .stats import Stats, stats
 
 PREFIX_BUDGET = 256 << 20  # bytes
+VERIFIED = 32  # snapshots that `verify` encodes again
 
 logger = logging.getLogger(__name__)
 
@@ -256,19 +256,21 @@ class KVLinkRAG:
             pass
         return stream.answer
 
-    def verify(self, question: str = "What is this about?", *, k: int = 4) -> Verification:
+    def verify(
+        self,
+        question: str = "What is this about?",
+        *,
+        k: int = 4,
+        sample: int | None = VERIFIED,
+        seed: int | None = None,
+    ) -> Verification:
         """Compare reuse of this collection's snapshots with the masked full prefill.
 
-        Raises `ConfigError` where it holds no documents.
+        Documents come from anywhere in the collection, others at each call unless there is a
+        `seed`: k for the prompt, and `sample` (None: all) whose snapshots are compared with what
+        the model encodes now. Raises `ConfigError` where the collection holds no documents.
         """
-        check_count(k)
-        documents = [entry.document for entry in islice(self.catalog.iterate(k), k)]
-        if not documents:
-            raise ConfigError(
-                f"{self.directory} holds no documents, so there is nothing to verify; add some "
-                "(kvlink-rag: index PATH)"
-            )
-        return self.model.verify(self.model.prompt(documents, question), reuse=self.reuse)
+        return proving.verify(self.parts, question, k=k, sample=sample, seed=seed)
 
     # Prompts that someone else wrote
 
@@ -327,12 +329,16 @@ class KVLinkRAG:
         """Counts, bytes and counters."""
         return stats(self.parts)
 
-    def check(self, fix: bool = False) -> list[str]:
-        """What is wrong in the directory, one line each; with `fix`, mend all that can be."""
+    def check(self, fix: bool = False, *, sample: int | None = 0) -> list[str]:
+        """What is wrong in the directory, one line each; with `fix`, mend all that can be.
+
+        sample: how many snapshots (None: all) are compared with what the model encodes now, which
+        loads it.
+        """
         frozen = atomic_files.is_read_only(self.directory)  # then nobody writes
         with contextlib.nullcontext() if frozen and not fix else self.writing():
             try:
-                return checking.check(self.parts, fix)
+                return checking.check(self.parts, fix, sample)
             except StorageError:
                 raise
             except OSError as error:

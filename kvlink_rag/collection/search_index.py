@@ -7,13 +7,13 @@ whatever is wrong with it, it is made again from the catalog.
 from __future__ import annotations
 
 import logging
-import threading
 from pathlib import Path
 
 import numpy as np
 
 from kvlink_rag.arguments import check_search
 from kvlink_rag.disk import atomic_files
+from kvlink_rag.disk.forks import ForkSafeLock, undivided
 from kvlink_rag.documents import Hit
 from kvlink_rag.errors import CatalogError, IndexCorrupt
 from kvlink_rag.retrieval.embedder import Vectors
@@ -33,13 +33,13 @@ class SearchIndex:
 
     def __init__(self, path: Path, catalog: Catalog) -> None:
         self.path, self._catalog = path, catalog
-        self._lock = threading.RLock()  # of the four below
+        self._lock = ForkSafeLock()  # of the four below
         self._index: VectorIndex | None = None
         self._version = self._saved = 0
 
     def current(self) -> VectorIndex:
         """The index, brought up to the catalog's version, whoever changed it."""
-        with self._lock:
+        with undivided(), self._lock:
             dimension = self._dimension()
             if self._index is None or self._index.dimension != dimension:
                 self._index, self._version = self._load(dimension)
@@ -71,7 +71,7 @@ class SearchIndex:
     def save(self) -> None:
         """Write the file. A failure is logged: the file is made again from the catalog."""
         try:
-            with self._lock:
+            with undivided(), self._lock:
                 index = self.current()
                 if "dimension" not in self._catalog.settings():
                     return  # nothing was ever embedded
@@ -83,13 +83,13 @@ class SearchIndex:
 
     def close(self) -> None:
         """Save what changed since the file was written."""
-        with self._lock:
+        with undivided(), self._lock:
             if self._index is not None and self._version != self._saved:
                 self.save()
 
     def reset(self) -> None:
         """Make the index anew from the catalog, and its file."""
-        with self._lock:
+        with undivided(), self._lock:
             self._index, self._version = VectorIndex(self._dimension(), self._search()), 0
             self._saved = -1
             self.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from kvlink_rag.arguments import check_count
 from kvlink_rag.documents import Hit
@@ -25,6 +26,27 @@ def search(
         return [parts.index.nearest(vector, k, where) for vector in vectors]
 
     return retrieve(search_many, query, k, rounds)
+
+
+def search_distinct(parts: Parts, query: str, k: int, *, rounds: int = 1) -> list[Hit]:
+    """The best `k` texts for `query`: of hits with one text the best, the others in its `also`."""
+    ask = k
+    while True:
+        hits = search(parts, query, ask, rounds=rounds)
+        found = _by_text(hits)
+        if len(found) >= k or len(hits) < ask:
+            return found[:k]
+        ask *= 2
+
+
+def _by_text(hits: Sequence[Hit]) -> list[Hit]:
+    """One hit a text, in order."""
+    found: dict[str, Hit] = {}
+    for hit in hits:
+        text = hit.document.text.strip()
+        if (best := found.setdefault(text, hit)) is not hit:
+            found[text] = replace(best, also=(*best.also, hit.document))
+    return list(found.values())
 
 
 def search_vector(parts: Parts, vector: Vectors, k: int, where: Where | None = None) -> list[Hit]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 
 from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
 from kvlink_rag.disk.checked_file import check_compression
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.errors import ConfigError, SettingsMismatch
-from kvlink_rag.model.loading import load_format
+from kvlink_rag.model.loading import find_model
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.pretrained.model_files import BUNDLED
 from kvlink_rag.prompt.format import PromptFormat
@@ -81,7 +81,7 @@ class Settings:
             catalog.set_settings(values)
         self._remembered = catalog.settings()
         self._unfinished: set[str] = set()
-        self._model_lock, self._embedder_lock = threading.Lock(), threading.Lock()
+        self._model_lock, self._embedder_lock = ForkSafeLock(), ForkSafeLock()
         self._model = asked.model if isinstance(asked.model, KVLinkModel) else None
         self._embedder = None if isinstance(asked.embedder, str | Path) else asked.embedder
         self._needs_bf16 = asked.codec == BF16
@@ -134,7 +134,7 @@ class Settings:
         """How the model's prompts are written, without its weights."""
         if self._model is not None:
             return self._model.format
-        return load_format(self.model_name, self._asked.spec)[0]
+        return find_model(self.model_name, self._asked.spec).format
 
     def settle_model(self, allow: bool) -> bool:
         """Check model and codec that were asked for; True where one is new and `allow` takes it."""

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
+from .forks import undivided
+
 _SUFFIX = ".tmp"
 
 
@@ -112,12 +114,13 @@ def write_all(file: FileIO, data: memoryview) -> None:
 def private_directory(path: Path) -> Path:
     """Make the directory `path`, mode 0700, or narrow the one that is there.
 
+    On a read-only file system its mode stays: nobody can narrow it there.
     Raises `NotADirectoryError` where `path` is a symbolic link or a file.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_symlink():
         raise NotADirectoryError(f"{path} is a symbolic link, expected a directory")
-    if path.stat().st_mode & 0o077:
+    if path.stat().st_mode & 0o077 and not is_read_only(path):
         path.chmod(0o700)
     return path
 
@@ -136,14 +139,18 @@ def _create_locked(directory: Path, name: str) -> FileIO:
 
 @contextlib.contextmanager
 def _locked(directory: Path, operation: int) -> Iterator[None]:
-    """Hold the lock of a directory; do without on file systems that cannot lock one."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, operation)
-        yield
-    finally:
-        os.close(fd)
+    """Hold the lock of a directory; do without on file systems that cannot lock one.
+
+    A child forked meanwhile would hold it too, for as long as it lives.
+    """
+    with undivided():
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, operation)
+            yield
+        finally:
+            os.close(fd)
 
 
 def _private(path: str, flags: int) -> int:

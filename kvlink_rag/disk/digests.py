@@ -38,6 +38,8 @@ _PROBE = (  # case, accents, ligatures, digits, spaces, scripts, special tokens 
     "don't e.g. well-known über Straße Ελλάδα Россия 日本語 한국어 العربية हिन्दी "
     "👩🏽‍🚀 e\u0301 \u00a0x"
 )
+FileStates = dict[str, list[int]]
+
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -57,6 +59,15 @@ def weights_digest(path: Path) -> str:
         _save_known(kept)
     text = "".join(f"{name}\0{digest}\n" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weight_states(path: Path) -> FileStates:
+    """What changes when a weight file of the model directory `path` does, by name.
+
+    Raises `ConfigError` where there are none, `OSError` where one cannot be looked at.
+    """
+    path = Path(path)
+    return {name: _state(os.path.realpath(path / name)) for name in _weight_files(path)}
 
 
 def file_digest(path: Path) -> str:

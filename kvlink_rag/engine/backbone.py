@@ -6,9 +6,6 @@ built of; knows nothing of prompts, files or text.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +16,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.disk.digests import module_digest, weights_digest
+from kvlink_rag.disk.digests import FileStates
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.disk.huge_pages import prefer_huge
 from kvlink_rag.prompt.layout import visibility
 
 from .attention import NAME as GROUPED
 from .attention import pack_mask
-from .capture import Capture
+from .capture import Capture, Hooks
 from .copy_stream import CopyStream
 from .families import check_supported, family_of, masks_by_layer, window_of
+from .identity import WeightsIdentity
 from .live_cache import LiveCache, WorkspacePool, as_argument
 from .rope import rotate_into
 
@@ -56,12 +55,18 @@ class Step:
 class Backbone:
     """A causal LM of a supported architecture, in eval mode.
 
-    source: the directory the weights came from, if any: then their file digests are the
-    fingerprint, else the parameters themselves are hashed once.
+    source, states: the directory the weights came from, if any, and the state of its files before
+    they were loaded. adapter: the digest of what was merged into them since, or "". See `identity`.
     Raises `ModelNotSupported` for other architectures and RoPE types.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: Path | None = None,
+        states: FileStates | None = None,
+        adapter: str = "",
+    ) -> None:
         self.config = model.config
         check_supported(self.config)
         self.family = family_of(self.config)
@@ -80,52 +85,16 @@ class Backbone:
         self.side = CopyStream(self.device)
         self.workspaces: WorkspacePool | None = None  # the plain forward alone
         self._capture = Capture()
-        self._capture.install((layer.self_attn for layer in self.model.model.layers), self.family)
-        self._parameters = list(self.model.parameters())
-        self._loaded = self._changes()
-        self._known: tuple[int, str] | None = None
+        attentions = (layer.self_attn for layer in self.model.model.layers)
+        self._hooks = Hooks(attentions, self.family, self._capture)
+        self._identity = WeightsIdentity(self.model, self.config, source, states, adapter)
         self._spare: tuple[Tensor, Tensor] | None = None
-        self._spare_lock = threading.Lock()
+        self._spare_lock = ForkSafeLock()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights and everything in the configuration that shapes the keys.
-
-        Computed once, and again where training or `load_state_dict` has changed the weights since.
-        """
-        changes = self._changes()
-        if self._known is None or self._known[0] != changes:
-            self._known = (
-                changes,
-                self._fingerprint(self.source if changes == self._loaded else None),
-            )
-        return self._known[1]
-
-    def _changes(self) -> int:
-        """How often the parameters were changed in place, as torch counts it."""
-        return sum(0 if p.is_inference() else p._version for p in self._parameters)
-
-    def _fingerprint(self, source: Path | None) -> str:
-        weights = weights_digest(source) if source else module_digest(self.model)
-        names = [
-            "model_type",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "hidden_act",
-            "attention_bias",
-            "mlp_bias",
-            "sliding_window",
-            "layer_types",
-            "rope_parameters",
-        ]
-        shape = {name: getattr(self.config, name, None) for name in names}
-        text = json.dumps([weights, shape], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 that changes with the weights and all that shapes the keys; see `identity`."""
+        return self._identity.fingerprint
 
     @property
     def token_bytes(self) -> int:
@@ -308,6 +277,7 @@ class Backbone:
         token, so causal attention never shows it to one). Returns two lists of one tensor
         [batch, tokens, kv_heads, head_dim] a layer.
         """
+        self._hooks.follow()
         with self._capture.capturing() as capture:
             self.model.model(input_ids=token_ids.to(self.device), use_cache=False)
         shape = (*token_ids.shape, self.kv_heads, self.head_dim)
@@ -321,6 +291,7 @@ class Backbone:
         [layers, kv_heads, n, head_dim]. A masked prefill over given states is the oracle of
         snapshots that are not exact.
         """
+        self._hooks.follow()
         with self._capture.giving(*(t.to(self.device) for t in (places, keys, values))):
             yield
 

@@ -14,6 +14,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from kvlink_rag.disk.forks import ForkSafeLock
 
 from .families import Family
 
@@ -44,17 +47,8 @@ class Capture(threading.local):
     values: list[Tensor] | None = None
     given: _Given | None = None
 
-    def install(self, attentions: Iterable[torch.nn.Module], family: Family) -> None:
-        """Hook the attention blocks of all layers, where RoPE is applied to the keys next."""
-        for number, attention in enumerate(attentions):
-            modules = {"keys": family.keys[-1], "values": family.values}
-            for name, module in modules.items():
-                hook = partial(self._keep, name, number)
-                attention.get_submodule(module).register_forward_hook(
-                    lambda _, __, output, hook=hook: hook(output)
-                )
-
-    def _keep(self, name: str, number: int, output: Tensor) -> Tensor | None:
+    def keep(self, name: str, number: int, output: Tensor) -> Tensor | None:
+        """What a hook does with `output` of layer `number`: None leaves it as it is."""
         if (kept := getattr(self, name)) is not None:
             kept.append(output)
         if (given := self.given) is None:
@@ -83,3 +77,37 @@ class Capture(threading.local):
             yield
         finally:
             self.given = None
+
+
+class Hooks:
+    """The hooks of all layers, where RoPE is applied to the keys next, and on the values.
+
+    They follow the model: where a module was put in another's place, as an adapter does that is
+    added later, the hook moves there.
+    """
+
+    def __init__(
+        self, attentions: Iterable[torch.nn.Module], family: Family, capture: Capture
+    ) -> None:
+        self._attentions, self._capture = list(attentions), capture
+        self._names = {"keys": family.keys[-1], "values": family.values}
+        self._hooked: dict[tuple[str, int], tuple[torch.nn.Module, RemovableHandle]] = {}
+        self._lock = ForkSafeLock()
+        self.follow()
+
+    def follow(self) -> None:
+        """Hook the modules that are there now."""
+        with self._lock:
+            for number, attention in enumerate(self._attentions):
+                for name, path in self._names.items():
+                    self._hook(name, number, attention.get_submodule(path))
+
+    def _hook(self, name: str, number: int, module: torch.nn.Module) -> None:
+        hooked, handle = self._hooked.get((name, number), (None, None))
+        if hooked is module:
+            return
+        if handle is not None:
+            handle.remove()
+        keep = partial(self._capture.keep, name, number)
+        handle = module.register_forward_hook(lambda _, __, output: keep(output))
+        self._hooked[name, number] = module, handle

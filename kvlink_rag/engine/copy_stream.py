@@ -7,12 +7,13 @@ of it works too, at once and without a stream.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from kvlink_rag.disk.forks import ForkSafeLock
 
 STAGING = 32 << 20  # bytes of one pinned staging buffer
 BUFFERS = 2  # one is filled while the other is copied from
@@ -35,7 +36,7 @@ class CopyStream:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._staging: list[_Staging] = []
-        self._lock = threading.Lock()  # of the staging buffers
+        self._lock = ForkSafeLock()  # of the staging buffers
 
     @contextmanager
     def work(self) -> Iterator[None]:

@@ -50,10 +50,10 @@ def _rotated_by_kernel(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> b
 
 @functools.cache
 def _kernel() -> ModuleType | None:
-    """`rope_kernel`, or None without Triton."""
+    """`rope_triton`, or None without Triton."""
     try:
-        from . import rope_triton as rope_kernel
+        from . import rope_triton
     except ImportError as error:
         logger.info("no Triton, rotation runs in plain torch: %s", error)
         return None
-    return rope_kernel
+    return rope_triton

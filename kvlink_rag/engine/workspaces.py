@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 
 import torch
 from torch import Tensor
+
+from kvlink_rag.disk.forks import ForkSafeLock
 
 from .attention import NAME as GROUPED
 from .backbone import Backbone
@@ -32,7 +33,7 @@ class Workspaces:
         self.taken = 0
         self._held: list[Workspace] = []  # the most recently taken last
         self._weights: tuple[int, ...] = ()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @classmethod
     def of(cls, backbone: Backbone) -> Workspaces | None:

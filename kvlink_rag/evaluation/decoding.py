@@ -63,9 +63,9 @@ def _choose(model: KVLinkModel, logits: Tensor, answer: Decoded, text: TextPiece
     """Take the best token into the answer; 0 once it has ended."""
     if answer.ended:
         return 0
-    ends = list(model.end_ids)
-    if not text.visible and ends:
-        logits = logits.index_fill(0, torch.tensor(ends), -torch.inf)
+    ruled_out = [*model.never_ids, *(() if text.visible else model.end_ids)]
+    if ruled_out:
+        logits = logits.index_fill(0, torch.tensor(ruled_out), -torch.inf)
     best, second = logits.topk(2).values.tolist()
     token = int(logits.argmax())
     answer.margins.append((best - second) / max(abs(best), 1e-9))

@@ -6,6 +6,8 @@ knows where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.published import PUBLISHED
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec
 
+from .adapter import Adapter, find_adapter
+
+DERIVED = ("rotary_emb.inv_freq", "masked_bias")  # buffers that old checkpoints hold, made anew
+
 
 def find_spec(name: str, directory: Path) -> Spec | None:
     if (directory / SPEC_FILE).is_file():
@@ -27,20 +33,44 @@ def find_spec(name: str, directory: Path) -> Spec | None:
     return PUBLISHED.get(name)
 
 
-def load_format(path_or_id: str | Path, spec: Spec | None = None) -> tuple[PromptFormat, Path]:
-    """The prompt format of a directory, a hub id or "bundled", and the directory of its weights.
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What is known of a model before its weights are read; adapter: to be merged into them."""
 
-    spec: None takes the `kvlink.json` beside the weights, else the built-in one of a published
-    checkpoint, else one without link tokens.
+    format: PromptFormat
+    directory: Path
+    adapter: Adapter | None
+
+    @property
+    def merged(self) -> str:
+        """The digest of what is merged into the weights, or ""."""
+        return self.adapter.digest if self.adapter else ""
+
+    def check_base(self, adapter_base: str | None) -> str:
+        """What is to be said of the adapter on this base; see `Adapter.check`."""
+        if self.adapter is None:
+            return ""
+        tokenizer = self.format.tokenizer.hf
+        return self.adapter.check(self.directory, tokenizer, adapter_base=adapter_base)
+
+
+def find_model(
+    path_or_id: str | Path, spec: Spec | None = None, adapter: str | Path | None = None
+) -> ModelFiles:
+    """The files of a directory, a hub id, an adapter or "bundled", and how its prompts are written.
+
+    spec: None takes the adapter's, else the `kvlink.json` beside the weights, else the built-in one
+    of a published checkpoint, else one without link tokens.
     Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
     """
-    directory = resolve(path_or_id, bundled="lm")
+    base, found = find_adapter(path_or_id, adapter)
+    directory = resolve(base, bundled="lm")
     config = load_config(directory)
     check_supported(config)
-    spec = spec or find_spec(str(path_or_id), directory)
+    spec = spec or (found.spec if found else find_spec(str(base), directory))
     tokenizer = load_tokenizer(directory, spec)
     window = int(config.max_position_embeddings)
-    return PromptFormat.of(str(path_or_id), window, tokenizer, spec), directory
+    return ModelFiles(PromptFormat.of(str(path_or_id), window, tokenizer, spec), directory, found)
 
 
 def load_config(directory: Path) -> Any:
@@ -66,18 +96,32 @@ def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
 
 def _load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=GROUPED,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the weights in {directory} cannot be loaded: {first_line(error)}; "
             "expected safetensors files"
         ) from error
+    _refuse_other_tensors(directory, info)
+    return model
+
+
+def _refuse_other_tensors(directory: Path, info: Mapping[str, Any]) -> None:
+    """Raise where the files lack a tensor, which would be drawn at random, or hold others."""
+    for what, name in (("lack", "missing_keys"), ("also hold", "unexpected_keys")):
+        if found := sorted(key for key in info[name] if not key.endswith(DERIVED)):
+            named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            raise ConfigError(
+                f"the weights in {directory} {what} {named}; expected exactly the tensors of this "
+                "architecture: fetch the checkpoint again, or save it as it was loaded"
+            )
 
 
 def load_tokenizer(directory: Path, spec: Spec | None) -> Any:

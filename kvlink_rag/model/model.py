@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlink_rag.arguments import check_mode
+from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling
@@ -34,7 +35,7 @@ from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
-from .loading import load_format, load_model
+from .loading import find_model, load_model
 from .prompt_run import Mode
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
@@ -52,8 +53,9 @@ class KVLinkModel:
     """A causal LM, its tokenizer and its spec, ready to answer from snapshots.
 
     model, tokenizer: as transformers loads them. spec: see `Spec`; None means no link tokens.
-    name: shown to people. source: the directory of the weights, if any. graphs: whether forwards of
-    fixed shape are used (`engine.workspaces`), on CUDA as recorded graphs; None: on CUDA only.
+    name: shown to people. source: the directory of the weights, if any. adapter: the digest of what
+    was merged into them. graphs: whether forwards of fixed shape are used (`engine.workspace`), on
+    CUDA as recorded graphs; None: on CUDA only. notice: said by every trace.
     Safe to share between threads. Raises `ModelNotSupported`, `SpecError`.
     """
 
@@ -65,11 +67,13 @@ class KVLinkModel:
         *,
         name: str = "model",
         source: Path | None = None,
+        adapter: str = "",
         graphs: bool | None = None,
+        notice: str = "",
     ) -> None:
-        backbone = Backbone(model, source)
+        backbone = Backbone(model, source, adapter=adapter)
         format = PromptFormat.of(name, backbone.window, tokenizer, spec)
-        self._start(backbone, format, graphs)
+        self._start(backbone, format, graphs, notice)
 
     @classmethod
     def from_pretrained(
@@ -79,26 +83,39 @@ class KVLinkModel:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         spec: Spec | None = None,
+        adapter: str | Path | None = None,
+        adapter_base: str | None = None,
         graphs: bool | None = None,
     ) -> KVLinkModel:
-        """Load a directory, a hub id or "bundled".
+        """Load a directory, a hub id or "bundled", or an adapter with the base it names.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: "auto" is the
         checkpoint's own. spec: None takes the `kvlink.json` beside the weights, else the built-in
-        one of a published checkpoint, else a spec without link tokens. graphs: False keeps CUDA
-        graphs off, see `KVLinkModel`.
+        one of a published checkpoint, else a spec without link tokens. adapter: the directory of an
+        adapter, merged in memory; adapter_base: "any" takes it on another base than it was trained
+        on, which every trace then says. graphs: False keeps CUDA graphs off, see `KVLinkModel`.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
         target, precision = find_device(device), find_dtype(dtype)
-        format, directory = load_format(path_or_id, spec)
-        backbone = Backbone(load_model(directory, precision).to(target), directory)
+        # 1. a name → files, tokenizer, spec
+        files = find_model(path_or_id, spec, adapter)
+        notice = files.check_base(adapter_base)
+        # 2. files → weights in memory, the adapter merged
+        states = weight_states(files.directory)  # before: a file replaced meanwhile is noticed
+        model = load_model(files.directory, precision)
+        if files.adapter is not None:
+            files.adapter.merge_into(model)
+        # 3. weights → engine
+        backbone = Backbone(model.to(target), files.directory, states, files.merged)
         made = cls.__new__(cls)
-        made._start(backbone, format, graphs)
+        made._start(backbone, files.format, graphs, notice)
         return made
 
-    def _start(self, backbone: Backbone, format: PromptFormat, graphs: bool | None) -> None:
+    def _start(
+        self, backbone: Backbone, format: PromptFormat, graphs: bool | None, notice: str
+    ) -> None:
         _check_ids(format.spec, backbone)
-        self.backbone, self.format = backbone, format
+        self.backbone, self.format, self.notice = backbone, format, notice
         if backbone.device.type == "cuda" if graphs is None else graphs:
             backbone.workspaces = Workspaces.of(backbone)
         self.reuse = Reuse(EncodeNow(backbone), PrefixCache())
@@ -108,6 +125,7 @@ class KVLinkModel:
         _check_ids(spec, self.backbone)
         other = copy.copy(self)
         other.format = replace(self.format, spec=spec)
+        other.__dict__.pop("never_ids", None)
         return other
 
     @property
@@ -163,7 +181,7 @@ class KVLinkModel:
         mode: "reuse" assembles snapshots and computes the rest; "masked" is the oracle, one full
         prefill with the same visibility; "full" is ordinary causal attention over the same tokens.
         """
-        trace = Trace(mode=check_mode(mode))
+        trace = Trace(mode=check_mode(mode), notice=self.notice)
         prompt = self.layout(parts)
         return Prefill(first_logits(self.backbone, prompt, mode, reuse or self.reuse, trace), trace)
 
@@ -174,6 +192,9 @@ class KVLinkModel:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: Sequence[str] | str = (),
         seed: int | None = None,
         mode: Mode = "reuse",
@@ -192,7 +213,12 @@ class KVLinkModel:
             self.backbone,
             parts,
             end_ids=self.end_ids,
-            sampling=Sampling(max_new_tokens, temperature, top_p, strings, seed),
+            never=self.never_ids,
+            notice=self.notice,
+            sampling=Sampling(
+                *(max_new_tokens, temperature, top_p, strings, seed),
+                *(top_k, min_p, repetition_penalty),
+            ),
             mode=mode,
             reuse=reuse or self.reuse,
             trace=trace,
@@ -205,6 +231,13 @@ class KVLinkModel:
     def verify(self, parts: Iterable[Part], *, reuse: Reuse | None = None) -> Verification:
         """Compare reuse with the masked full prefill on this prompt; see `model.verify`."""
         return verify(self.backbone, self.layout(parts), reuse or self.reuse)
+
+    @cached_property
+    def never_ids(self) -> list[int]:
+        """Ids that are never said: link tokens, markers, and rows that no token stands for."""
+        known = set(self.tokenizer.hf.get_vocab().values())
+        unknown = (i for i in range(self.backbone.vocabulary) if i not in known)
+        return sorted({*self.spec.special_ids(), *unknown})
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

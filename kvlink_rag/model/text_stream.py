@@ -26,7 +26,8 @@ from .prompt_run import Mode, PromptRun
 class TextStream(Iterator[str]):
     """An answer as it comes. `trace` fills as it runs; `text` is what has been yielded so far.
 
-    end_ids: token ids that end an answer. parts: read when the first piece is asked for.
+    end_ids: token ids that end an answer; never: those that are never said. notice: of the model,
+    for the trace. parts: read when the first piece is asked for.
     """
 
     def __init__(
@@ -40,14 +41,16 @@ class TextStream(Iterator[str]):
         mode: Mode,
         reuse: Reuse,
         trace: Trace | None = None,
+        never: Sequence[int] = (),
+        notice: str = "",
     ) -> None:
         self.trace = trace or Trace()
-        self.trace.mode = mode
+        self.trace.mode, self.trace.notice = mode, notice
         self.text = ""
         self._fresh = trace is None
         self._parts = list(parts) if isinstance(parts, Sequence) else parts
         self._format, self._backbone, self._end_ids = format, backbone, list(end_ids)
-        self._sampling, self._reuse = sampling, reuse
+        self._sampling, self._reuse, self._never = sampling, reuse, list(never)
         self._pieces = self._run()
 
     def __next__(self) -> str:
@@ -83,30 +86,39 @@ class TextStream(Iterator[str]):
         trace, sampling = self.trace, self._sampling
         pieces = TextPieces(self._format.tokenizer.decode, sampling.stop)
         generator = sampling.generator()
+        stop_ids, seen = self._stop_ids(), run.prompt.token_ids
         for count in range(1, room + 1):
-            token = sample(self._allowed(logits, pieces), sampling, generator)
+            token = sample(self._allowed(logits, pieces), sampling, generator, seen)
             if count == 1:
                 trace.first_token_ms = trace.elapsed_ms()
             if token in self._end_ids:
                 trace.finish_reason = "stop"
                 break
             trace.generated_tokens = count
-            if piece := pieces.push(token):
+            if token not in stop_ids and (piece := pieces.push(token)):
                 yield piece
-            if pieces.stopped:
+            if pieces.stopped or token in stop_ids:
                 trace.finish_reason = "stop"
                 break
             if count < room:
+                if sampling.repetition_penalty != 1:
+                    seen = torch.cat([seen, torch.tensor([token])])
                 logits = run.step(token)
         else:
             trace.finish_reason = "length"
         if piece := pieces.finish():
             yield piece
 
+    def _stop_ids(self) -> list[int]:
+        """Ids of stop strings that are a special token, which is no text that could be seen."""
+        known = self._format.tokenizer.special_ids
+        return [known[text] for s in self._sampling.stop if (text := s.strip()) in known]
+
     def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
-        """`logits`, with an end ruled out as long as nothing visible has been said."""
-        if pieces.visible or pieces.stopped or not self._end_ids:
+        """`logits` without what is never said, nor an end as long as nothing visible was."""
+        early = [] if pieces.visible or pieces.stopped else self._end_ids
+        if not early and not self._never:
             return logits
         logits = logits.clone()
-        logits[self._end_ids] = -torch.inf
+        logits[[*early, *self._never]] = -torch.inf
         return logits

@@ -36,6 +36,8 @@ class Verification:
     difference: largest difference of logits over the largest logit of the masked run. margin: how
     far apart the two best logits of the masked run lie, on the same scale. Where the snapshots are
     quantised, the masked run has their keys and values, and `price` is what the codec costs.
+    compared, wrong: of a collection, how many stored snapshots were encoded again, and the ids of
+    documents whose snapshot is not what this model encodes.
     """
 
     holds: bool
@@ -45,6 +47,8 @@ class Verification:
     margin: float
     message: str
     price: CodecPrice | None = None
+    compared: int = 0
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,12 +113,13 @@ def visibility(
     key_segments: Tensor,
     *,
     window: int | None = None,
+    branches: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Which keys each query sees: bool [queries, keys].
 
-    All arguments are int64 [queries] or [keys], in any order of tokens: only positions and
-    segments decide. `window` is the sliding window in positions (a query sees itself and the
-    `window - 1` positions before it), or None.
+    All arguments are int64 [queries] or [keys], in any order of tokens: only positions, segments
+    and branches (of the queries and of the keys) decide. `window` is the sliding window in
+    positions (a query sees itself and the `window - 1` positions before it), or None.
     """
     return sees(
         query_positions[:, None],
@@ -126,6 +127,7 @@ def visibility(
         key_positions[None, :],
         key_segments[None, :],
         window=window,
+        branches=branches and (branches[0][:, None], branches[1][None, :]),
     )
 
 
@@ -136,10 +138,18 @@ def sees(
     key_segment: Tensor,
     *,
     window: int | None = None,
+    branches: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The rule itself, element by element: bool of the arguments' common shape."""
+    """The rule itself, element by element: bool of the arguments' common shape.
+
+    branches: of query and key. Several questions may stand over one memory, each a branch of its
+    own from 1, blind to the others; branch 0 (memory, system prompt) is seen by all.
+    """
     distance = query_position - key_position
     seen = (distance >= 0) & ((query_segment == 0) | (query_segment == key_segment))
+    if branches is not None:
+        query_branch, key_branch = branches
+        seen = seen & ((key_branch == 0) | (query_branch == key_branch))
     return seen if window is None else seen & (distance < window)
 
 

@@ -34,6 +34,18 @@ class PromptPreset:
     after: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter was trained on.
+
+    name: directory or hub id it was opened by. weights, tokenizer: their digests.
+    """
+
+    name: str
+    weights: str
+    tokenizer: str
+
+
 PLAIN_PRESET = PromptPreset(between="\nQuestion: ", after="\nAnswer:")
 
 
@@ -51,6 +63,7 @@ class Spec:
         for one slot only; for evaluation).
     presets: prompt presets by name; `preset` names the one in use.
     tokenizer: repository to take the tokenizer from where the checkpoint carries none.
+    base: of an adapter, the model it belongs to.
     """
 
     links_per_passage: int = 0
@@ -65,6 +78,7 @@ class Spec:
     preset: str = "plain"
     tokenizer: str | None = None
     notice: str = ""
+    base: Base | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -112,6 +126,8 @@ class Spec:
     def to_json(self) -> str:
         """The text of a `kvlink.json`."""
         fields = dataclasses.asdict(self)
+        if self.base is None:
+            del fields["base"]  # an older release reads the file of a whole model
         return json.dumps({"format": SPEC_FORMAT, **fields}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -126,6 +142,8 @@ class Spec:
         try:
             if "presets" in fields:
                 fields["presets"] = _presets(fields["presets"])
+            if fields.get("base") is not None:
+                fields["base"] = Base(**fields["base"])
             return cls(**fields)
         except (TypeError, SpecError) as error:
             raise SpecError(f"{source}: {error}") from error

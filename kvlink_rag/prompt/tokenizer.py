@@ -10,6 +10,7 @@ import copy
 import re
 from array import array
 from collections import OrderedDict
+from functools import cached_property
 from typing import Any
 
 KEPT = 2048  # texts whose token ids are remembered
@@ -31,6 +32,13 @@ class PartTokenizer:
         # `split_special_tokens` is state of the backend, not of the call: a copy, so no race.
         self._plain = copy.deepcopy(hf)
         self._known: OrderedDict[str, array[int]] = OrderedDict()
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The id of each special token, by its text."""
+        added = self.hf.added_tokens_decoder.items()
+        named = {token.content: id for id, token in added if token.special}
+        return named | dict(zip(self.hf.all_special_tokens, self.hf.all_special_ids, strict=True))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of `text` alone: nothing is added before or after.

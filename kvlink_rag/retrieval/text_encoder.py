@@ -10,7 +10,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kvlink_rag.disk.digests import module_digest, tokenizer_digest, weights_digest
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.errors import ConfigError, first_line
 from kvlink_rag.pretrained.known import PAIRS
 from kvlink_rag.pretrained.model_files import resolve
@@ -62,7 +62,7 @@ class TextEncoder(ABC):
             self.model.pooler = None  # not used, and some checkpoints have none: then random
         # `split_special_tokens` is state of the backend, not of the call: a copy of our own.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._tokenizer_lock = threading.Lock()
+        self._tokenizer_lock = ForkSafeLock()
         self.batch_size = batch_size
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
         self.max_length = min(max_length, positions, tokenizer.model_max_length)

@@ -7,13 +7,13 @@ CPU all of it works too.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.engine.copy_stream import CopyStream, pinned
 
 from .snapshot import ALL, AnySnapshot
@@ -30,7 +30,7 @@ class DeviceSnapshot:
 
     def __init__(self, side: CopyStream, host: AnySnapshot) -> None:
         self.codec, self.token_ids, self.nbytes = host.codec, host.token_ids, host.nbytes
-        self._side, self._lock = side, threading.Lock()
+        self._side, self._lock = side, ForkSafeLock()
         self._host: AnySnapshot | None = host
         self._layers, self._here = len(host.tensors["keys"]), 0
         with side.work():
@@ -88,7 +88,7 @@ class Recent(Generic[Item]):
         self.budget = budget
         self.nbytes = self.hits = self.misses = 0
         self._held: OrderedDict[str, Item] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def __len__(self) -> int:
         return len(self._held)

@@ -9,7 +9,6 @@ new one goes on differently. Lives in memory under a byte budget. Knows tensors 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.prompt.layout import Layout
 
 TRIED = 16  # runs after one chain that are compared with a new one, the latest first
@@ -70,7 +70,7 @@ class PrefixCache:
         self.nbytes = self.hits = self.misses = 0
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._after: dict[str, list[str]] = {}  # keys of the runs that follow a chain
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def __len__(self) -> int:
         return len(self._kept)

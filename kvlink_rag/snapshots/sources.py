@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kvlink_rag.arguments import check_codec
 from kvlink_rag.engine.backbone import Backbone
-from kvlink_rag.errors import StorageError
+from kvlink_rag.errors import ConfigError, StorageError
 from kvlink_rag.trace import Trace
 
 from .codecs import in_codec
@@ -91,7 +91,15 @@ class StoredSnapshots:
         return [snapshot_key(fingerprint, ids, dtype=dtype, codec=self.codec) for ids in passages]
 
     def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
-        """Store a snapshot just encoded, in the codec; what was stored. Raises `StorageError`."""
+        """Store a snapshot just encoded, in the codec; what was stored.
+
+        Raises `StorageError`; `ConfigError` where the weights are no longer those of `key`.
+        """
+        if self.key(snapshot.token_ids.tolist()) != key:
+            raise ConfigError(
+                "the model's weights changed while it encoded passages, so what it made is not "
+                "kept; change them before or after, then add the documents again"
+            )
         kept = in_codec(snapshot, self.codec)
         self.store.put(key, kept)
         return kept
@@ -138,7 +146,10 @@ class StoredSnapshots:
             )
         encoded = encode_many(self.backbone, missing)
         made = {missing[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
-        for ids, snapshot in made.items() if self.keep else ():
+        keep = self.keep and self._keys(missing) == [keys[ids] for ids in missing]
+        if self.keep and not keep:
+            logger.warning("the model's weights changed meanwhile: what it encoded is not stored")
+        for ids, snapshot in made.items() if keep else ():
             try:
                 self.store.put(keys[ids], snapshot)
             except StorageError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import reading, writing
 from .checking import check
-from .connection import OPENING, Database, errors
+from .connection import Database, opening
 from .records import Array, Changes, Entry, Record, Upserted, entries
 from .schema import prepare
 
@@ -43,7 +43,7 @@ class Catalog:
         cannot be opened.
         """
         path = Path(os.path.realpath(path))
-        with errors(path), OPENING:
+        with opening(path):
             prepare(path, create=create, siblings=siblings)
             return cls(path)
 

@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvlink_rag.disk import atomic_files
+from kvlink_rag.disk.database_paths import cause, printable, require_text
+from kvlink_rag.disk.forks import undivided
 from kvlink_rag.errors import CatalogError, DocumentError
 
 from .records import Row
 
 logger = logging.getLogger(__name__)
 
-_PRAGMAS = ("synchronous=FULL", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0")
+_PRAGMAS = (
+    "synchronous=FULL",
+    "secure_delete=ON",  # not every SQLite is built so: deleted text would stay in free pages
+    "trusted_schema=OFF",
+    "cell_size_check=ON",
+    "mmap_size=0",
+)
 _BUSY_SECONDS = 60
 _IDLE_CONNECTIONS = 4
 
@@ -31,9 +39,7 @@ Sql = sqlite3.Connection
 _Result = TypeVar("_Result")
 
 _forked: list[list[Sql]] = []
-# A thread that closes a file drops the process's POSIX locks on it, also SQLite's in another
-# thread: so no catalog is opened while one is made.
-OPENING = threading.Lock()
+_opening = threading.Lock()
 
 
 class Database:
@@ -73,12 +79,13 @@ class Database:
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        with contextlib.suppress(IndexError):
+        with undivided(), contextlib.suppress(IndexError):
+            self._leave_to_parent()
             while True:
                 self._idle.pop().close()
 
     def _transact(self, begin: str, action: Callable[[Sql], _Result]) -> _Result:
-        with errors(self.path), self._connection() as sql:
+        with undivided(), errors(self.path), self._connection() as sql:
             before = sql.total_changes
             sql.execute(begin)
             result = action(sql)
@@ -103,9 +110,7 @@ class Database:
             sql.close()
 
     def _take(self) -> Sql:
-        if self._pid != os.getpid():  # forked: SQLite's connections must not be used, nor closed
-            _forked.append(self._idle)
-            self._idle, self._pid = [], os.getpid()
+        self._leave_to_parent()
         if _identity(self.path) != self._file:
             raise CatalogError(
                 f"the catalog {self.path} was removed or replaced while it was open; bring it "
@@ -115,6 +120,24 @@ class Database:
             return self._idle.pop()
         except IndexError:
             return connect(self.path)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the parent's connections must neither be used nor closed."""
+        if self._pid != os.getpid():
+            _forked.append(self._idle)
+            self._idle, self._pid = [], os.getpid()
+
+
+@contextlib.contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """While the catalog at `path` is looked for, made and opened.
+
+    A thread that closes a file drops the process's POSIX locks on it, also SQLite's in another
+    thread: so no catalog is opened while one is made.
+    """
+    with undivided(), errors(path), _opening:
+        require_text(path)
+        yield
 
 
 def connect(path: Path, journal: str = "journal_mode=WAL") -> Sql:
@@ -149,7 +172,8 @@ def errors(path: Path) -> Iterator[None]:
     except CatalogError:
         raise
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
+        what = f"the catalog {printable(path)} cannot be used"
+        raise CatalogError(f"{what}: {cause(path, error)}") from error
 
 
 def integer(found: object) -> int:

@@ -60,7 +60,7 @@ def _sweep(path: Path) -> None:
     """Remove what creations that were killed left beside `path`."""
     for leftover in path.parent.glob(f"{path.name}.*.tmp"):
         if path.exists() and leftover.exists() and path.samefile(leftover):
-            leftover.unlink(missing_ok=True)  # unopened: see OPENING
+            leftover.unlink(missing_ok=True)  # unopened: see `opening`
     for leftover in atomic_files.abandoned(path.parent, path.name):
         leftover.unlink(missing_ok=True)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import CatalogError, PromptError
 from kvlink_rag.prompt.chat import content_parts
@@ -82,7 +82,7 @@ class Recogniser:
         self._catalog, self._tokenizer = catalog, tokenizer
         self.min_tokens, self.most = min_tokens, most
         self._table = Table()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def recognise(
         self,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,8 @@ from types import TracebackType
 
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.checked_file import require_compression
+from kvlink_rag.disk.database_paths import printable, require_text
+from kvlink_rag.disk.forks import ForkSafeLock, undivided
 from kvlink_rag.errors import SnapshotCorrupt, StorageError
 from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_size, write_snapshot
 from kvlink_rag.snapshots.snapshot import AnySnapshot
@@ -77,17 +78,21 @@ class SnapshotStore:
         self.directory = Path(os.path.realpath(directory))
         self.size_limit, self.compress = size_limit, compress
         self._counts: Counter[str] = Counter()
-        self._counts_lock = threading.Lock()
+        self._counts_lock = ForkSafeLock()
+        self._temporary = self.directory / _TEMPORARY
         try:
+            require_text(self.directory)
             atomic_files.private_directory(self.directory)
-            self._temporary = atomic_files.private_directory(self.directory / _TEMPORARY)
+            if not atomic_files.is_read_only(self.directory) or os.path.lexists(self._temporary):
+                atomic_files.private_directory(self._temporary)
             self._table = Table(self.directory)
             sweep(self._table, self._temporary)
             self._shrink()
         except StorageError:
             raise
         except OSError as error:
-            raise StorageError(f"the store {directory} cannot be opened: {error}") from error
+            what = f"the store {printable(self.directory)} cannot be opened"
+            raise StorageError(f"{what}: {error}") from error
 
     def get(self, key: str, token_ids: Sequence[int]) -> AnySnapshot | None:
         """The snapshot of `key`, or None where it is missing or not what was written.
@@ -165,7 +170,7 @@ class SnapshotStore:
 
     def stats(self) -> StoreStats:
         """Counts and bytes."""
-        with self._counts_lock:
+        with undivided(), self._counts_lock:
             seen = {name: self._counts[name] for name in ("hits", "misses", "corrupt", "evicted")}
         return StoreStats(count=len(self), bytes=self.bytes(), **seen)
 
@@ -278,5 +283,5 @@ class SnapshotStore:
             self._count("evicted", number)
 
     def _count(self, name: str, number: int = 1) -> None:
-        with self._counts_lock:
+        with undivided(), self._counts_lock:
             self._counts[name] += number

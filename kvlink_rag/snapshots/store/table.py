@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import diskcache
 
 from kvlink_rag.disk import atomic_files
+from kvlink_rag.disk.database_paths import cause
+from kvlink_rag.disk.forks import undivided
 from kvlink_rag.errors import StorageError
 
 from .keys import Refused, checked_key, is_key, key_in, locate
@@ -52,6 +54,8 @@ _SURROUNDINGS = (
 # sqlite3 raises UnicodeDecodeError where a damaged table makes it print damaged text.
 _TABLE_ERRORS = (sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)
 _Result = TypeVar("_Result")
+
+_forked: list[Rows | None] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,7 @@ class Table:
         self._lock = threading.RLock()
         self._rows: Rows | None = None
         self._inode = 0
+        self._pid = os.getpid()
         self.attempt(lambda rows: None)
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
@@ -200,6 +205,10 @@ class Table:
 
         Raises `StorageError` where that does not help, or the table cannot be used for now.
         """
+        with undivided():
+            return self._attempt(action)
+
+    def _attempt(self, action: Callable[[Rows], _Result]) -> _Result:
         try:
             return action(self._current())
         except _TABLE_ERRORS as error:
@@ -216,18 +225,21 @@ class Table:
 
     def rebuild(self) -> None:
         """Forget the table and make it again from the files."""
-        with self._lock, self._exclusive():
+        with undivided(), self._lock, self._exclusive():
             self.close()
             self._forget()
             self._open()
 
     def close(self) -> None:
         """Close this thread's connection."""
-        if self._rows is not None:
-            self._rows.close()
+        with undivided():
+            self._leave_to_parent()
+            if self._rows is not None:
+                self._rows.close()
 
     def _current(self) -> Rows:
         """The open table; opened again where its file has been replaced or removed."""
+        self._leave_to_parent()
         rows = self._rows
         if rows is None or _inode(self.directory / DATABASE) != self._inode:
             try:
@@ -236,6 +248,12 @@ class Table:
             except OSError as error:
                 raise self._error(error) from error
         return rows
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the parent's connections must neither be used nor closed."""
+        if self._pid != os.getpid():
+            _forked.append(self._rows)
+            self._rows, self._pid = None, os.getpid()
 
     def _rebuild_unless_done(self, damage: Exception) -> None:
         """Rebuild the damaged table, unless another thread or process has done so meanwhile."""
@@ -275,8 +293,9 @@ class Table:
             os.close(fd)
 
     def _error(self, error: Exception) -> StorageError:
-        cause = str(error) or f"it is locked for more than {_BUSY_SECONDS} s, or not writable"
-        return StorageError(f"the snapshot table in {self.directory} cannot be used: {cause}")
+        found = cause(self.directory / DATABASE, error)
+        found = found or f"it is locked for more than {_BUSY_SECONDS} s, or not writable"
+        return StorageError(f"the snapshot table in {self.directory} cannot be used: {found}")
 
 
 def _open(directory: Path) -> Rows:

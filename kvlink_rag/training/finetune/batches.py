@@ -1,7 +1,8 @@
-"""Samples to rows, and rows to masks: what the model is given in one step.
+"""Samples to a row, and a row to what attention needs: what the model is given in one step.
 
-Samples that share a row are groups 1, 2, …, blind to each other, each from position 0; group 0 is
-padding. Who sees whom inside a group is `layout.sees`, as in inference. Knows tensors only.
+All samples of a step share one row, without padding where the device needs none: groups 1, 2, …,
+blind to each other, each from position 0; group 0 is padding. Who sees whom inside a group is
+`layout.sees`, as in inference. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -14,79 +15,101 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.engine.families import masks_by_layer
-from kvlink_rag.prompt.layout import sees
-from kvlink_rag.training.blocks import bins_of
+from kvlink_rag.prompt.layout import sees, visibility
 
+from .attention import Plan
 from .samples import IGNORED, Encoded
 
-STEP = 128  # rows are padded to a multiple: FlexAttention's block
+FLEX_BLOCK = 128  # FlexAttention's block, of which a row must be a multiple
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Samples to a batch of int64 [rows, tokens]: ids, positions, segments, groups, labels.
+    """Samples to a batch of int64 [1, tokens]: ids, positions, segments, branches, groups, labels.
 
-    longest: the most tokens of a row that several samples share. pack: whether they share rows.
+    labels: each token's target, see `Encoded`. multiple: of what the row's length is.
     """
 
-    longest: int
-    pack: bool
+    multiple: int = 1
 
     def __call__(self, samples: Sequence[Encoded]) -> Batch:
-        lengths = [len(sample) for sample in samples]
-        bins = bins_of(lengths, self.longest) if self.pack else [[i] for i in range(len(samples))]
-        rows = [[samples[i] for i in members] for members in bins]
-        width = -(-max(sum(map(len, row)) for row in rows) // STEP) * STEP
+        width = -(-sum(map(len, samples)) // self.multiple) * self.multiple
+        groups = [torch.full((len(sample),), n) for n, sample in enumerate(samples, start=1)]
         return {
-            "input_ids": _rows([[s.token_ids for s in row] for row in rows], width, 0),
-            "position_ids": _rows([[s.positions for s in row] for row in rows], width, 0),
-            "segments": _rows([[s.segments for s in row] for row in rows], width, 0),
-            "groups": _rows([_groups(row) for row in rows], width, 0),
-            "labels": _rows([[s.labels for s in row] for row in rows], width, IGNORED),
+            "input_ids": _row([s.token_ids for s in samples], width, 0),
+            "position_ids": _row([s.positions for s in samples], width, 0),
+            "segments": _row([s.segments for s in samples], width, 0),
+            "branches": _row([s.branches for s in samples], width, 0),
+            "groups": _row(groups, width, 0),
+            "labels": _row([s.targets for s in samples], width, IGNORED),
         }
 
 
-def _groups(row: Sequence[Encoded]) -> list[Tensor]:
-    return [torch.full((len(sample),), number) for number, sample in enumerate(row, start=1)]
+def _row(pieces: Sequence[Tensor], width: int, filler: int) -> Tensor:
+    row = torch.full((1, width), filler)
+    joined = torch.cat(list(pieces))
+    row[0, : len(joined)] = joined
+    return row
 
 
-def _rows(rows: Sequence[Sequence[Tensor]], width: int, filler: int) -> Tensor:
-    filled = torch.full((len(rows), width), filler)
-    for line, pieces in zip(filled, rows, strict=True):
-        joined = torch.cat(list(pieces))
-        line[: len(joined)] = joined
-    return filled
+def plans(config: Any, batch: Batch) -> Any:
+    """What `segmented_attention` takes: a `Plan`, or one for each kind of layer."""
+    groups = config.num_attention_heads // config.num_key_value_heads
+    return masks_by_layer(config, lambda window: _plan(batch, window, groups))
 
 
-def dense_masks(config: Any, batch: Batch) -> Any:
-    """What SDPA takes: bool [rows, 1, queries, keys], or one for each kind of layer."""
-    at, segment, group = batch["position_ids"], batch["segments"], batch["groups"]
+def _plan(batch: Batch, window: int | None, groups: int) -> Plan:
+    """The runs of each sample, and who sees whom in them."""
+    names = ("position_ids", "segments", "branches")
+    _, sizes = batch["groups"][0].unique_consecutive(return_counts=True)
+    samples = zip(*(batch[name][0].split(sizes.tolist()) for name in names), strict=True)
+    return [_sample_plan(*sample, window, groups) for sample in samples]
 
-    def mask(window: int | None) -> Tensor:
-        seen = sees(
-            at[:, :, None], segment[:, :, None], at[:, None, :], segment[:, None, :], window=window
+
+def _sample_plan(
+    at: Tensor, segment: Tensor, branch: Tensor, window: int | None, groups: int
+) -> tuple[list[int], list[Tensor | None], Tensor]:
+    def bias(queries: Any, keys: Any) -> Tensor:
+        seen = visibility(
+            at[queries],
+            segment[queries],
+            at[keys],
+            segment[keys],
+            window=window,
+            branches=(branch[queries], branch[keys]),
         )
-        return (seen & (group[:, :, None] == group[:, None, :]))[:, None]
+        zero = torch.zeros(seen.shape, device=at.device)
+        return zero.masked_fill_(~seen, -torch.inf).repeat(groups, 1)
 
-    return masks_by_layer(config, mask)
+    kinds, lengths = segment.unique_consecutive(return_counts=True)
+    stops = lengths.cumsum(0).tolist()
+    runs = [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
+    passages = [bias(r, r) if kind else None for r, kind in zip(runs, kinds.tolist(), strict=True)]
+    return lengths.tolist(), passages, bias(segment == 0, slice(None))
 
 
 def block_masks(config: Any, batch: Batch) -> Any:
-    """What FlexAttention takes: the same masks by blocks of 128, so that blind blocks cost nothing.
+    """What FlexAttention takes: the same by blocks of 128, so that blind blocks cost nothing.
 
     FlexAttention: Dong et al., arXiv 2412.05496.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
     at, segment, group = batch["position_ids"], batch["segments"], batch["groups"]
+    branch = batch["branches"]
     rows, tokens = at.shape
 
     def mask(window: int | None) -> Any:
         def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             seen = sees(
-                at[row, query], segment[row, query], at[row, key], segment[row, key], window=window
+                at[row, query],
+                segment[row, query],
+                at[row, key],
+                segment[row, key],
+                window=window,
+                branches=(branch[row, query], branch[row, key]),
             )
             return seen & (group[row, query] == group[row, key])
 

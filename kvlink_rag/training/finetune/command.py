@@ -8,7 +8,7 @@ import sys
 
 from .config import load
 from .dry_run import estimate, lines
-from .trainer import finetune
+from .trainer import ADAPTER, finetune
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -19,6 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
         told = [json.dumps(found.to_dict(), indent=2)] if arguments.json else lines(found)
         sys.stdout.write("\n".join(told) + "\n")
         return 0
-    directory = finetune(config, device=arguments.device, resume=arguments.resume)
-    sys.stdout.write(f"the tuned model is in {directory}\n")
+    directory = finetune(
+        config, device=arguments.device, resume=arguments.resume, merge=arguments.merge
+    )
+    what = "adapter" if directory.name == ADAPTER else "tuned model"
+    sys.stdout.write(f"the {what} is in {directory}\n")
     return 0

@@ -29,8 +29,12 @@ class Part:
     kind: its transform (see `transforms`). path: a file, folder or hub id. config, split: of a hub
     data set. weight: its share of the examples, relative to the others'. documents: the most
     passages of a question. fill: that many passages a question, distractors from the set's other
-    rows where it has fewer. column: of the text or the answer, where it is not the schema's.
-    first, last: the rows to learn from, from 0, `last` not among them (None: to the end).
+    rows where it has fewer. fewest: draw the number of passages from there to `fill`, and which of
+    the row's own stay, in any order (0: all of them, in theirs). questions: the most questions of
+    the set that are asked about one set of passages. absent: the share of questions whose passages
+    hold no answer, which `absent_answer` of the config answers. column: of the text or the answer,
+    where it is not the schema's. first, last: the rows to learn from, from 0, `last` not among them
+    (None: to the end).
     """
 
     kind: str
@@ -40,6 +44,9 @@ class Part:
     split: str = "train"
     documents: int = 10
     fill: int = 0
+    fewest: int = 0
+    questions: int = 16
+    absent: float = 0.0
     column: str | None = None
     first: int = 0
     last: int | None = None
@@ -71,22 +78,29 @@ class FinetuneConfig:
     """A run.
 
     model: directory or hub id to start from. out: directory of checkpoints, metrics and, in
-    `model/`, the result. links: None keeps the spec the model brings. chat: `llama3` or
-    `template` (the tokenizer's). preset: the prompt that is trained and then used. batch: examples
-    a step, over all devices; device_batch: examples in memory at once on one. pack: lay short
-    examples in one row. master: dtype of the weights that are trained. stored: dtype of the result.
-    fsdp: transformers' FSDP options, such as "full_shard auto_wrap". on_bad: what happens to
-    examples that cannot be used.
+    `model/`, the result (of adapters: `adapter/`). links: None keeps the spec the model brings.
+    links_share: of the examples that have link tokens, the others go without; below 1 the model
+    answers with and without them. chat: `llama3` or `template` (the tokenizer's). preset: the
+    prompt that is trained and then used. distill: the share of the loss that is the divergence
+    from the model's own answer tokens under full attention, the rest is that of the answers given.
+    absent_answer: what answers a question that the passages do not. batch: sets of passages with
+    their questions a step, over all devices; device_batch: of them in memory at once on one. bf16:
+    multiply in bfloat16 where the processor does. master: dtype of the weights that are trained.
+    stored: dtype of the result. fsdp: transformers' FSDP options, such as "full_shard auto_wrap".
+    on_bad: what happens to examples that cannot be used.
     """
 
     model: str
     out: str
     data: tuple[Part, ...]
     links: Links | None = field(default_factory=Links)
+    links_share: float = 1.0
     chat: str = "llama3"
     instruction: str = INSTRUCTION
     preset: Literal["evaluation", "training"] = "evaluation"
     lora: Lora | None = None
+    distill: float = 0.0
+    absent_answer: str = "The documents do not say."
     steps: int = 6000
     warmup: int = 600
     batch: int = 64
@@ -95,7 +109,6 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     max_length: int = 4096
-    pack: bool = True
     bf16: bool = True
     master: Literal["float32", "bfloat16"] = "float32"
     stored: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -199,12 +212,21 @@ def _check(config: FinetuneConfig) -> None:
             raise ConfigError(
                 f"fill is {part.fill}, expected at most documents ({part.documents}); raise that"
             )
+        if not 0 <= part.fewest <= part.fill:
+            raise ConfigError(f"fewest is {part.fewest}, expected 0 to fill ({part.fill})")
+        if part.questions < 1:
+            raise ConfigError(f"questions is {part.questions}, expected 1 or more")
+        if not 0 <= part.absent < 1:
+            raise ConfigError(f"absent is {part.absent}, expected 0 or more and less than 1")
         if not part.weight > 0:
             raise ConfigError(f"the weight of {part.path} is {part.weight}, expected above 0")
     if config.lora is not None and config.fsdp:
         raise ConfigError(
             "found lora and fsdp, expected one: merging sharded adapters is not built"
         )
+    for name in ("distill", "links_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}, expected 0 to 1")
     choices = {
         "chat": ("llama3", "template"),
         "preset": ("evaluation", "training"),

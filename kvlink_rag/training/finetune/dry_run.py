@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from kvlink_rag.cli.terminal import number, size
 from kvlink_rag.model.loading import load_config
 from kvlink_rag.prompt.tokenizer import PartTokenizer
-from kvlink_rag.training.packing import CachedEncoder
 
 from .batches import Collator
 from .config import FinetuneConfig
@@ -66,14 +65,14 @@ class Estimate:
 def estimate(config: FinetuneConfig, *, tflops: float, drawn: int = DRAWN) -> Estimate:
     """Draw `drawn` examples from the mixture and work the rest out. Raises as `finetune` does."""
     prepared = prepare(config)
-    encoder = CachedEncoder(PartTokenizer(prepared.tokenizer))
+    encoder = PartTokenizer(prepared.tokenizer)
     mixture = Mixture(config, encoder, prepared.form(config.instruction))
     found = list(islice(mixture.draw(), drawn))
     batches = [
         [each.sample for each in found[at : at + config.device_batch]]
         for at in range(0, len(found), config.device_batch)
     ]
-    rows = [Collator(config.max_length, config.pack)(batch)["groups"] for batch in batches]
+    rows = [Collator()(batch)["labels"] for batch in batches]
     mean = sum(len(each.sample) for each in found) / len(found)
     shape = load_config(prepared.directory)
     parameters = _parameters(shape)

@@ -9,20 +9,24 @@ so that a link token is never likely. Knows transformers and peft.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from transformers import AutoModelForCausalLM
 
+from kvlink_rag.disk import atomic_files
+from kvlink_rag.disk.digests import tokenizer_digest, weights_digest
 from kvlink_rag.engine.families import check_supported
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer
 from kvlink_rag.pretrained.model_files import resolve
-from kvlink_rag.prompt.spec import SPEC_FILE, Spec
+from kvlink_rag.prompt.spec import SPEC_FILE, Base, Spec
 
 from .chat import Chat, find_chat
 from .config import FinetuneConfig, Links, Lora
@@ -54,17 +58,26 @@ def prepare(config: FinetuneConfig) -> Prepared:
     brought = find_spec(config.model, directory)
     tokenizer = load_tokenizer(directory, brought)
     chat = find_chat(config.chat, tokenizer)
+    base = _base(config, directory, tokenizer)
     if config.links is None:
         if brought is None:
             raise ConfigError(f"{config.model} brings no kvlink.json; give links to the config")
-        return Prepared(tokenizer, brought, chat, (), directory)
+        return Prepared(tokenizer, replace(brought, base=base), chat, (), directory)
     if brought is not None:
         raise ConfigError(
             f"{config.model} brings link tokens of its own, which links would begin anew; set "
             "links: null to tune it further"
         )
     spec = with_tokens(tokenizer, config.links, chat, config)
-    return Prepared(tokenizer, spec, chat, tuple(spec.special_ids()), directory)
+    new_ids = tuple(spec.special_ids())
+    return Prepared(tokenizer, replace(spec, base=base), chat, new_ids, directory)
+
+
+def _base(config: FinetuneConfig, directory: Path, tokenizer: Any) -> Base | None:
+    """What an adapter will belong to; nothing where all weights are trained."""
+    if config.lora is None:
+        return None
+    return Base(config.model, weights_digest(directory), tokenizer_digest(tokenizer))
 
 
 def with_tokens(tokenizer: Any, links: Links, chat: Chat, config: FinetuneConfig) -> Spec:
@@ -129,9 +142,22 @@ def load_weights(config: FinetuneConfig, prepared: Prepared, *, attention: str) 
         # its name until transformers 5.2x, and after
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-    if config.lora is not None:
-        return _with_adapters(model, config.lora, prepared.new_ids)
-    return model
+    if config.lora is None:
+        return model
+    if prepared.new_ids and model.config.tie_word_embeddings:
+        _untie(model, size)
+    return _with_adapters(model, config.lora, prepared.new_ids)
+
+
+def _untie(model: Any, vocabulary: int) -> None:
+    """Give a model with tied embeddings a head of its own, over the base's vocabulary only.
+
+    The rows of new tokens are trained where tokens go in; none is ever predicted.
+    """
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach()[:vocabulary].clone())
+    head.out_features = vocabulary
+    model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
@@ -179,8 +205,42 @@ def save(model: Any, prepared: Prepared, directory: Path, dtype: str) -> None:
     """An ordinary Hugging Face directory and its `kvlink.json`; adapters are merged."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+        _tie_again(model, prepared.directory)
     model.config.use_cache = True
     directory.mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     prepared.tokenizer.save_pretrained(directory)
-    (directory / SPEC_FILE).write_text(prepared.spec.to_json(), "utf-8")
+    (directory / SPEC_FILE).write_text(replace(prepared.spec, base=None).to_json(), "utf-8")
+
+
+def _tie_again(model: Any, base: Path) -> None:
+    """Undo `_untie` where it was done."""
+    if load_config(base).tie_word_embeddings:
+        model.config.tie_word_embeddings = True
+        head, inside = model.get_output_embeddings(), model.get_input_embeddings()
+        head.weight, head.out_features = inside.weight, len(inside.weight)
+
+
+def save_adapter(model: Any, prepared: Prepared, directory: Path, config: FinetuneConfig) -> None:
+    """The adapter in peft's files and its `kvlink.json`: each file whole, or as it was."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    dtype = getattr(torch, config.stored)
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in state.items()}
+    facts = {**model.peft_config["default"].to_dict(), "base_model_name_or_path": config.model}
+    facts = {name: _plain(value) for name, value in facts.items()} | {"inference_mode": True}
+    files = {
+        "adapter_model.safetensors": to_bytes(tensors, {"format": "pt"}),
+        "adapter_config.json": (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
+        SPEC_FILE: prepared.spec.to_json().encode(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        with atomic_files.replaced(directory / name) as file:
+            atomic_files.write_all(file, memoryview(data))
+
+
+def _plain(value: Any) -> Any:
+    """A setting of peft as JSON takes it."""
+    return sorted(value) if isinstance(value, set) else value

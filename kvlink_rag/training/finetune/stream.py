@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kvlink_rag.datasets.rows import Row, Source, rows, shuffled
-from kvlink_rag.datasets.schemas import question_answering
 from kvlink_rag.datasets.sets import Skipped
-from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, ExampleError, PromptError
 from kvlink_rag.prompt.layout import PartEncoder
+from kvlink_rag.prompt.spec import Spec
 
 from .config import FinetuneConfig, Part
+from .questions import Asking, Shelf, known_rows
 from .samples import Encoded, encode
 from .transforms import TRANSFORMS, Format, Unwanted
 
 GIVE_UP = 10_000  # rows of one data set in a row that could not be used
-POOL = 5000  # rows whose documents may be distractors
+POOL = 20_000  # rows whose questions and documents may join another row's
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +41,21 @@ def part_rows(part: Part) -> Iterator[Row | ExampleError]:
     return islice(rows(Source(part.path, part.config, part.split)), part.first, part.last)
 
 
-def _form(form: Format, part: Part) -> Format:
-    """`form` with the part's own settings, and the passages that distractors are drawn from."""
-    pool = tuple(dict.fromkeys(_documents(part))) if part.fill else ()
-    return replace(form, documents=part.documents, column=part.column, fill=part.fill, pool=pool)
-
-
-def _documents(part: Part) -> Iterator[Document]:
-    """The documents of the first `POOL` rows."""
-    for number, row in enumerate(islice(part_rows(part), POOL)):
-        with suppress(ExampleError):
-            if not isinstance(row, ExampleError):
-                yield from question_answering(row, number).documents
+def _form(form: Format, part: Part, absent_answer: str) -> Format:
+    """`form` with the part's own settings, and the rows that others are asked together with."""
+    shelf = Shelf()
+    if part.kind in ("qa", "qa_full") and (part.fill or part.absent or part.questions > 1):
+        shelf = Shelf(known_rows(islice(part_rows(part), POOL), part.column))
+    asking = Asking(
+        documents=part.documents,
+        fill=part.fill,
+        fewest=part.fewest,
+        questions=part.questions,
+        absent=part.absent,
+        absent_answer=absent_answer,
+        shelf=shelf,
+    )
+    return replace(form, column=part.column, asking=asking)
 
 
 class Mixture(IterableDataset[Encoded]):
@@ -79,7 +81,9 @@ class Mixture(IterableDataset[Encoded]):
 
     def draw(self) -> Iterator[Drawn]:
         """Every sample, in the order of the run."""
-        self._forms = [_form(self._form, part) for part in self.config.data]
+        self._forms = [
+            _form(self._form, part, self.config.absent_answer) for part in self.config.data
+        ]
         rng = random.Random(f"mixture-{self.config.seed}")
         streams = [self._endless(number) for number in range(len(self.config.data))]
         weights = [part.weight for part in self.config.data]
@@ -114,7 +118,7 @@ class Mixture(IterableDataset[Encoded]):
             if isinstance(row, ExampleError):
                 raise row
             sample = TRANSFORMS[part.kind](row, at, form, rng)  # type: ignore[arg-type]
-            encoded = encode(sample, self._encoder, form.spec, self.config.max_length)
+            encoded = encode(sample, self._encoder, self._spec(rng), self.config.max_length)
             if not encoded.learned:
                 raise ExampleError("nothing of it would be learned")
         except Unwanted:
@@ -124,3 +128,10 @@ class Mixture(IterableDataset[Encoded]):
             self.skipped(f"{part.kind}: {type(error).__name__}", error)
             return None
         return encoded
+
+    def _spec(self, rng: random.Random) -> Spec:
+        """The model's spec, or for some samples the same without link tokens."""
+        spec = self._form.spec
+        if spec.links_per_passage and rng.random() >= self.config.links_share:
+            return replace(spec, links_per_passage=0)
+        return spec

@@ -1,9 +1,9 @@
 """A fine-tuning run, top to bottom, on transformers' Trainer.
 
-    prepare → weights → mixture → Trainer (its masks are ours) → a directory that opens by itself
+    prepare → weights → mixture → Trainer (masks and loss are ours) → a model that opens by itself
 
 Optimisation, mixed precision, accumulation, checkpoints, resuming and many devices are the
-Trainer's and accelerate's. Here are the masks, the metrics file and the result.
+Trainer's and accelerate's. Here are the masks, the loss, the metrics file and the result.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
@@ -25,24 +28,35 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from kvlink_rag.engine.processor import multiplies_bfloat16
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.prompt.tokenizer import PartTokenizer
-from kvlink_rag.training.packing import CachedEncoder
 
-from .batches import Batch, Collator, block_masks, dense_masks
+from .attention import NAME as SEGMENTED
+from .batches import FLEX_BLOCK, Batch, Collator, block_masks, plans
 from .config import FinetuneConfig
-from .prepare import Prepared, load_weights, prepare, save
+from .losses import full_attention, loss_of
+from .prepare import Prepared, load_weights, prepare, save, save_adapter
+from .samples import IGNORED
 from .stream import Mixture
 
 log = logging.getLogger(__name__)
 
-METRICS, SETTINGS, CHECKPOINTS, RESULT = "metrics.jsonl", "config.json", "checkpoints", "model"
+METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "config.json", "checkpoints"
+RESULT, ADAPTER = "model", "adapter"
 
 
-def finetune(config: FinetuneConfig, *, device: str = "auto", resume: str | None = None) -> Path:
+def finetune(
+    config: FinetuneConfig,
+    *,
+    device: str = "auto",
+    resume: str | None = None,
+    merge: bool = False,
+) -> Path:
     """Run, or go on from the last checkpoint (or `resume`): the directory of the result.
 
-    device: "cpu" forbids CUDA. Raises `ConfigError`, `MissingExtra`.
+    device: "cpu" forbids CUDA. merge: write the whole model where adapters were trained, too.
+    Raises `ConfigError`, `MissingExtra`.
     """
     _need("accelerate")
     out = Path(config.out).expanduser()
@@ -51,23 +65,26 @@ def finetune(config: FinetuneConfig, *, device: str = "auto", resume: str | None
     set_seed(config.seed)
     prepared = prepare(config)
     flex = device != "cpu" and torch.cuda.is_available()
-    model = load_weights(config, prepared, attention="flex_attention" if flex else "sdpa")
+    model = load_weights(config, prepared, attention="flex_attention" if flex else SEGMENTED)
     mixture = Mixture(
         config,
-        CachedEncoder(PartTokenizer(prepared.tokenizer)),
+        PartTokenizer(prepared.tokenizer),
         prepared.form(config.instruction),
     )
     trainer = KVLinkTrainer(
         model=model,
         args=arguments(config, cpu=not flex),
         train_dataset=mixture,
-        data_collator=Collator(config.max_length, config.pack),
+        data_collator=Collator(FLEX_BLOCK if flex else 1),
         callbacks=[Metrics(out / METRICS), _tensorboard(out)],
     )
+    trainer.distill, trainer.never = config.distill, prepared.spec.special_ids()
+    if config.lora is not None:
+        trainer.add_callback(Adapter(prepared, config, out / ADAPTER))
     trainer.train(resume_from_checkpoint=checkpoint)
     if mixture.skipped.reasons:
         log.warning("skipped: %s", dict(mixture.skipped.reasons))
-    return _finish(trainer, prepared, config, out / RESULT)
+    return _finish(trainer, prepared, config, out, merge=merge)
 
 
 def arguments(config: FinetuneConfig, *, cpu: bool) -> TrainingArguments:
@@ -93,7 +110,7 @@ def arguments(config: FinetuneConfig, *, cpu: bool) -> TrainingArguments:
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
-        bf16=config.bf16,
+        bf16=config.bf16 and (not cpu or multiplies_bfloat16()),
         use_cpu=cpu,
         save_steps=config.save_every,
         save_total_limit=config.keep,
@@ -110,15 +127,70 @@ def arguments(config: FinetuneConfig, *, cpu: bool) -> TrainingArguments:
 
 
 class KVLinkTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer, given the masks of packed KVLink rows."""
+    """The Trainer, given the masks of KVLink rows and their loss.
 
-    def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
-        batch = super()._prepare_inputs(inputs)
-        config = self.accelerator.unwrap_model(self.model).config
-        make = block_masks if config._attn_implementation == "flex_attention" else dense_masks
-        masks = make(config, batch)
-        kept = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
-        return {**kept, "attention_mask": masks}
+    distill: see the config. never: token ids that no answer holds.
+    """
+
+    distill: float = 0.0
+    never: Sequence[int] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step
+        self._loss_shifts_labels = False  # ours stand at the token that predicts them
+
+    def forward(self, model: Any, batch: Batch) -> Tensor:
+        """Logits [n, vocabulary] at the tokens that have a target: the head runs there only."""
+        config = self.accelerator.unwrap_model(model).config
+        if config._attn_implementation == "flex_attention":
+            masks = {"attention_mask": block_masks(config, batch)}
+        else:
+            masks = {"plan": plans(config, batch)}
+        logits: Tensor = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            logits_to_keep=(batch["labels"][0] != IGNORED).nonzero()[:, 0],
+            use_cache=False,
+            **masks,
+        ).logits[0]
+        return logits
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        targets = inputs["labels"][inputs["labels"] != IGNORED]
+        teacher = self._teacher(model, inputs) if self.distill else None
+        logits = self.forward(model, inputs)
+        loss = loss_of(logits, targets, teacher, self.distill, self.never)
+        loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher(self, model: Any, batch: Batch) -> Tensor:
+        """Logits of full attention: of the model as it stands, or, learning from nothing else,
+        as it began.
+        """
+        alone = self.distill == 1
+        with self.accelerator.unwrap_model(model).disable_adapter() if alone else nullcontext():
+            return self.forward(model, full_attention(batch, self.never))
+
+
+class Adapter(TrainerCallback):  # type: ignore[misc]
+    """The adapter as it can be used, written with each checkpoint."""
+
+    def __init__(self, prepared: Prepared, config: FinetuneConfig, directory: Path) -> None:
+        self.prepared, self.config, self.directory = prepared, config, directory
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+        if state.is_world_process_zero:
+            save_adapter(model, self.prepared, self.directory, self.config)
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -174,7 +246,13 @@ def _remember(config: FinetuneConfig, out: Path) -> None:
     path, wanted = out / SETTINGS, json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
-        if other := sorted(name for name in wanted if found.get(name) != wanted[name]):
+        longer = found.get("steps", 0) <= wanted["steps"]
+        other = [
+            n
+            for n in sorted(wanted)
+            if found.get(n) != wanted[n] and (n, longer) != ("steps", True)
+        ]
+        if other:
             raise ConfigError(
                 f"{out} holds a run with other settings ({', '.join(other)}); give another out"
             )
@@ -182,9 +260,16 @@ def _remember(config: FinetuneConfig, out: Path) -> None:
     path.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8")
 
 
-def _finish(trainer: Any, prepared: Prepared, config: FinetuneConfig, directory: Path) -> Path:
+def _finish(
+    trainer: Any, prepared: Prepared, config: FinetuneConfig, out: Path, *, merge: bool
+) -> Path:
     """Write the result once; sharded weights are gathered by the Trainer first."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model, directory = trainer.accelerator.unwrap_model(trainer.model), out / RESULT
+    if config.lora is not None:
+        if trainer.is_world_process_zero():
+            save_adapter(model, prepared, out / ADAPTER, config)
+        if not merge:
+            return out / ADAPTER
     if trainer.is_fsdp_enabled:
         trainer.save_model(str(directory))
         if trainer.is_world_process_zero():

@@ -17,19 +17,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from kvlink_rag.datasets.rows import Row
-from kvlink_rag.datasets.schemas import SUMMARIZE, question_answering
-from kvlink_rag.datasets.sets import fill_up
+from kvlink_rag.datasets.schemas import SUMMARIZE
 from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import ExampleError
 from kvlink_rag.prompt.spec import Spec
 
 from .chat import Chat
-from .samples import Sample
+from .questions import Asking, asked_together
+from .samples import Sample, Tail
 
 WORDS_A_TOKEN = 0.75
 MEMORY_TOKENS = (500, 1500)  # of a plain text that become memory
@@ -42,25 +42,34 @@ SHORT_PIECE, LONG_PIECE, LONG_ARTICLE = 100, 220, 1900
 class Format:
     """What a transform writes with: the model's spec and chat, and the set's own settings.
 
-    documents: the most passages of a question. fill, pool: that many passages a question, and
-    where distractors are drawn from. column: of the text, or the answer, if not the schema's own.
-    opening: the special token that begins a text, if any.
+    asking: how questions get their passages. column: of the text, or the answer, if not the
+    schema's own. opening: the special token that begins a text, if any.
     """
 
     spec: Spec
     chat: Chat
     instruction: str
-    documents: int = 10
-    fill: int = 0
-    pool: Sequence[Document] = ()
+    asking: Asking = field(default_factory=Asking)
     column: str | None = None
     opening: str = ""
 
-    def ask(self, documents: Sequence[Document], question: str) -> tuple[Part, ...]:
-        """The prompt of inference."""
-        return tuple(self.spec.prompt(documents, question))
+    def ask(
+        self, documents: Sequence[Document], asked: Sequence[tuple[str, str]]
+    ) -> tuple[tuple[Part, ...], tuple[Tail, ...]]:
+        """The prompt of inference up to its last passage, and what follows for each question."""
+        parts = self.spec.prompt(documents, "")
+        at = max((i for i, part in enumerate(parts) if isinstance(part, Passage)), default=-1) + 1
+        head = tuple(parts[:at])
+        tails = tuple(
+            (
+                *((part, False) for part in self.spec.prompt(documents, question)[at:]),
+                *self.answer(a),
+            )
+            for question, a in asked
+        )
+        return head, tails
 
-    def answer(self, text: str) -> tuple[tuple[Text, bool], ...]:
+    def answer(self, text: str) -> Tail:
         """A learned answer and its end."""
         return (Text(text), True), (Text(self.chat.end, special=True), True)
 
@@ -73,30 +82,33 @@ Transform = Callable[[Row, int, Format, random.Random], Sample]
 
 
 def qa(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
-    """Rows of `question_answering`. The answer is the column `generated` (the authors' answers
-    are GPT-4's) or another that the config names, else the first of the set's own.
+    """Rows of `question_answering`, with the questions that others ask about the same passages.
+
+    The answer is the column `generated` (the authors' answers are GPT-4's) or another that the
+    config names, else the first of the set's own.
     """
-    documents, question, answer = _asked(row, number, form, rng)
-    return Sample(form.ask(documents, question), form.answer(answer))
+    documents, asked = asked_together(row, number, form.asking, form.column, rng)
+    return Sample(*form.ask(documents, asked))
 
 
 def qa_full(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     """As `qa`, each passage as the text that inference would encode for it."""
-    documents, question, answer = _asked(row, number, form, rng)
-    parts = form.ask(documents, question)
+    documents, asked = asked_together(row, number, form.asking, form.column, rng)
+    head, tails = form.ask(documents, asked)
     places = iter(range(len(documents)))
     texts = tuple(
         Text(form.spec.render_passage(part.document, next(places)))
         if isinstance(part, Passage)
         else part
-        for part in parts
+        for part in head
     )
-    return Sample(texts, form.answer(answer))
+    return Sample(texts, tails)
 
 
 def text(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     """`text` (FineWeb) behind the token that begins a text."""
-    return Sample(_begin(form), ((Text(_string(row, form.column or "text")), True),), cut=True)
+    learned = Text(_string(row, form.column or "text"))
+    return Sample(_begin(form), (((learned, True),),), cut=True)
 
 
 def text_memory(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
@@ -112,7 +124,7 @@ def text_memory(row: Row, number: int, form: Format, rng: random.Random) -> Samp
     cuts = [starts[at] for at in breaks]
     pieces = [whole[a:b].strip() for a, b in pairwise(cuts)]
     head = (*_begin(form), *(Passage(Document(piece)) for piece in pieces))
-    return Sample(head, ((Text(whole[cuts[-1] :]), True),), cut=True)
+    return Sample(head, (((Text(whole[cuts[-1] :]), True),),), cut=True)
 
 
 def chat(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
@@ -125,7 +137,7 @@ def chat(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
             tail.append((Text(frame.again.removeprefix(frame.end), special=True), False))
         tail += [(Text(asked), False), (Text(frame.assistant, special=True), False)]
         tail += form.answer(said)
-    return Sample(_opening(form, system), tuple(tail))
+    return Sample(_opening(form, system), (tuple(tail),))
 
 
 def chat_memory(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
@@ -139,7 +151,7 @@ def chat_memory(row: Row, number: int, form: Format, rng: random.Random) -> Samp
     *earlier, (asked, said) = turns
     passages = [Passage(Document(f"User: {a}\nAssistant: {b}")) for a, b in earlier]
     tail = ((Text(asked), False), (Text(form.chat.assistant, special=True), False))
-    return Sample((*_opening(form, system), *passages), (*tail, *form.answer(said)))
+    return Sample((*_opening(form, system), *passages), ((*tail, *form.answer(said)),))
 
 
 def summary(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
@@ -153,7 +165,7 @@ def summary(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     cuts = [*words[::size], len(article)]
     pieces = [article[a:b].strip() for a, b in pairwise(cuts)]
     documents = [Document(piece) for piece in pieces]
-    return Sample(form.ask(documents, SUMMARIZE), form.answer(wanted))
+    return Sample(*form.ask(documents, [(SUMMARIZE, wanted)]))
 
 
 TRANSFORMS: Mapping[str, Transform] = {
@@ -165,17 +177,6 @@ TRANSFORMS: Mapping[str, Transform] = {
     "chat_memory": chat_memory,
     "summary": summary,
 }
-
-
-def _asked(
-    row: Row, number: int, form: Format, rng: random.Random
-) -> tuple[tuple[Document, ...], str, str]:
-    example = fill_up(question_answering(row, number), form.pool, form.fill, rng)
-    if not example.documents:
-        raise ExampleError(f"example {example.id} has no documents; retrieve some for it first")
-    column = form.column or ("generated" if "generated" in row else None)
-    answer = _string(row, column) if column else example.answers[0]
-    return example.documents[: form.documents], example.question, answer
 
 
 def _begin(form: Format) -> tuple[Part, ...]:
