@@ -31,7 +31,7 @@ COLUMNS = ("embedder", "normalised", "questions", "passages", "recall_at_1", "re
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    questions, golds, passages = read(arguments.data, arguments.limit)
+    questions, golds, passages = read(Path(arguments.data), arguments.limit)
     embedder = load_embedder(arguments.embedder, device=arguments.device)
     asked = isinstance(embedder, SentenceEmbedder) and embedder.recipe.normalise
     if asked:
@@ -76,7 +76,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--data", type=Path, required=True, help="lines of JSON")
+    options.add_argument("--data", required=True, help="lines of JSON")
     options.add_argument("--embedder", default="small", help="a pair, a directory or a hub id")
     options.add_argument("--limit", type=int, help="the first lines only")
     options.add_argument("--device", default="cpu")

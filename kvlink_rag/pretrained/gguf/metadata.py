@@ -68,7 +68,7 @@ class GGUFFile:
 
 def read_gguf(path: Path) -> GGUFFile:
     """Open a GGUF file. Raises `ConfigError` where it is none or is damaged, and `MissingExtra`."""
-    package = _package()
+    package = gguf_package()
     try:
         reader = package.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -84,7 +84,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
 def dequantised(tensor: GGUFTensor, rows: slice | Array) -> npt.NDArray[np.float32]:
     """Some rows of a tensor as float32 [rows, ...]. Raises `ModelNotSupported`."""
-    package = _package()
+    package = gguf_package()
     try:
         kind = package.GGMLQuantizationType[tensor.type]
         values: npt.NDArray[np.float32] = package.dequantize(tensor.rows[rows], kind)
@@ -107,7 +107,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _package() -> Any:
+def gguf_package() -> Any:
+    """The `gguf` package. Raises `MissingExtra`."""
     try:
         import gguf
     except ImportError as error:
