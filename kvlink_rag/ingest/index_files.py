@@ -16,7 +16,7 @@ from typing import Any
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
 
-from .readers import MAX_BYTES, OnProblem, Problem, SourceFile, read_file
+from .readers import MAX_BYTES, OnProblem, Problem, ReadOptions, SourceFile, read_file
 from .splitter import MAX_TOKENS, Encoder, split_document
 
 
@@ -58,6 +58,8 @@ def ingest(
     advance: Callable[[int], object] = lambda size: None,
     max_tokens: int = MAX_TOKENS,
     max_bytes: int = MAX_BYTES,
+    encoding: str | None = None,
+    text_key: str = "text",
 ) -> IngestReport:
     """Bring `rag` up to date with `files`. `advance` is told bytes as they are taken in.
 
@@ -65,7 +67,8 @@ def ingest(
     passages of a file are dropped once all of it is in, unless a part of it could not be read.
     """
     start = time.perf_counter()
-    intake = Intake(rag.model.tokenizer, files, on_problem, advance, max_tokens, max_bytes)
+    options = ReadOptions(max_bytes, encoding, text_key)
+    intake = Intake(rag.model.tokenizer, files, on_problem, advance, max_tokens, options)
     done = rag.add(intake.passages())
     known = _sources(rag)  # as it is now: a passage may have moved to another file
     stale = [id for source, ids in intake.read.items() for id in known.get(source, set()) - ids]
@@ -118,14 +121,14 @@ class Intake:
         on_problem: OnProblem,
         advance: Callable[[int], object],
         max_tokens: int,
-        max_bytes: int,
+        options: ReadOptions,
     ) -> None:
         self.report = IngestReport(files=len(files))
         self.read: dict[str, set[str]] = {}  # ids of the passages of each file read to its end
         self._encoder = encoder
         self._first: dict[str, tuple[str, bytes]] = {}  # of each id: its file, a digest of its text
         self._files, self._on_problem, self._advance = files, on_problem, advance
-        self._max_tokens, self._max_bytes = max_tokens, max_bytes
+        self._max_tokens, self._options = max_tokens, options
 
     def passages(self) -> Iterator[Document]:
         """The passages of all files, each file's in turn."""
@@ -156,7 +159,7 @@ class Intake:
         return False
 
     def _of_file(self, file: SourceFile) -> Iterator[Document]:
-        for document in read_file(file, self._problem, self._max_bytes):
+        for document in read_file(file, self._problem, self._options):
             self.report.documents += 1
             for passage in split_document(document, self._encoder, self._max_tokens):
                 self.report.passages += 1
