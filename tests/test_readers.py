@@ -665,7 +665,8 @@ def test_words_of_a_page_are_those_of_a_standard_parser():
             page += f"<{slash}{random.choice(names)}> {word} "
         tree = html5lib.parse(page, namespaceHTMLElements=False)
         assert sorted("".join(tree.itertext()).split()) == sorted(words)
-        found = [w for w in to_markdown(page).text.split() if w.startswith("w")]
+        text = to_markdown(page).text.replace(";", " ")  # between the items of a cell
+        found = [w for w in text.split() if w.startswith("w")]
         assert sorted(found) == sorted(words), page
 
 
