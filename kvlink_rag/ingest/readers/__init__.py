@@ -88,7 +88,7 @@ _READERS: dict[str, Reader] = {
 }
 _NEEDS = {".pdf": pdf.require}
 
-SUFFIXES = tuple(_READERS)
+SUFFIXES = tuple(suffix for suffix in _READERS if suffix not in CODE)  # … and programs
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def read_paths(
 
 def find(paths: Iterable[str | PathLike[str]], on_problem: OnProblem) -> list[SourceFile]:
     """The files that `read_paths` reads, each once. Raises `MissingExtra`."""
-    files, problems = find_files(paths, SUFFIXES)
+    files, problems = find_files(paths, tuple(_READERS))
     for suffix in sorted({file.suffix for file in files} & set(_NEEDS)):
         _NEEDS[suffix]()
     for problem in problems:

@@ -25,12 +25,14 @@ _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
 _LOOK = 2**16  # bytes that are enough to tell an encoding
 _BEFORE = 2000  # … of which so many stand before the first that is not UTF-8
 _FEW = 200  # where one byte in more than so many is not ASCII, the others cannot tell
+_TOO_FEW = 6  # … nor so few where most of a text is ASCII
 _MORE = 3  # times as many good characters as bad bytes: UTF-8 that was damaged
 _SURROGATES = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # in what some programs call UTF-8
 _SIGNS = re.compile(
     rb"[\x80\x85\x8a\x8c\x8e\x91-\x97\x99-\x9c\x9e-\xf6\xf8-\xfe]*"
 )  # of Windows-1252
 _JAPANESE = re.compile(r"\x1b\$[@B]")  # its shift in ISO 2022, all of which is ASCII
+_WIDE = ["utf_16_le", "utf_16_be"]
 _CANDIDATES = [
     "cp1252",
     "cp1250",
@@ -49,8 +51,6 @@ _CANDIDATES = [
     "gb18030",
     "big5",
     "cp949",
-    "utf_16_le",
-    "utf_16_be",
 ]
 # Windows-1252 is what small texts are, where nothing speaks for another one.
 WESTERN = "cp1252"
@@ -184,17 +184,19 @@ def _is_damaged(sample: bytes) -> bool:
 
 def _detected(sample: bytes) -> str:
     """What charset-normalizer takes `sample` for; the western one of those that say the same."""
-    high = sum(byte > 127 for byte in sample)
-    if b"\0" not in sample and high * _FEW < len(sample):
-        # Too little to tell by: a western sign such as é or ’, or a byte that is damaged.
-        signs = bytes(byte for byte in sample if byte > 127)
+    signs = bytes(byte for byte in sample if byte > 127)
+    if b"\0" not in sample and _are_few(len(signs), len(sample)):
+        # Too little to tell by: western signs such as é or ’, or bytes that are damaged.
         return WESTERN if _SIGNS.fullmatch(signs) else "utf-8"
-    match = from_bytes(sample, cp_isolation=_CANDIDATES).best()
+    wide = b"\0" in sample  # any two bytes are some character of UTF-16; text of it has zeros
+    match = from_bytes(sample, cp_isolation=_WIDE if wide else _CANDIDATES).best()
     if match is None:
-        return WESTERN if b"\0" not in sample else "utf-8"
-    if b"\0" in sample and not match.encoding.startswith("utf_16"):
-        return "utf-8"
+        return "utf-8" if wide else WESTERN
     return WESTERN if WESTERN in match.could_be_from_charset else match.encoding
+
+
+def _are_few(signs: int, size: int) -> bool:
+    return signs * _FEW < size or signs == 1 or (signs < _TOO_FEW and signs * 3 <= size)
 
 
 def _checked(text: str, warning: str = "") -> Decoded:

@@ -15,6 +15,7 @@ from pathlib import Path
 from .encodings import Decoded, check_encoding
 
 MAX_BYTES = 64 * 2**20
+_SUFFIXES_SHOWN = 10
 _KINDS_SHOWN = 8
 _NAMES_SHOWN = 5
 
@@ -133,7 +134,7 @@ def warned(found: Decoded, source: str) -> Iterator[Problem]:
 
 def not_text(source: str) -> Problem:
     """The problem of a file that `is_binary`."""
-    return Problem(source, "not a text file: it holds zero bytes; name its encoding if it is one")
+    return Problem(source, "not a text file: it holds zero bytes (name its encoding if it is one)")
 
 
 def find_files(
@@ -156,7 +157,7 @@ class _Search:
         self.files: list[SourceFile] = []
         self.problems: list[Problem] = []
         self._suffixes = suffixes
-        self._known = ", ".join(suffixes)
+        self._known = ", ".join(list(suffixes)[:_SUFFIXES_SHOWN]) + " and programs"
         self._seen: dict[tuple[int, int], str] = {}  # device and inode: links may lead back
         self._above: dict[tuple[int, int], str] = {}  # the folders that hold the one taken now
         self._others: list[Path] = []  # files of unknown kinds in the folder taken now
