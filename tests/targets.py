@@ -23,7 +23,7 @@ from conftest import byte_tokenizer
 from kvlink_rag.collection.catalog import Catalog, Record
 from kvlink_rag.documents import Document, Passage, Text
 from kvlink_rag.errors import CatalogError, SnapshotCorrupt, SpecError
-from kvlink_rag.ingest.readers.files import Problem, SourceFile
+from kvlink_rag.ingest.readers.files import Problem, ReadOptions, SourceFile
 from kvlink_rag.ingest.readers.jsonl import read_jsonl
 from kvlink_rag.ingest.splitter import split_document
 from kvlink_rag.prompt.recognition import Recogniser
@@ -210,7 +210,7 @@ def jsonl(data: bytes) -> None:
     """Documents that a catalog takes, or problems that name the place."""
     path = scratch() / "lines.jsonl"
     path.write_bytes(data)
-    for found in read_jsonl(SourceFile(path, "lines.jsonl"), 1 << 20):
+    for found in read_jsonl(SourceFile(path, "lines.jsonl"), ReadOptions(1 << 20)):
         if isinstance(found, Problem):
             assert found.source.startswith("lines.jsonl")
             assert found.message

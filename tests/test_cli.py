@@ -426,8 +426,9 @@ def test_index_reports_what_it_skips_takes_the_rest_and_keeps_old_passages(
         "kvlink-rag: skipped: docs/bad.txt: not a text file: it holds zero bytes",
         "kvlink-rag: skipped: docs/lines.jsonl:2: not JSON: Expecting value at column 1",
         "kvlink-rag: skipped: gone.md: no such file or folder",
-        "kvlink-rag: warning: docs/latin.txt: not UTF-8 at byte 3; what cannot be read was "
-        "replaced by U+FFFD",
+        "kvlink-rag: warning: docs/latin.txt: not UTF-8; read as cp1252, which it looks like",
+        "kvlink-rag: warning: docs/lines.jsonl: kept 2 passages of before, since not all of it "
+        "could be read now",
     ]
     assert " 2 added, 0 replaced, 7 unchanged, 0 removed" in ran.out
     as_json = here("--dir", "col", "index", "docs", "gone.md", "--json", cwd=tmp_path).json

@@ -22,7 +22,7 @@ from trust import open_tiny, tiny_model
 
 from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.errors import PassageTooLong, PromptError, PromptTooLong, SpecError
-from kvlink_rag.ingest.readers.files import MAX_BYTES, SourceFile
+from kvlink_rag.ingest.readers.files import ReadOptions, SourceFile
 from kvlink_rag.ingest.readers.pdf import read_pdf
 from kvlink_rag.model.loading import load_tokenizer
 from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
@@ -192,10 +192,10 @@ def test_a_pdf_that_unpacks_to_much_more_than_it_is(tmp_path: Path) -> None:
     packed = b"".join(packer.compress(b" " * (1 << 20)) for _ in range(160)) + packer.flush()
     path = tmp_path / "bomb.pdf"
     path.write_bytes(a_pdf(b"/Filter /FlateDecode", packed))
-    found = [str(found) for found in read_pdf(SourceFile(path, "bomb.pdf"), MAX_BYTES)]
+    found = [str(found) for found in read_pdf(SourceFile(path, "bomb.pdf"), ReadOptions())]
     assert found[0].startswith("bomb.pdf, page 1: cannot be read (LimitReachedError")
     path.write_bytes(a_pdf(b"", b"BT /F1 12 Tf 72 720 Td (harmless) Tj ET"))
-    (page,) = read_pdf(SourceFile(path, "bomb.pdf"), MAX_BYTES)
+    (page,) = read_pdf(SourceFile(path, "bomb.pdf"), ReadOptions())
     assert isinstance(page, Document)
     assert page.text == "harmless"
 

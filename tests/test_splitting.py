@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from work import calls_of
 
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.ingest.splitter import headings, split_document, split_text
+from kvlink_rag.ingest.markdown import headings
+from kvlink_rag.ingest.splitter import split_document, split_text
 
 
 class Bytes:
@@ -338,22 +338,6 @@ class Counting(Bytes):
         return super().encode(text)
 
 
-def calls_of(action: Callable[[], object]) -> int:
-    """How many functions, Python's and C's, `action` calls."""
-    calls = 0
-
-    def count(frame: object, event: str, argument: object) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
 def test_a_megabyte_of_one_thing(unit):
     """What is quadratic inside one call (of a pattern, say) would not come back today."""
@@ -367,3 +351,37 @@ def test_adjacent_passages_would_not_fit_together_without_better_borders():
     passages = split_text(words, encoder=Words(), max_tokens=50)
     assert all(len((a.text + " " + b.text).split()) > 50 for a, b in pairwise(passages))
     assert len(passages) <= 5000 / 50 * 16 / 15 + 1
+
+
+def test_a_long_table_repeats_its_header():
+    rows = "".join(f"| item {n} | {n} crowns |\n" for n in range(200))
+    text = f"Before.\n\n| Item | Price |\n|:--|--:|\n{rows}\nAfter."
+    passages = split_text(text, encoder=Words(), max_tokens=60, markdown=True)
+    assert len(passages) > 10
+    assert all("| Item | Price |\n|:--|--:|\n" in p.text for p in passages)
+    assert all(len(p.text.split()) <= 60 for p in passages)
+    assert "".join(p.text.count(f"| item {n} |") * "x" for n in range(200) for p in passages) == (
+        "x" * 200
+    )
+
+
+@pytest.mark.parametrize("fence", ["```", "~~~~"])
+def test_long_code_is_fenced_in_every_passage(fence):
+    lines = [f"x{n} = compute({n})" for n in range(200)]
+    code = "\n".join(lines)
+    text = f"Before.\n\n{fence}python\n{code}\n{fence}\n\nAfter."
+    passages = split_text(text, encoder=Words(), max_tokens=60, markdown=True)
+    assert len(passages) > 8
+    for passage in passages:
+        assert f"{fence}python\n" in passage.text
+        assert passage.text.count(fence) == 2
+        assert len(passage.text.split()) <= 60
+    assert [line for p in passages for line in p.text.split("\n") if line in lines] == lines
+    assert passages[-1].text.endswith(f"{fence}\n\nAfter.")
+
+
+def test_a_header_too_large_to_repeat_is_not():
+    header = "| " + " | ".join(f"column {n}" for n in range(30)) + " |"
+    rows = "".join(f"| {n} |\n" for n in range(100))
+    passages = split_text(f"{header}\n|---|\n{rows}", encoder=Words(), max_tokens=50, markdown=True)
+    assert sum("column 3 " in p.text for p in passages) == 1

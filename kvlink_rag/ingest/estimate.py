@@ -23,7 +23,7 @@ from kvlink_rag.documents import Document
 from kvlink_rag.snapshots.file_format import planned_size
 
 from .index_files import Intake
-from .readers import MAX_BYTES, OnProblem, SourceFile
+from .readers import MAX_BYTES, OnProblem, ReadOptions, SourceFile
 from .splitter import MAX_TOKENS
 
 SAMPLE = 64  # passages that are indexed at most
@@ -74,6 +74,8 @@ def plan(
     advance: Callable[[int], object] = lambda size: None,
     max_tokens: int = MAX_TOKENS,
     max_bytes: int = MAX_BYTES,
+    encoding: str | None = None,
+    text_key: str = "text",
     seconds: float = SECONDS,
 ) -> Plan:
     """Plan for `files`. Keeps nothing.
@@ -85,7 +87,8 @@ def plan(
         with open_empty(Path(scratch) / "sample") as rag:
             # 1. files → passages → tokens, and bytes of their snapshots
             encoder = rag.model.tokenizer
-            intake = Intake(encoder, files, on_problem, advance, max_tokens, max_bytes)
+            options = ReadOptions(max_bytes, encoding, text_key)
+            intake = Intake(encoder, files, on_problem, advance, max_tokens, options)
             count = _Count(rag)
             for passage in intake.passages():
                 count.take(passage)

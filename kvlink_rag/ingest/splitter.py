@@ -1,8 +1,9 @@
 """Long text to passages, by tokens: the first step of the life of a document.
 
 A passage is a slice of the text: it ends at a paragraph if that leaves it reasonably full, else
-after a sentence, a line, a word, and only then between two characters. Passages do not overlap, and
-nothing but white space is left out between them; Markdown headings leave the text for the titles.
+after a sentence, a line, a word, and only then between two graphemes. Passages do not overlap, and
+nothing but white space is left out between them; Markdown headings leave the text for the titles,
+and a Markdown table or code block that goes on in the next passage repeats its header or fence.
 Time is linear in the text. Knows an encoder's `encode`; knows no model, no file and no collection.
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,15 +21,17 @@ import regex
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError
 
+from .markdown import Heading, Repeat, headings, repeats
+
 MAX_TOKENS = 200
 TITLE_SEPARATOR = " > "
-HEADING_CHARACTERS = 200  # a longer "heading" is text that happens to begin with '#'
 FORMAT_KEY = "format"  # metadata[FORMAT_KEY] == MARKDOWN: the text has Markdown headings
 MARKDOWN = "markdown"
 
 _LEAST_FILL = 4  # a border counts if it leaves at least 1/4 of what would have fitted
 _CLOSE_ENOUGH = 16  # the search for a full passage ends within 1/16 of the most tokens
 _MARGIN = 32  # … and aims a little below it
+_REPEATED = 4  # a header or fence is repeated where it takes at most 1/4 of the most tokens
 
 
 class Encoder(Protocol):
@@ -70,7 +73,7 @@ def split_document(
     passages = [
         replace(document, text=text, title=section.title)
         for section in _sections(document)
-        for text in _fill(section.text, encoder, max_tokens)
+        for text in _fill(section, encoder, max_tokens)
     ]
     if document.id is None or len(passages) < 2:
         return passages
@@ -84,75 +87,12 @@ def split_document(
 class _Section:
     title: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    """A Markdown heading: its level (1 to 6), its text, and where its lines stand."""
-
-    level: int
-    text: str
-    start: int
-    stop: int
-
-
-# Whatever could begin or end a heading or a fence; all other lines are passed over at once.
-_MARK = re.compile(
-    r"^ {0,3}(?:(?P<hashes>#{1,6})[ \t]+(?P<name>[^\n]*)"
-    r"|(?P<fence>`{3,}|~{3,})(?P<rest>[^\n]*)"
-    r"|(?P<under>=+|-{2,})[ \t\r]*)$",
-    re.MULTILINE,
-)
-_NOT_A_NAME = re.compile(r"\s*$|=+\s*$| {4}|\t| {0,3}([-*+>|]|\d+[.)])")
-
-
-def headings(text: str) -> Iterator[Heading]:
-    """The headings of Markdown `text`: `# …`, or underlined by === or ---; none in fenced code."""
-    fence, last = "", 0  # the open fence; where the last heading or fence ended
-    for mark in _MARK.finditer(text):
-        start, stop = mark.start(), mark.end() + 1
-        if fence or mark["fence"]:
-            fence, last = _fence_after(fence, mark), stop
-        elif mark["hashes"]:
-            if name := _name(mark["name"]):
-                yield Heading(len(mark["hashes"]), name, start, stop)
-                last = stop
-        elif above := _line_above(text, start, last):
-            yield Heading(1 if mark["under"][0] == "=" else 2, above[1], above[0], stop)
-            last = stop
-
-
-def _fence_after(fence: str, mark: re.Match[str]) -> str:
-    """The fence that is open after `mark`; a fence is closed by one at least as long, alone."""
-    found = mark["fence"] or ""
-    if not fence:
-        return found
-    return "" if found.startswith(fence) and not mark["rest"].strip() else fence
-
-
-def _name(line: str) -> str:
-    """A heading's text without closing hashes; empty if it is too long to be one."""
-    name = line.strip()
-    bare = name.rstrip("#")
-    name = bare.rstrip() if not bare or bare[-1] in " \t" else name
-    return name if len(name) <= HEADING_CHARACTERS else ""
-
-
-def _line_above(text: str, start: int, last: int) -> tuple[int, str] | None:
-    """The line that an underline at `start` makes a heading: a paragraph of one line, no list."""
-    if start <= last:
-        return None
-    above = max(text.rfind("\n", last, start - 1) + 1, last)
-    before = max(text.rfind("\n", last, above - 1) + 1, last) if above > last else above
-    if text[before:above].strip() or _NOT_A_NAME.match(text[above:start]):
-        return None
-    name = _name(text[above:start])
-    return (above, name) if name else None
+    markdown: bool = True
 
 
 def _sections(document: Document) -> Iterator[_Section]:
     if document.metadata.get(FORMAT_KEY) != MARKDOWN:
-        yield _Section(document.title, document.text)
+        yield _Section(document.title, document.text, markdown=False)
         return
     text, path = document.text, _Path(document.title)
     found = list(headings(text))
@@ -199,25 +139,31 @@ class _Path:
 # ── filling: one slice of the text after another ─────────────────────────────────────────────
 
 
-def _fill(text: str, encoder: Encoder, max_tokens: int) -> Iterator[str]:
-    """Slices of `text`, without white space around them, of at most `max_tokens` tokens."""
-    window = _Window(text, encoder, max_tokens)
+def _fill(section: _Section, encoder: Encoder, max_tokens: int) -> Iterator[str]:
+    """Slices of the text, without white space around them, of at most `max_tokens` tokens."""
+    text = section.text
+    window = _Window(text, encoder, max_tokens, repeats(text) if section.markdown else ())
     start = window.skip_space(0)
     while start < len(text):
         stop = window.cut(start)
-        yield text[start:stop].rstrip()
-        start = window.skip_space(stop)
+        yield window.passage(start, stop)
+        start = window.skip_space(window.after(stop))
 
 
 class _Window:
     """Finds where the passage that starts at a place of `text` ends."""
 
-    def __init__(self, text: str, encoder: Encoder, max_tokens: int) -> None:
+    def __init__(
+        self, text: str, encoder: Encoder, max_tokens: int, repeated: Iterable[Repeat]
+    ) -> None:
         self._text = text
         self._encode = encoder.encode
         self._most = max_tokens
         self._aim = max_tokens - max_tokens // _MARGIN
         self._guess = 4 * max_tokens  # characters to try first: as many as fitted last time
+        cost = max_tokens // _REPEATED
+        self._repeats = [r for r in repeated if self._tokens(r.before + r.after) <= cost]
+        self._starts = [repeat.start for repeat in self._repeats]
 
     def skip_space(self, start: int) -> int:
         """The first place from `start` on that is not white space."""
@@ -233,8 +179,38 @@ class _Window:
                 return stop
             limit = stop - 1  # rare: a slice may have more tokens than a longer one
 
+    def passage(self, start: int, stop: int) -> str:
+        """The slice from `start` to `stop`, with what it repeats of the table or code it is in."""
+        whole = self._framed(start, stop)
+        bare = self._text[start:stop].rstrip()
+        return whole if whole == bare or self._tokens(whole) <= self._most else bare
+
+    def after(self, stop: int) -> int:
+        """Where the text goes on: not with the end of a code block that was ended already."""
+        inside = self._repeat_at(stop - 1)
+        if inside is None or not inside.after or self._text[stop : inside.stop].strip():
+            return stop
+        return inside.end
+
+    def _framed(self, start: int, stop: int) -> str:
+        text = self._text[start:stop].rstrip()
+        if not self._repeats:
+            return text
+        first, last = self._repeat_at(start), self._repeat_at(stop - 1)
+        before = first.before if first is not None else ""
+        return before + text + (last.after if last is not None else "")
+
+    def _repeat_at(self, place: int) -> Repeat | None:
+        """What is repeated where a passage begins or ends at `place`."""
+        found = bisect_right(self._starts, place) - 1
+        inside = found >= 0 and place < self._repeats[found].stop
+        return self._repeats[found] if inside else None
+
     def _count(self, start: int, stop: int) -> int:
-        return len(self._encode(self._text[start:stop].rstrip()))
+        return self._tokens(self._framed(start, stop))
+
+    def _tokens(self, text: str) -> int:
+        return len(self._encode(text))
 
     def _furthest(self, start: int) -> int:
         """About the furthest place that fits: a search on the number of characters."""

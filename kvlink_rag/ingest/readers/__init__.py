@@ -1,8 +1,8 @@
-"""Files and folders to documents: .txt, .md, .html, .jsonl and .pdf.
+"""Files and folders to documents: text, Markdown, HTML, JSON lines, PDF and programs.
 
 A file, line or page that cannot be read is one `Problem` and does not stop the rest. Each format
-has its own module here; `html` alone knows Beautiful Soup and `pdf` alone knows pypdf. Documents
-come whole (a PDF page by page); `splitting` makes passages of them.
+has its own module here; `pdf` alone knows pypdf. Documents come whole (a PDF page by page); the
+splitter makes passages of them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError
 
 from . import html, jsonl, pdf, text
-from .files import MAX_BYTES, Problem, SourceFile, find_files
+from .files import MAX_BYTES, Problem, ReadOptions, SourceFile, find_files
 
 __all__ = [
     "MAX_BYTES",
     "SUFFIXES",
     "OnProblem",
     "Problem",
+    "ReadOptions",
     "SourceFile",
     "find",
     "raise_or_log",
@@ -29,21 +30,65 @@ __all__ = [
     "read_paths",
 ]
 
-Reader = Callable[[SourceFile, int], Iterator["Document | Problem"]]
+Reader = Callable[[SourceFile, ReadOptions], Iterator["Document | Problem"]]
 OnProblem = Callable[[Problem], None]
 
+# Programs, and their settings, that are text as they are.
+CODE = (
+    ".py",
+    ".pyi",
+    ".js",
+    ".mjs",
+    ".jsx",
+    ".ts",
+    ".tsx",
+    ".java",
+    ".kt",
+    ".scala",
+    ".go",
+    ".rs",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".cs",
+    ".swift",
+    ".rb",
+    ".php",
+    ".pl",
+    ".lua",
+    ".r",
+    ".jl",
+    ".sh",
+    ".bash",
+    ".zsh",
+    ".ps1",
+    ".sql",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".ini",
+    ".cfg",
+    ".proto",
+    ".tex",
+)
 _READERS: dict[str, Reader] = {
     ".txt": text.read_text,
     ".md": text.read_markdown,
     ".markdown": text.read_markdown,
+    ".rst": text.read_rst,
     ".html": html.read_html,
     ".htm": html.read_html,
+    ".xhtml": html.read_html,
     ".jsonl": jsonl.read_jsonl,
+    ".ndjson": jsonl.read_jsonl,
     ".pdf": pdf.read_pdf,
+    **dict.fromkeys(CODE, text.read_code),
 }
-_NEEDS = {".html": html.require, ".htm": html.require, ".pdf": pdf.require}
+_NEEDS = {".pdf": pdf.require}
 
-SUFFIXES = tuple(_READERS)
+SUFFIXES = tuple(suffix for suffix in _READERS if suffix not in CODE)  # … and programs
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +98,8 @@ def read_paths(
     *,
     on_problem: OnProblem | None = None,
     max_bytes: int = MAX_BYTES,
+    encoding: str | None = None,
+    text_key: str = "text",
 ) -> Iterator[Document]:
     """The documents in `paths`, files or folders, one file after the other.
 
@@ -64,16 +111,19 @@ def read_paths(
     on_problem: called with each problem, and reading goes on. Without it, what must be skipped
         raises `DocumentError`, and a warning is logged.
     max_bytes: the most bytes of one file, or of one line of a .jsonl file.
-    Raises `MissingExtra` before anything is read where a file needs a package that is missing.
+    encoding: of all text, in place of what the files say or look like. text_key: the key under
+        which JSON lines have their text.
+    Raises `ConfigError` (no such encoding), and `MissingExtra` before anything is read where a
+    file needs a package that is missing.
     """
-    report = on_problem or raise_or_log
+    report, options = on_problem or raise_or_log, ReadOptions(max_bytes, encoding, text_key)
     for file in find(paths, report):
-        yield from read_file(file, report, max_bytes)
+        yield from read_file(file, report, options)
 
 
 def find(paths: Iterable[str | PathLike[str]], on_problem: OnProblem) -> list[SourceFile]:
     """The files that `read_paths` reads, each once. Raises `MissingExtra`."""
-    files, problems = find_files(paths, SUFFIXES)
+    files, problems = find_files(paths, tuple(_READERS))
     for suffix in sorted({file.suffix for file in files} & set(_NEEDS)):
         _NEEDS[suffix]()
     for problem in problems:
@@ -82,11 +132,11 @@ def find(paths: Iterable[str | PathLike[str]], on_problem: OnProblem) -> list[So
 
 
 def read_file(
-    file: SourceFile, on_problem: OnProblem, max_bytes: int = MAX_BYTES
+    file: SourceFile, on_problem: OnProblem, options: ReadOptions | None = None
 ) -> Iterator[Document]:
     """The documents of one file."""
     try:
-        for found in _READERS[file.suffix](file, max_bytes):
+        for found in _READERS[file.suffix](file, options or ReadOptions()):
             if isinstance(found, Problem):
                 on_problem(found)
             else:

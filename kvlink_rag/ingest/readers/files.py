@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from .encodings import Decoded, check_encoding
+
 MAX_BYTES = 64 * 2**20
+_SUFFIXES_SHOWN = 10
+_KINDS_SHOWN = 8
+_NAMES_SHOWN = 5
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BINARY_LOOK = 8192  # a NUL this early means that a file is not text, as for git
-_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
+
+
+_NAMES_OF_TEXTS = frozenset(
+    [
+        "readme",
+        "license",
+        "licence",
+        "copying",
+        "notice",
+        "authors",
+        "contributors",
+        "changelog",
+        "changes",
+        "history",
+        "news",
+        "todo",
+        "install",
+        "makefile",
+        "dockerfile",
+    ]
 )
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that says a file's format; .txt for names such as README."""
+    if name.lower() in _NAMES_OF_TEXTS:
+        return ".txt"
+    return os.path.splitext(name)[1].lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +66,23 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How files are read.
+
+    max_bytes: the most bytes of one file, or of one line of JSON lines. encoding: of all text, in
+    place of what the files say or look like. text_key: where JSON lines have their text.
+    """
+
+    max_bytes: int = MAX_BYTES
+    encoding: str | None = None
+    text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.encoding is not None:
+            check_encoding(self.encoding)
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file to read, and the name it goes by."""
 
@@ -50,7 +92,7 @@ class SourceFile:
     @property
     def suffix(self) -> str:
         """The lower-case suffix, which says the format."""
-        return self.path.suffix.lower()
+        return suffix_of(self.path.name)
 
     @property
     def stem(self) -> str:
@@ -82,38 +124,17 @@ def clean(text: str) -> str:
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def decode(data: bytes, source: str) -> tuple[str, list[Problem]]:
-    """Text of `data`: by its byte order mark, else UTF-8; lines end with a newline alone.
-
-    What cannot be decoded becomes U+FFFD, with a warning. Binary data is a problem without text.
-    """
-    encoding = marked_encoding(data) or "utf-8"
-    problems = []
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        text = data.decode(encoding, errors="replace")
-        name = encoding.removesuffix("-sig").upper()
-        message = f"not {name} at byte {error.start}; what cannot be read was replaced by U+FFFD"
-        problems.append(Problem(source, message, skipped=False))
-    if is_binary(text):
-        return "", [not_text(source)]
-    return text.replace("\r\n", "\n").replace("\r", "\n"), problems
-
-
-def marked_encoding(data: bytes) -> str | None:
-    """The encoding that a byte order mark names."""
-    return next((name for mark, name in _MARKS if data.startswith(mark)), None)
-
-
-def is_binary(text: str) -> bool:
-    """Does decoded `text` look like no text at all?"""
-    return "\0" in text[:_BINARY_LOOK]
+def warned(found: Decoded, source: str) -> Iterator[Problem]:
+    """What is to be said about text that was decoded."""
+    if found.binary:
+        yield not_text(source)
+    elif found.warning:
+        yield Problem(source, found.warning, skipped=False)
 
 
 def not_text(source: str) -> Problem:
     """The problem of a file that `is_binary`."""
-    return Problem(source, "not a text file: it holds zero bytes (UTF-16 needs a byte order mark)")
+    return Problem(source, "not a text file: it holds zero bytes (name its encoding if it is one)")
 
 
 def find_files(
@@ -136,9 +157,10 @@ class _Search:
         self.files: list[SourceFile] = []
         self.problems: list[Problem] = []
         self._suffixes = suffixes
-        self._known = ", ".join(suffixes)
+        self._known = ", ".join(list(suffixes)[:_SUFFIXES_SHOWN]) + " and programs"
         self._seen: dict[tuple[int, int], str] = {}  # device and inode: links may lead back
         self._above: dict[tuple[int, int], str] = {}  # the folders that hold the one taken now
+        self._others: list[Path] = []  # files of unknown kinds in the folder taken now
 
     def take(self, path: Path) -> None:
         """All files at or below a path that the caller named."""
@@ -146,9 +168,11 @@ class _Search:
         self._above = _parents(path)
         kind = self._kind(path, source)
         if kind == "folder":
+            self._others = []
             if not self._walk(path):
                 self._problem(source, f"no {self._known} files in this folder")
-        elif kind == "file" and path.suffix.lower() in self._suffixes:
+            self._tell_others(source)
+        elif kind == "file" and suffix_of(path.name) in self._suffixes:
             self.files.append(SourceFile(path, source))
         elif kind in ("file", "other"):
             self._problem(source, f"not a file of a known kind; known are {self._known}")
@@ -165,6 +189,18 @@ class _Search:
                 self.files.append(SourceFile(path, clean(path.as_posix())))
             some = some or kind != "folder"
         return some
+
+    def _tell_others(self, source: str) -> None:
+        """Files that are passed over are counted and, some of them, named."""
+        others = sorted(clean(path.as_posix()) for path in self._others)
+        if not others:
+            return
+        counts = Counter(suffix_of(path.name) or "without suffix" for path in self._others)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(_KINDS_SHOWN))
+        shown = ", ".join(others[:_NAMES_SHOWN]) + (", …" if len(others) > _NAMES_SHOWN else "")
+        files = "1 file" if len(others) == 1 else f"{len(others)} files"
+        message = f"{files} of unknown kinds passed over ({kinds}): {shown}"
+        self.problems.append(Problem(source, message, skipped=False))
 
     def _leads_back(self, path: Path) -> bool:
         """Whether `path` is a folder read already under another name, or one above; told then."""
@@ -192,9 +228,13 @@ class _Search:
         return [folder / name for name in names]
 
     def _wanted(self, entry: os.DirEntry[str]) -> bool:
-        known = os.path.splitext(entry.name)[1].lower() in self._suffixes
+        if entry.name.startswith("."):
+            return False
         with contextlib.suppress(OSError):  # a link to itself
-            return not entry.name.startswith(".") and (known or entry.is_dir())
+            if suffix_of(entry.name) in self._suffixes or entry.is_dir():
+                return True
+            if entry.is_file():
+                self._others.append(Path(entry.path))
         return False
 
     def _kind(self, path: Path, source: str) -> str:
@@ -208,7 +248,7 @@ class _Search:
         identity = _identity(status)
         if identity in self._seen:
             return ""
-        if stat.S_ISDIR(status.st_mode) or path.suffix.lower() in self._suffixes:
+        if stat.S_ISDIR(status.st_mode) or suffix_of(path.name) in self._suffixes:
             self._seen[identity] = source
         if stat.S_ISDIR(status.st_mode):
             return "folder"

@@ -1,6 +1,7 @@
-"""JSON lines to documents: {"text", "title"?, "id"?, "metadata"?} on each line.
+"""JSON lines to documents: {"text", "title"?, "id"?, "metadata"?} on each line, or a list of them.
 
-Further keys are kept as metadata. Knows that lines may be hostile: of any length, type or depth.
+Further keys are kept as metadata. A file that is one list over several lines is read whole. Knows
+that lines may be hostile: of any length, type or depth.
 """
 
 from __future__ import annotations
@@ -13,121 +14,161 @@ from typing import Any
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError
 
-from .files import Problem, SourceFile, clean, decode, too_large
+from .encodings import decoded
+from .files import Problem, ReadOptions, SourceFile, clean, too_large, warned
 
 PROBLEMS_SHOWN = 5
 TITLE_CHARACTERS = 1000
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-_FIELDS = ("text", "title", "id", "metadata")
+_FIELDS = ("title", "id", "metadata")
 
 
-def read_jsonl(file: SourceFile, max_bytes: int) -> Iterator[Document | Problem]:
-    """One document a line. After `PROBLEMS_SHOWN` problems the others are only counted."""
-    shown, skipped, warned = 0, 0, 0
-    for found in _found(file, max_bytes):
+def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
+    """One document a line or item. After `PROBLEMS_SHOWN` problems the others are only counted."""
+    shown, skipped, warned_of = 0, 0, 0
+    for found in _found(file, options):
         if isinstance(found, Document):
             yield found
         elif shown < PROBLEMS_SHOWN:
             shown += 1
             yield found
         else:
-            skipped, warned = skipped + found.skipped, warned + (not found.skipped)
+            skipped, warned_of = skipped + found.skipped, warned_of + (not found.skipped)
     if skipped:
         yield Problem(file.source, f"{skipped} more lines were skipped")
-    if warned:
-        yield Problem(file.source, f"{warned} more lines gave warnings", skipped=False)
+    if warned_of:
+        yield Problem(file.source, f"{warned_of} more lines gave warnings", skipped=False)
 
 
-def _found(file: SourceFile, max_bytes: int) -> Iterator[Document | Problem]:
-    for number, line in _lines(file, max_bytes):
+def _found(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
+    for number, line in _lines(file, options):
         if isinstance(line, Problem):
             yield line
         else:
-            yield from _documents(line, f"{file.source}:{number}", file.source, max_bytes)
+            place = f"{file.source}:{number}" if number else file.source
+            yield from _documents(line, place, file.source, options)
 
 
-def _lines(file: SourceFile, max_bytes: int) -> Iterator[tuple[int, bytes | Problem]]:
+def _lines(file: SourceFile, options: ReadOptions) -> Iterator[tuple[int, bytes | Problem]]:
     """Numbered lines, one at a time whatever their size: cut off after `max_bytes` + 1 bytes."""
+    most = options.max_bytes
     with file.path.open("rb") as stream:
         start = stream.read(4)
         stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
-        if start.startswith(_WIDE):
-            yield from _wide_lines(file, max_bytes)
+        if start.startswith(_WIDE) or b"\0" in start or _is_wide(options.encoding):
+            yield from _wide_lines(file, options)
             return
         number = 0
-        while line := stream.readline(max_bytes + 1):
+        while line := stream.readline(most + 1):
             number += 1
+            if number == 1 and _goes_on(line):
+                yield 0, file.load(most)
+                return
             yield number, line
-            while len(line) > max_bytes and not line.endswith(b"\n"):
-                line = stream.readline(max_bytes + 1)
+            while len(line) > most and not line.endswith(b"\n"):
+                line = stream.readline(most + 1)
 
 
-def _wide_lines(file: SourceFile, max_bytes: int) -> Iterator[tuple[int, bytes | Problem]]:
+def _goes_on(line: bytes) -> bool:
+    """Whether a first line begins a list that ends on another one."""
+    line = line.strip()
+    return line.startswith(b"[") and not line.endswith(b"]")
+
+
+def _is_wide(encoding: str | None) -> bool:
+    return encoding is not None and "\n{".encode(encoding) != b"\n{"
+
+
+def _wide_lines(file: SourceFile, options: ReadOptions) -> Iterator[tuple[int, bytes | Problem]]:
     """Lines of UTF-16 or UTF-32, where no byte always ends a line: the file is read whole."""
-    data = file.load(max_bytes)
+    data = file.load(options.max_bytes)
     if isinstance(data, Problem):
         yield 0, data
         return
-    text, problems = decode(data, file.source)
-    yield from ((0, problem) for problem in problems)
-    yield from enumerate((line.encode() for line in text.split("\n")), 1)
+    found = decoded(data, encoding=options.encoding)
+    yield from ((0, problem) for problem in warned(found, file.source))
+    lines = clean(found.text).encode().split(b"\n")
+    if _goes_on(lines[0]):
+        yield 0, b"\n".join(lines)
+    else:
+        yield from enumerate(lines, 1)
 
 
-def _documents(line: bytes, source: str, path: str, max_bytes: int) -> Iterator[Document | Problem]:
-    """The document of one line, with its problems; nothing for a blank line."""
-    if len(line) > max_bytes:
-        yield too_large(source, "the line", max_bytes)
+def _documents(
+    line: bytes, place: str, path: str, options: ReadOptions
+) -> Iterator[Document | Problem]:
+    """The documents of one line, with its problems; nothing for a blank line."""
+    if len(line) > options.max_bytes:
+        yield too_large(place, "the line", options.max_bytes)
         return
-    text, problems = decode(line, source)
-    yield from problems
-    if not text.strip() or any(problem.skipped for problem in problems):
+    encoding = None if _is_wide(options.encoding) else options.encoding
+    found = decoded(line, encoding=encoding)
+    yield from warned(found, place)
+    if not found.text.strip():
         return
     try:
-        yield _document(_parse(text.strip()), path)
+        value = _parse(found.text.strip())
     except (DocumentError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        yield Problem(source, str(reason))
+        yield Problem(place, _reason(error))
+        return
+    items = value if isinstance(value, list) else [value]
+    for number, item in enumerate(items, 1):
+        try:
+            yield _document(item, path, options.text_key)
+        except (DocumentError, RecursionError) as error:
+            where = f"item {number}: " if isinstance(value, list) else ""
+            yield Problem(place, where + _reason(error))
 
 
-def _parse(text: str) -> dict[str, Any]:
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _parse(text: str) -> Any:
     try:
-        fields = json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise DocumentError(f"not JSON: {error.msg} at column {error.colno}") from error
+        place = f"line {error.lineno}, column" if error.lineno > 1 else "column"
+        raise DocumentError(f"not JSON: {error.msg} at {place} {error.colno}") from error
     except DocumentError:
         raise
     except ValueError as error:  # Python reads no integer of more than 4300 digits
         raise DocumentError("a number has too many digits") from error
-    if not isinstance(fields, dict):
-        raise DocumentError(f'expected an object with "text", found {_kind(fields)}')
-    return fields
 
 
 def _no_constant(name: str) -> Any:
     raise DocumentError(f"not JSON: {name} is no JSON number")
 
 
-def _document(fields: dict[str, Any], path: str) -> Document:
+def _document(fields: object, path: str, text_key: str) -> Document:
     """Raises `DocumentError` saying which key is at fault."""
-    if "text" not in fields:
-        raise DocumentError(
-            f'no "text"; the keys are {", ".join(map(repr, fields)) or "none"}'[:200]
-        )
-    text, title = _string(fields, "text"), _string(fields, "title")
+    if not isinstance(fields, dict):
+        raise DocumentError(f'expected an object with "{text_key}", found {_kind(fields)}')
+    if text_key not in fields:
+        keys = ", ".join(map(repr, fields)) or "none"
+        raise DocumentError(f'no "{text_key}"; the keys are {keys}'[:200] + _other_key(fields))
+    text, title = _string(fields, text_key), _string(fields, "title", optional=True)
     if not text.strip():
-        raise DocumentError('"text" is empty')
+        raise DocumentError(f'"{text_key}" is empty')
     if len(title) > TITLE_CHARACTERS:
         raise DocumentError(
             f'"title" has {len(title)} characters, expected at most {TITLE_CHARACTERS}'
         )
-    document = Document(text, title, _identity(fields.get("id")), _metadata(fields, path))
+    metadata = _metadata(fields, path, text_key)
+    document = Document(text, title, _identity(fields.get("id")), metadata)
     document.canonical()  # raises where the metadata are not JSON: 1e999 becomes infinity
     return document
 
 
-def _string(fields: dict[str, Any], key: str) -> str:
+def _other_key(fields: dict[str, Any]) -> str:
+    """A hint at the key that the text seems to be under."""
+    long = [key for key, value in fields.items() if isinstance(value, str) and " " in value]
+    return f"; give text_key={long[0]!r} if the text is there"[:100] if long else ""
+
+
+def _string(fields: dict[str, Any], key: str, *, optional: bool = False) -> str:
     value = fields.get(key)
-    if value is None and key != "text":
+    if value is None and optional:
         return ""
     if not isinstance(value, str):
         raise DocumentError(f'"{key}" is {_kind(value)}, expected a string')
@@ -143,12 +184,12 @@ def _identity(value: object) -> str | None:
     raise DocumentError(f'"id" is {_kind(value)}, expected a non-empty string or a whole number')
 
 
-def _metadata(fields: dict[str, Any], path: str) -> dict[str, Any]:
+def _metadata(fields: dict[str, Any], path: str, text_key: str) -> dict[str, Any]:
     """Where the line stands, its keys that are not ours, and its own metadata; the last win."""
     own = fields.get("metadata")
     if own is not None and not isinstance(own, dict):
         raise DocumentError(f'"metadata" is {_kind(own)}, expected an object')
-    others = {key: value for key, value in fields.items() if key not in _FIELDS}
+    others = {key: value for key, value in fields.items() if key not in (*_FIELDS, text_key)}
     cleaned = _cleaned({"source": path, **others, **(own or {})})
     return dict(cleaned)
 
