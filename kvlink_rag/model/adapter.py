@@ -105,9 +105,10 @@ class Adapter:
             weight.copy_(weight.float() + product.to(weight.device))
         elif path.endswith(_ROWS):
             place = path.removesuffix(_ROWS)
-            ids = self.settings["trainable_token_indices"][place.rpartition(".")[2]]
-            weight = model.get_submodule(place).weight
-            weight[torch.tensor(ids)] = tensor.to(weight.device, weight.dtype)
+            ids = self.settings["trainable_token_indices"].get(place.rpartition(".")[2])
+            if ids is not None:  # else those of a head tied to them
+                weight = model.get_submodule(place).weight
+                weight[torch.tensor(ids)] = tensor.to(weight.device, weight.dtype)
         elif not path.endswith(_UP):
             raise LookupError("neither a low-rank matrix nor rows of new tokens")
 
