@@ -63,9 +63,11 @@ def decode(model: KVLinkModel, started: Sequence[Started], most: int) -> list[De
 def likelihood(model: KVLinkModel, started: Started, text: str) -> float:
     """Nats a token that the answer `text` costs after the prompt; appends it to the prompt's cache.
 
-    Over the vocabulary that can be said, with the end of the answer as its last token.
+    Over the vocabulary that can be said, with the end of a text as its last token.
     """
-    ids = [*model.tokenizer.encode(text), min(model.end_ids)]
+    ids = model.tokenizer.encode(text)
+    if (end := model.tokenizer.hf.eos_token_id) is not None:
+        ids = [*ids, end]
     tokens, first = torch.tensor(ids[:-1], dtype=torch.int64), started.position
     positions = torch.arange(first, first + len(tokens))
     rest = model.backbone.forward(

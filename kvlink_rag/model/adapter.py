@@ -28,7 +28,9 @@ SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ANY_BASE = "any"
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _ROWS = ".token_adapter.trainable_tokens_delta"
-_PLAIN = {  # settings of peft that change what is merged, and the values that do not
+_PLAIN: dict[
+    str, tuple[Any, ...]
+] = {  # settings of peft that change what is merged, and the values that do not
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False, None),

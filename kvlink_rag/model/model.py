@@ -126,6 +126,8 @@ class KVLinkModel:
         self.spec = spec if spec is not None else default_spec(tokenizer)
         self.name = name
         self._check_spec()
+        # never said, link tokens and markers, whatever spec a prompt is laid out by later
+        self.added_ids = sorted(self.spec.special_ids())
         self.reuse = Reuse(EncodeNow(self.backbone), PrefixCache())
 
     @classmethod
@@ -291,11 +293,6 @@ class KVLinkModel:
         run = PromptRun(self.backbone, prompt, Trace(mode="masked"), self.reuse)
         with self.backbone.giving(prompt.segments.nonzero()[:, 0], keys, values):
             return run.start(room=0).cpu()
-
-    @cached_property
-    def added_ids(self) -> list[int]:
-        """Token ids that are never said: link tokens and markers."""
-        return sorted(self.spec.special_ids())
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
