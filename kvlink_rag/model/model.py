@@ -156,10 +156,11 @@ class KVLinkModel:
         directory = resolve(base, bundled="lm")
         check_supported(load_config(directory))
         spec = spec or (found.spec if found else find_spec(str(base), directory))
-        tokenizer = load_tokenizer(directory, spec)
-        notice = found.check(directory, tokenizer, adapter_base=adapter_base) if found else ""
         model = load_model(directory, precision)
+        tokenizer = load_tokenizer(directory, spec)
+        notice = ""
         if found is not None:
+            notice = found.check(directory, tokenizer, adapter_base=adapter_base)
             found.merge_into(model)
         return cls(
             model.to(target),
