@@ -187,6 +187,33 @@ def test_the_command_line_finds_and_runs_benchmarks(capfd: pytest.CaptureFixture
 TINY = ("--shape", "tiny", "--dtype", "float32", "--rounds", "1")
 
 
+def test_answers(tmp_path: Path) -> None:
+    """Three questions over two passages, one of them asked over its own two retrieved ones."""
+    rows = [
+        {
+            "question": f"What is {i}?",
+            "answers": [f"answer{i}"],
+            "ctxs": [{"title": f"T{i}", "text": f"It is answer{i}.", "isgold": True}],
+        }
+        for i in range(3)
+    ]
+    rows[1]["ctxs"] += [{"title": "T", "text": "It is answer1, too."}]  # unanswerable: left out
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers.jsonl"
+    found = last_line(
+        *("answers.py", "--shape", "tiny", "--data", str(data), "--documents", "2"),
+        *("--modes", "full,closed,reuse,reuse:0", "--tokens", "3", "--out", str(out)),
+    )["rows"]
+    counts = {(row["gold"], row["mode"]): row["questions"] for row in found}
+    with_links = [(True, mode) for mode in ("full", "closed", "reuse", "reuse:0")]
+    without = [(False, mode) for mode in ("full", "reuse", "reuse:0")]
+    assert counts == dict.fromkeys(with_links, 3) | dict.fromkeys(without, 2)
+    nll = {row["mode"]: row["value"] for row in found if row["gold"] and row["score"] == "nll"}
+    assert len(set(nll.values())) == len(nll)
+    assert len(out.read_text().splitlines()) == 4 * 3 + 3 * 2
+
+
 def test_quality() -> None:
     rows = last_line("quality.py", "--questions", "2", "--tokens", "3", "--ways", "epic")["rows"]
     mine = {f"{row['way']} {row['codec']}": row for row in rows}

@@ -14,10 +14,12 @@ import torch
 from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
 from transformers import AutoTokenizer
 
-from kvlink_rag import Document
+from kvlink_rag import Document, KVLinkModel, Text
 from kvlink_rag.cli.main import main
 from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.errors import ConfigError, MissingExtra, StorageError
+from kvlink_rag.evaluation.decoding import decode, likelihood
+from kvlink_rag.evaluation.modes import InMemory, contenders
 from kvlink_rag.evaluation.records import Record, Records, read
 from kvlink_rag.evaluation.retrieved import Corpus, recall
 from kvlink_rag.evaluation.scores import scorer
@@ -137,6 +139,31 @@ def test_retrieved_passages_and_their_recall(model: Path, data: Path, tmp_path: 
     assert run("nq", *options, "--retrieve", 1, "--corpus", corpus) == 0
     assert summary(out)["lines"][0]["recall"] == 0.0
     assert summary(out)["skipped"] == {"corpus row": 1}
+
+
+@pytest.mark.parametrize("mode", ["full", "masked", "reuse", "naive"])
+@pytest.mark.parametrize("answer", ["x", "It is Tarn."])
+def test_the_likelihood_of_an_answer_is_its_tokens_one_by_one(mode: str, answer: str) -> None:
+    """Against a prefill of the prompt and the answer so far; decoding leaves no mark."""
+    model = KVLinkModel(random_model("llama", torch.float32), byte_tokenizer(), byte_spec())
+    (contender,) = contenders(model, [mode])
+    example = Example("1", "Who?", ("x",), (Document("One.", title="A"), Document("Two.")))
+    parts = contender.prompt(example)
+    started = contender(parts, InMemory(model))
+    decode(model, [started], 3)
+    found = likelihood(contender.model, started, answer)
+    ids = [*model.tokenizer.encode(answer), model.tokenizer.hf.eos_token_id]
+    wanted = []
+    for said, token in enumerate(ids):
+        so_far = [*parts, Text(answer[:said])] if said else parts
+        if mode == "naive":
+            logits = contender(so_far, InMemory(model)).logits
+        else:
+            logits = contender.model.prefill(so_far, "full" if mode == "full" else "masked").logits
+        logits = logits.clone()
+        logits[model.spec.special_ids()] = -torch.inf
+        wanted.append(-float(logits.log_softmax(-1)[token]))
+    assert found == pytest.approx(sum(wanted) / len(wanted), rel=1e-3)
 
 
 def test_recall_counts_gold_passages_or_answers() -> None:

@@ -74,7 +74,7 @@ def test_full_attention_is_transformers_over_the_plain_text(make_model: ModelMak
             max_new_tokens=MOST,
             do_sample=False,
             pad_token_id=hf.pad_token_id,
-            suppress_tokens=sorted(model.end_ids),
+            suppress_tokens=[*model.end_ids, *model.spec.special_ids()],
         )[0, len(ids) :].tolist()
         assert answer.tokens == said
 

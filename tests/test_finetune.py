@@ -282,8 +282,52 @@ def test_adapters_train_themselves_and_the_new_tokens_only(
     links = after.model.embed_tokens.weight[model.spec.link_ids(0)]
     others = after.model.embed_tokens.weight[model.spec.link_ids(3)]
     assert not torch.equal(links, others)  # began alike; only slots that were seen have moved
-    documents = [Document("1 is 1.", title="T1")]
-    assert model.verify(model.prompt(documents, "What is 1?")).holds
+    parts = model.prompt([Document("1 is 1.", title="T1")], "What is 1?")
+    assert model.verify(parts).holds
+    adapter = KVLinkModel.from_pretrained(Path(lora.out) / "adapter", device="cpu")
+    assert adapter.spec == dataclasses.replace(model.spec, base=adapter.spec.base)
+    found, wanted = (each.prefill(parts).logits[:rows] for each in (adapter, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    size = (Path(lora.out) / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size < (directory / "model.safetensors").stat().st_size / 3
+
+
+@pytest.mark.filterwarnings(*PEFT)
+@pytest.mark.parametrize("distill", [0.5, 1.0])
+def test_the_models_own_full_attention_is_learned(
+    config: FinetuneConfig, tmp_path: Path, distill: float
+) -> None:
+    """Alone, what is learned is how the untuned model answers over the same documents as text."""
+    lora = dataclasses.replace(
+        config,
+        lora=Lora(rank=8),
+        distill=distill,
+        steps=30,
+        learning_rate=1e-2,
+        data=config.data[:1],
+    )
+    directory = finetune(lora, device="cpu")
+    found = losses(lora)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+    if distill < 1:
+        return
+    tuned = KVLinkModel.from_pretrained(directory, device="cpu")
+    before = KVLinkModel.from_pretrained(lora.model, device="cpu")
+    plain = dataclasses.replace(
+        tuned.spec, links_per_passage=0, mem_start=None, mem_end=None, max_passages=None
+    )
+    documents = [Document(f"{j} is {j % 3}.", title=f"T{j}") for j in (1, 2)]
+    teacher = KVLinkModel(before.backbone.model, before.tokenizer.hf, plain)
+    wanted = teacher.prefill(teacher.prompt(documents, "What is 1?"), mode="full").logits
+    wanted = wanted.log_softmax(-1)
+    far = [
+        float((wanted.exp() * (wanted - logits[: len(wanted)].log_softmax(-1))).sum())
+        for logits in (
+            tuned.prefill(tuned.prompt(documents, "What is 1?")).logits,
+            teacher.prefill(teacher.prompt(documents, "What is 1?")).logits,
+        )
+    ]
+    assert far[0] < far[1]
 
 
 def test_a_tuned_model_is_tuned_further_with_its_own_spec(

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_spec, byte_tokenizer
+from conftest import WordEmbedder, byte_spec, byte_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
 from kvlink_rag import Document, Passage, Text
 from kvlink_rag.errors import ConfigError, ExampleError, PromptTooLong
 from kvlink_rag.prompt.layout import layout, visibility
 from kvlink_rag.prompt.tokenizer import PartTokenizer
+from kvlink_rag.training.finetune import distractors
 from kvlink_rag.training.finetune.attention import Plan
 from kvlink_rag.training.finetune.batches import FLEX_BLOCK, Collator, block_masks, plans
 from kvlink_rag.training.finetune.chat import LLAMA3, Chat, find_chat
@@ -539,3 +540,49 @@ def test_bad_rows_are_refused_where_the_config_says_so(tmp_path: Path) -> None:
     long = config(data=files(tmp_path)[:1], max_length=10)
     with pytest.raises(ConfigError, match="PromptTooLong"):
         drawn(long, 1)
+
+
+# Distractors
+
+
+def test_questions_get_the_passages_that_score_highest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are words in common; row 2 is left out, and row 4's passage is found for nobody."""
+    words = ["red fox runs", "red hen sleeps", "blue fox swims", "green"]
+    rows = [
+        {"question": text, "answers": ["x"], "ctxs": [{"title": "", "text": text}]}
+        for text in words
+    ]
+    rows[3]["question"] = "red fox"
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        distractors.ContrieverEmbedder, "from_pretrained", lambda *a, **k: WordEmbedder()
+    )
+    out, plain = tmp_path / "out.jsonl", tmp_path / "plain.jsonl"
+    given = ["--data", f"{data}:1-4", "--without", "rows.jsonl:2", "--embedder", "x"]
+    given += ["--documents", "2", "--out", str(out), "--plain", str(plain)]
+    assert distractors.main(given) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [[c["text"] for c in row["ctxs"]] for row in found] == [
+        ["red fox runs", "blue fox swims"],
+        ["blue fox swims", "red fox runs"],
+        ["red fox runs", "green"],
+    ]
+    assert [[c["isgold"] for c in row["ctxs"]] for row in found] == [
+        [True, False],
+        [True, False],
+        [False, True],
+    ]
+    alone = [json.loads(line) for line in plain.read_text().splitlines()]
+    assert [[c["text"] for c in row["ctxs"]] for row in alone] == [
+        ["red fox runs"], ["blue fox swims"], ["green"]
+    ]  # fmt: skip
+    assert distractors.main([*given, "--sentences"]) == 0
+    asked = {json.loads(line)["question"] for line in out.read_text().splitlines()}
+    assert asked <= {"red fox runs", "blue fox swims", "red fox"} | {
+        "Red fox runs?", "Blue fox swims?", "Red fox?"
+    }  # fmt: skip
+    assert any(each.endswith("?") for each in asked)
+    assert distractors.main(["--data", f"{data}:x", *given[2:]]) == 1

@@ -103,6 +103,23 @@ def test_visibility_goes_by_position_not_by_place() -> None:
     assert windowed[5].tolist() == [False, False, True, True, False, True]
 
 
+def test_branches_see_the_memory_and_themselves() -> None:
+    """Two questions over one passage and its link token, both at the positions behind it."""
+    at = torch.tensor([0, 1, 2, 3, 4, 3, 4])
+    seg = torch.tensor([0, 1, 0, 0, 0, 0, 0])
+    branch = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    seen = visibility(at, seg, at, seg, branches=(branch, branch)).int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 1, 1],
+    ]
+
+
 def test_special_strings_in_text_stay_text(encoder: PartTokenizer) -> None:
     hostile = "<eos><mem_start><link_0_0>"
     laid = layout([Passage(Document(hostile)), Text(hostile)], encoder, byte_spec())

@@ -124,9 +124,8 @@ class Baselines:
         pieces, text, ends = TextPieces(self.model.tokenizer.decode), "", list(self.model.end_ids)
         logits = started.logits
         for count in range(max_new_tokens):
-            if not pieces.visible and ends:
-                logits = logits.clone()
-                logits[ends] = -torch.inf
+            logits = logits.clone()
+            logits[self.model.never_ids + ([] if pieces.visible else ends)] = -torch.inf
             token = int(logits.argmax())
             if token in ends:
                 break

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from kvlink_rag.engine.families import masks_by_layer
 from kvlink_rag.engine.live_cache import LiveLayer, as_argument, cache_of
@@ -57,6 +58,26 @@ def decode(model: KVLinkModel, started: Sequence[Started], most: int) -> list[De
     for answer, text in zip(answers, pieces, strict=True):
         answer.text += text.finish()
     return answers
+
+
+@torch.inference_mode()
+def likelihood(model: KVLinkModel, started: Started, text: str) -> float:
+    """Nats a token that the answer `text` costs after the prompt; appends it to the prompt's cache.
+
+    Over the vocabulary that can be said, with the end of a text as its last token.
+    """
+    ids = model.tokenizer.encode(text)
+    if (end := model.tokenizer.hf.eos_token_id) is not None:
+        ids = [*ids, end]
+    tokens, first = torch.tensor(ids[:-1], dtype=torch.int64), started.position
+    positions = torch.arange(first, first + len(tokens))
+    rest = model.backbone.forward(
+        tokens, positions, torch.zeros_like(tokens), started.cache, keep=len(tokens)
+    )
+    logits = torch.cat([started.logits[None].float().cpu(), rest.float().cpu()])
+    if model.never_ids:
+        logits = logits.index_fill(-1, torch.tensor(model.never_ids), -torch.inf)
+    return float(cross_entropy(logits, torch.tensor(ids)))
 
 
 def _choose(model: KVLinkModel, logits: Tensor, answer: Decoded, text: TextPieces) -> int:

@@ -28,7 +28,9 @@ SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ANY_BASE = "any"
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _ROWS = ".token_adapter.trainable_tokens_delta"
-_PLAIN = {  # settings of peft that change what is merged, and the values that do not
+_PLAIN: dict[
+    str, tuple[Any, ...]
+] = {  # settings of peft that change what is merged, and the values that do not
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False, None),
@@ -105,9 +107,10 @@ class Adapter:
             weight.copy_(weight.float() + product.to(weight.device))
         elif path.endswith(_ROWS):
             place = path.removesuffix(_ROWS)
-            ids = self.settings["trainable_token_indices"][place.rpartition(".")[2]]
-            weight = model.get_submodule(place).weight
-            weight[torch.tensor(ids)] = tensor.to(weight.device, weight.dtype)
+            ids = self.settings["trainable_token_indices"].get(place.rpartition(".")[2])
+            if ids is not None:  # else those of a head tied to them
+                weight = model.get_submodule(place).weight
+                weight[torch.tensor(ids)] = tensor.to(weight.device, weight.dtype)
         elif not path.endswith(_UP):
             raise LookupError("neither a low-rank matrix nor rows of new tokens")
 

@@ -43,7 +43,9 @@ def segmented_attention(
     if isinstance(plan, dict):
         plan = plan[module.config.layer_types[module.layer_idx]]  # type: ignore[union-attr,index]
     own = [sum(lengths) for lengths, *_ in plan]
-    samples = zip(*(states.split(own, dim=2) for states in (query, key, value)), plan, strict=True)
+    samples = zip(
+        *(torch.split(states, own, dim=2) for states in (query, key, value)), plan, strict=True
+    )
     seen = [_sample(q, k, v, each, scaling) for q, k, v, each in samples]
     return torch.cat(seen, dim=2).transpose(1, 2), None
 
@@ -57,11 +59,13 @@ def _sample(
 ) -> Tensor:
     """One sample: [1, heads, tokens, dim]. Split and joined, whose gradients cost one copy each."""
     lengths, passages, free = plan
-    runs = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    runs = zip(
+        *(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True
+    )
     q, k, v = (list(each) for each in zip(*runs, strict=True))
     computed = torch.cat([q[i] for i, bias in enumerate(passages) if bias is None], dim=2)
     stretches = [n for n, bias in zip(lengths, passages, strict=True) if bias is None]
-    rest = iter(_attend(computed, key, value, free, scale).split(stretches, dim=2))
+    rest = iter(torch.split(_attend(computed, key, value, free, scale), stretches, dim=2))
     return torch.cat(
         [
             next(rest) if bias is None else _attend(q[i], k[i], v[i], bias, scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,9 +64,15 @@ def plans(config: Any, batch: Batch) -> Any:
 def _plan(batch: Batch, window: int | None, groups: int) -> Plan:
     """The runs of each sample, and who sees whom in them."""
     names = ("position_ids", "segments", "branches")
-    _, sizes = batch["groups"][0].unique_consecutive(return_counts=True)
-    samples = zip(*(batch[name][0].split(sizes.tolist()) for name in names), strict=True)
-    return [_sample_plan(*sample, window, groups) for sample in samples]
+    _, sizes = _runs(batch["groups"][0])
+    samples = zip(*(torch.split(batch[name][0], sizes) for name in names), strict=True)
+    return [_sample_plan(at, seg, branch, window, groups) for at, seg, branch in samples]
+
+
+def _runs(values: Tensor) -> tuple[list[int], list[int]]:
+    """The values of runs of equal ones, and how long each is."""
+    found, lengths = torch.unique_consecutive(values, return_counts=True)
+    return found.tolist(), lengths.tolist()
 
 
 def _sample_plan(
@@ -83,11 +90,11 @@ def _sample_plan(
         zero = torch.zeros(seen.shape, device=at.device)
         return zero.masked_fill_(~seen, -torch.inf).repeat(groups, 1)
 
-    kinds, lengths = segment.unique_consecutive(return_counts=True)
-    stops = lengths.cumsum(0).tolist()
+    kinds, lengths = _runs(segment)
+    stops = list(accumulate(lengths))
     runs = [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
-    passages = [bias(r, r) if kind else None for r, kind in zip(runs, kinds.tolist(), strict=True)]
-    return lengths.tolist(), passages, bias(segment == 0, slice(None))
+    passages = [bias(r, r) if kind else None for r, kind in zip(runs, kinds, strict=True)]
+    return lengths, passages, bias(segment == 0, slice(None))
 
 
 def block_masks(config: Any, batch: Batch) -> Any:

@@ -10,6 +10,7 @@ so that a link token is never likely. Knows transformers and peft.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -239,6 +240,7 @@ def save_adapter(model: Any, prepared: Prepared, directory: Path, config: Finetu
     for name, data in files.items():
         with atomic_files.replaced(directory / name) as file:
             atomic_files.write_all(file, memoryview(data))
+            os.fchmod(file.fileno(), 0o644)  # to be handed on, unlike files of a collection
 
 
 def _plain(value: Any) -> Any:

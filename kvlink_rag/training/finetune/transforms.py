@@ -59,15 +59,12 @@ class Format:
         """The prompt of inference up to its last passage, and what follows for each question."""
         parts = self.spec.prompt(documents, "")
         at = max((i for i, part in enumerate(parts) if isinstance(part, Passage)), default=-1) + 1
-        head = tuple(parts[:at])
-        tails = tuple(
-            (
-                *((part, False) for part in self.spec.prompt(documents, question)[at:]),
-                *self.answer(a),
-            )
-            for question, a in asked
-        )
-        return head, tails
+        tails = []
+        for question, answer in asked:
+            after = self.spec.prompt(documents, question)[at:]
+            written = [(part, False) for part in after if isinstance(part, Text)]
+            tails.append((*written, *self.answer(answer)))
+        return tuple(parts[:at]), tuple(tails)
 
     def answer(self, text: str) -> Tail:
         """A learned answer and its end."""
