@@ -13,7 +13,7 @@ from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 if TYPE_CHECKING:
-    from kvlink_rag import Embedder, KVLinkRAG
+    from kvlink_rag import Embedder
 
     EncoderLike: TypeAlias = Embedder | str | Path | None
 else:
@@ -62,21 +62,6 @@ class ContrieverEmbeddings(BaseModel, Embeddings):
     def embed_query(self, text: str) -> list[float]:
         """The vector of a question."""
         return as_lists(self.encoder().embed_queries([text]))[0]
-
-
-class CollectionEmbeddings(Embeddings):
-    """The embedder of an open collection, as LangChain has it; loaded when first used."""
-
-    def __init__(self, rag: KVLinkRAG) -> None:
-        self._rag = rag
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Vectors of passages, in order."""
-        return as_lists(self._rag.embedder.embed(texts))
-
-    def embed_query(self, text: str) -> list[float]:
-        """The vector of a question."""
-        return as_lists(self._rag.embedder.embed_queries([text]))[0]
 
 
 def as_lists(vectors: Any) -> list[list[float]]:

@@ -5,9 +5,13 @@ Knows prompts and answers; knows neither messages nor chunks.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import threading
-from collections.abc import AsyncGenerator, Generator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.runnables.config import run_in_executor
@@ -15,6 +19,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from kvlink_rag.errors import ConfigError
 from langchain_kvlink.collection import CollectionFields, named
+from langchain_kvlink.errors import NotSupported
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkRAG, TextStream, Trace
@@ -24,9 +29,24 @@ SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 # LangChain itself passes along with a call.
 _REMOTE = ("timeout", "max_retries", "api_key", "base_url")
 _CALL = ("stream", "model")
+NO_TOOLS = (
+    "calls no tools: a KVLink model answers from passages. Let a chain retrieve for it, as with "
+    "KVLinkDocumentsChain; or give an agent another chat model, with such a chain as its tool "
+    "(chain.as_tool)"
+)
+NO_STRUCTURE = (
+    "has no structured output: nothing binds its tokens to a schema. Ask for JSON in the prompt "
+    "and parse the answer, as in llm | PydanticOutputParser(...)"
+)
+_UNSUPPORTED = {
+    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), NO_TOOLS),
+    "response_format": NO_STRUCTURE,
+}
 
 Item = TypeVar("Item")
+P = ParamSpec("P")
 _DONE: Final = object()
+_open_streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class GenerationFields(CollectionFields):
@@ -45,7 +65,9 @@ class GenerationFields(CollectionFields):
     stop: list[str] | None = None
     """Strings that end an answer and are left out of it."""
     streaming: bool = False
-    """Whether `invoke` streams inside, so that callbacks see every token."""
+    """LangChain's own switch, which changes no answer: callbacks see every token in any case.
+    Given to a chat model, True lets `invoke` go the way of streams inside LangChain, and False
+    makes `stream` yield the whole answer at once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,9 +96,13 @@ class GenerationFields(CollectionFields):
     def sampling(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `KVLinkModel.stream`; those of the call go before the fields.
 
-        Raises `ConfigError` for a call's arguments that would otherwise do nothing.
+        Raises `ConfigError` for a call's arguments that would otherwise do nothing, `NotSupported`
+        for tools and schemas.
         """
-        known = (*SAMPLING, *_CALL)
+        for name in _UNSUPPORTED.keys() & call.keys():
+            if call[name]:
+                raise NotSupported(f"found {name}=, but {type(self).__name__} {_UNSUPPORTED[name]}")
+        known = (*SAMPLING, *_CALL, *_UNSUPPORTED)
         if unknown := [name for name in call if name not in known]:
             raise ConfigError(
                 f"found the argument {unknown[0]!r}, expected one of {', '.join(SAMPLING)}, stop"
@@ -113,6 +139,30 @@ def response_metadata(rag: KVLinkRAG, stream: TextStream) -> dict[str, Any]:
         "finish_reason": trace.finish_reason,
         "trace": trace.to_dict(),
     }
+
+
+def closed_at_exit(
+    make: Callable[P, Generator[Item, None, None]],
+) -> Callable[P, Generator[Item, None, None]]:
+    """`make`, whose generators are closed before the interpreter goes, if nobody has done so.
+
+    One that is closed later, among modules that are gone already, prints a traceback.
+    """
+
+    @wraps(make)
+    def made(*arguments: P.args, **named: P.kwargs) -> Generator[Item, None, None]:
+        items = make(*arguments, **named)
+        _open_streams.add(items)
+        return items
+
+    return made
+
+
+@atexit.register
+def _close_streams() -> None:
+    for items in list(_open_streams):
+        with contextlib.suppress(ValueError):  # it is at work in another thread
+            items.close()
 
 
 async def in_executor(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:

@@ -18,7 +18,7 @@ _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (AIMessage, "assistant"),
     (SystemMessage, "system"),
 )
-_SILENT = ("reasoning",)  # what a model thought, which its template does not repeat
+_SILENT = ("reasoning", "thinking", "redacted_thinking")  # what a model thought; not repeated
 
 
 def to_conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:

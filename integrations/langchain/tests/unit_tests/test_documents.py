@@ -18,7 +18,7 @@ from langchain_core.messages import (
 from langchain_kvlink import document_block
 from langchain_kvlink.documents import from_passage, to_passage, to_passages
 from langchain_kvlink.messages import to_conversation
-from langchain_kvlink.retrievers import as_where
+from langchain_kvlink.filters import as_where
 
 from kvlink_rag.documents import Document as Passage
 from kvlink_rag.documents import Passage as PassagePart
