@@ -10,9 +10,7 @@ import asyncio
 import hashlib
 import re
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from kvlink_rag.prompt.spec import PromptPreset
 torch.set_num_threads(1)
 
 SLOTS, LINKS = 12, 2
+HANGING = 280.0  # seconds: only what would never end takes so long
 TEMPLATE = (
     "<bos>{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -139,44 +138,42 @@ def _own_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Responsive:
-    """Whether the event loop turned while something ran in another thread."""
+    """Makes work in other threads wait until the event loop has turned."""
 
-    def __init__(self, rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._rag, self._monkeypatch = rag, monkeypatch
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self._turned = threading.Event()
+        self.waits = 0
 
-    def slow(self, target: Any, name: str, seconds: float = 0.3) -> None:
-        """Make a function take its time, and note the thread it runs in."""
+    def waiting(self, target: Any, name: str) -> None:
+        """Make a function wait for the loop; in the loop's own thread it fails."""
         real = getattr(target, name)
 
         def wait(*arguments: Any, **named: Any) -> Any:
             assert threading.current_thread() is not threading.main_thread()
-            time.sleep(seconds)
+            self._turned.clear()
+            assert self._turned.wait(HANGING), "the event loop stands still"
+            self.waits += 1
             return real(*arguments, **named)
 
         self._monkeypatch.setattr(target, name, wait)
 
     async def turns(self, work: Awaitable[Any]) -> int:
-        """How often the loop turned while `work` ran."""
-        async with self._counting() as counted:
-            await work
-        return counted[0]
-
-    @asynccontextmanager
-    async def _counting(self) -> AsyncIterator[list[int]]:
-        counted = [0]
-
-        async def count() -> None:
-            while True:
-                await asyncio.sleep(0.01)
-                counted[0] += 1
-
-        task = asyncio.create_task(count())
+        """How often `work` waited for the loop, and the loop turned."""
+        before = self.waits
+        task = asyncio.create_task(self._turn())
         try:
-            yield counted
+            await work
         finally:
             task.cancel()
+        return self.waits - before
+
+    async def _turn(self) -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            self._turned.set()
 
 
 @pytest.fixture
-def responsive(rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch) -> Responsive:
-    return Responsive(rag, monkeypatch)
+def responsive(monkeypatch: pytest.MonkeyPatch) -> Responsive:
+    return Responsive(monkeypatch)
