@@ -50,7 +50,7 @@ bench: setup ## Time to first token and encoding, with figures (about 15 minutes
 
 stress: setup ## Kill -9 at every line of storage and at 300 random points, 1,600 faults
 	KVLINK_STRESS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed \
-		--timeout=3600 -k kill tests/test_store.py tests/test_catalog.py tests/test_index.py
+		-k kill tests/test_store.py tests/test_catalog.py tests/test_index.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_crash.py --kills 300
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_faults.py --cases 1000
 

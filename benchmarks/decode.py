@@ -24,9 +24,11 @@ from transformers import DynamicCache
 from ways import Laid, check
 
 from kvlink_rag import Document, KVLinkModel, Layout, Trace
-from kvlink_rag.model.model import TOLERANCE
-from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.engine.live_cache import as_argument
+from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.sources import Reuse
 
 COLUMNS = ("size", "new_tokens", "reuse_tokens_per_s", "full_tokens_per_s", "reuse_over_full")
 
@@ -98,15 +100,16 @@ def after_reuse(model: KVLinkModel, layout: Layout, reuse: Reuse, new: int) -> f
 def after_full(model: KVLinkModel, layout: Layout, new: int) -> float:
     """Seconds for `new` tokens of transformers' own."""
     backbone, cache = model.backbone, DynamicCache()
+    given = as_argument(cache, backbone.model)
     ours, backbone.config._attn_implementation = backbone.config._attn_implementation, "sdpa"
     try:
         ids = layout.token_ids[None].to(backbone.device)
-        output = backbone.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        output = backbone.model(input_ids=ids, logits_to_keep=1, **given)
         backbone.synchronize()
         start = time.perf_counter()
         for _ in range(new):
             token = output.logits[:, -1].argmax(-1, keepdim=True)
-            output = backbone.model(input_ids=token, past_key_values=cache, logits_to_keep=1)
+            output = backbone.model(input_ids=token, logits_to_keep=1, **given)
         backbone.synchronize()
         return time.perf_counter() - start
     finally:

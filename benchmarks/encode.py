@@ -29,6 +29,7 @@ from transformers import DynamicCache
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.engine.backbone import pad_batch
+from kvlink_rag.engine.live_cache import as_argument
 from kvlink_rag.snapshots.encode import TOKENS_A_BATCH, batches, encode_many
 from kvlink_rag.snapshots.sources import StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
@@ -89,7 +90,8 @@ def plain(model: KVLinkModel, passages: list[tuple[int, ...]]) -> float:
     start = time.perf_counter()
     for batch in batches([len(ids) for ids in passages], TOKENS_A_BATCH):
         ids = pad_batch([passages[i] for i in batch]).to(model.backbone.device)
-        model.backbone.model.model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+        inner = model.backbone.model.model
+        inner(input_ids=ids, use_cache=True, **as_argument(DynamicCache(), inner))
         model.backbone.synchronize()
     return time.perf_counter() - start
 

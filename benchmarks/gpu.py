@@ -40,11 +40,11 @@ from ways import Laid, check, first_token
 from kvlink_rag import Document, KVLinkModel, Part, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.compare.baselines import Baselines
-from kvlink_rag.engine.device import DeviceMemory
 from kvlink_rag.engine.workspaces import Workspaces
-from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.snapshots.device_cache import DeviceMemory
 from kvlink_rag.snapshots.snapshot import EXACT
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 
 PLACES = ("gpu", "pinned", "cached")
 FORWARDS = ("graphs", "plain")
@@ -211,14 +211,16 @@ class Size:
         if claim and place != "cached" and max(found) != trace.snapshots_found:
             refuse(f"{place}: found {max(found)} snapshots there of {trace.snapshots_found}")
         if claim and (static > 0) != (forward == "graphs"):
-            why = self.workspaces.refused if self.workspaces else "this model takes none"
+            why = self.workspaces.graphs.refused if self.workspaces else "this model takes none"
             refuse(f"the forward was not the one of {forward!r} ({why})")
         return trace
 
     def counts(self, memory: DeviceMemory) -> tuple[int, int, int]:
         """Snapshots found on the device and pinned; graphs replayed (on a CPU workspaces taken)."""
         spaces = self.workspaces
-        static = 0 if spaces is None else spaces.replays if spaces.record else spaces.taken
+        static = 0
+        if spaces is not None:
+            static = spaces.graphs.replays if spaces.graphs.record else spaces.taken
         return memory.on_device.hits, memory.pinned.hits, static
 
     def copies(self, codec: str, place: str, prompt: list[Part]) -> float:

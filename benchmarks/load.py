@@ -25,8 +25,9 @@ from ways import Laid, check
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
 from kvlink_rag.arguments import CODECS
-from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.sources import Reuse
 
 COLUMNS = ("size", "codec", "place", "read_ms", "assembly_ms", "both_ms", "memcpy_ms",
            "sequential_ms", "cache_gb_per_s", "memcpy_gb_per_s", "over_memcpy",

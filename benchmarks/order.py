@@ -25,7 +25,7 @@ from measuring import Row, draw, finish, load, median, parser, percentile, refus
 from kvlink_rag import Answer, Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.arguments import ORDERS
 from kvlink_rag.cli.demo import Example, load_documents
-from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.disk.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.training.questions import final_answer
 
 PASSAGES, ROUNDS, ANSWER_TOKENS = 10, 2, 48

@@ -32,11 +32,11 @@ from kvlink_rag import KVLinkModel, KVLinkRAG, Part, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.cli.demo import Example, load_documents
 from kvlink_rag.compare.baselines import METHODS, Baselines, Method
-from kvlink_rag.model.generation import decode_one_token
-from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
-from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.disk.model_files import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.model.decode import decode_one_token
+from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.snapshots.snapshot import EXACT
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.training.questions import final_answer
 

@@ -30,8 +30,9 @@ from retrieval import resident
 from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.arguments import SEARCHES
 from kvlink_rag.collection.catalog import Record
-from kvlink_rag.collection.rag import SNAPSHOTS
-from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
+from kvlink_rag.collection.opening import SNAPSHOTS
+from kvlink_rag.snapshots.file_format import snapshot_key
+from kvlink_rag.snapshots.snapshot import Snapshot
 
 BATCH, NEAREST = 4096, 10
 COLUMNS = ("passages", "dimension", "search", "fill_s", "open_s", "first_search_ms",
@@ -109,7 +110,7 @@ def take(rag: KVLinkRAG, arguments: argparse.Namespace) -> None:
             states = torch.full((1, 1, 1, 2), float(number))
             snapshot = Snapshot(states, states, torch.tensor([number]))
             rag.store.put(str(record.snapshot_key), snapshot)
-    rag.refresh_index()
+    rag.parts.index.current()
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:

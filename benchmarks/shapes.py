@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvlink_rag import KVLinkModel, PromptPreset
 from kvlink_rag.engine.attention import NAME
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 SYSTEM_WORDS = 43  # tokens of the published system prompt, up to and including the user header
 AFTER_WORDS = 5  # tokens of <|eot_id|> and the assistant header

@@ -24,8 +24,8 @@ from ways import Laid, check
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
 from kvlink_rag.arguments import CODECS
-from kvlink_rag.model.prompt_run import Reuse
 from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.sources import Reuse
 
 COLUMNS = ("size", "codec", "askers", "questions", "questions_per_s", "ttft_p50_s", "ttft_p95_s")
 

@@ -66,10 +66,12 @@ from ways import PLACES, Laid, check, first_token
 from kvlink_rag import Document, KVLinkModel, Layout, Part, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.compare.baselines import METHODS, Baselines, Started
-from kvlink_rag.model.model import TOLERANCE, compare
-from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.engine.live_cache import as_argument
+from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.model.verify import TOLERANCE, compare
 from kvlink_rag.prompt.layout import visibility
 from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.sources import Reuse
 
 QUESTION_TOKENS = 12
 COLD_TARGET = 1.3  # of the floor; the bytes over the disk's own rate come on top
@@ -324,7 +326,9 @@ def floor(model: KVLinkModel, laid: Layout, reuse: Reuse) -> float:
     return plainly(
         model,
         lambda: (
-            backbone.model(past_key_values=cache, logits_to_keep=1, **inputs).logits.argmax().item()
+            backbone.model(logits_to_keep=1, **inputs, **as_argument(cache, backbone.model))
+            .logits.argmax()
+            .item()
         ),
     )
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from measuring import make_cold, refuse, resident_pages
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
-from kvlink_rag.model.prompt_run import Reuse
 from kvlink_rag.snapshots.encode import encode_many
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.quantised import Quantised
 from kvlink_rag.snapshots.snapshot import AnySnapshot, Snapshot
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
 PLACES = ("cold", "cached", "ram")

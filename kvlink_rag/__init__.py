@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from kvlink_rag.collection.rag import Answer, AnswerStream, KVLinkRAG
+    from kvlink_rag.collection.answering import Answer, AnswerStream
+    from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.splitter import split_document
-    from kvlink_rag.model.model import KVLinkModel, Prefill, Verification
-    from kvlink_rag.model.prompt_run import TextStream
+    from kvlink_rag.model.model import KVLinkModel, Prefill
+    from kvlink_rag.model.text_stream import TextStream
+    from kvlink_rag.model.verify import Verification
     from kvlink_rag.prompt.layout import Layout
     from kvlink_rag.prompt.spec import PromptPreset, Spec
     from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 _HOME = {
-    "Answer": "collection.rag",
-    "AnswerStream": "collection.rag",
+    "Answer": "collection.answering",
+    "AnswerStream": "collection.answering",
     "ContrieverEmbedder": "retrieval.contriever",
     "Document": "documents",
     "Embedder": "retrieval.contriever",
@@ -47,9 +49,9 @@ _HOME = {
     "PromptPreset": "prompt.spec",
     "Spec": "prompt.spec",
     "Text": "documents",
-    "TextStream": "model.prompt_run",
+    "TextStream": "model.text_stream",
     "Trace": "trace",
-    "Verification": "model.model",
+    "Verification": "model.verify",
     "split_document": "ingest.splitter",
 }
 

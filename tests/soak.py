@@ -32,7 +32,7 @@ from stress_crash import ended, fork
 from trust import Truth, as_documents, document_of, open_tiny
 
 from kvlink_rag import KVLinkRAG, Trace
-from kvlink_rag.model.prompt_run import EncodeNow
+from kvlink_rag.snapshots.sources import EncodeNow
 
 IDS = 8  # documents of one process
 MOST_GROWTH = 32 << 20  # bytes; what the allocator may keep

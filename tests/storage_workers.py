@@ -36,13 +36,16 @@ from kvlink_rag.documents import Document
 from kvlink_rag.errors import CatalogError, StorageError
 from kvlink_rag.retrieval import vector_index as index
 from kvlink_rag.retrieval.vector_index import VectorIndex
-from kvlink_rag.snapshots import snapshot, store
-from kvlink_rag.snapshots.snapshot import Snapshot, snapshot_key
+from kvlink_rag.snapshots import file_format, store
+from kvlink_rag.snapshots.file_format import snapshot_key
+from kvlink_rag.snapshots.snapshot import Snapshot
 from kvlink_rag.snapshots.store import SnapshotStore
 
 KILLED, SKIPPED = -signal.SIGKILL, 77
-TRACED = {
-    module.__file__ for module in (catalog, files, index, sealed, snapshot, store, diskcache.core)
+MODULES = (files, index, sealed, file_format, diskcache.core)
+TRACED = {module.__file__ for module in MODULES}
+TRACED |= {
+    str(path) for room in (catalog, store) for path in Path(room.__file__).parent.glob("*.py")
 }
 
 # Data.

@@ -40,11 +40,11 @@ import kvlink_rag.collection.adding
 
 BATCH = 2  # documents in one transaction, so that an `add` has several
 LIMIT = 4 * trust.SNAPSHOT
-MODULES = (
-    "catalog", "files", "index", "indexing", "mending", "rag", "sealed", "settings", "snapshot",
-    "store", "stored",
-)  # fmt: skip
-TRACED = {str(Path(kvlink_rag.__file__).with_name(f"{name}.py")) for name in MODULES}
+ROOMS = ("collection", "disk", "snapshots/store")
+FILES = ("retrieval/vector_index.py", "snapshots/snapshot.py", "snapshots/sources.py")
+ROOT = Path(kvlink_rag.__file__).parent
+TRACED = {str(path) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+TRACED |= {str(ROOT / name) for name in FILES}
 TRACED |= {diskcache.core.__file__, str(Path(filelock.__file__).with_name("_unix.py"))}
 
 Row = tuple[str, str, str]
@@ -85,7 +85,7 @@ def perform(change: Change, directory: Path, limit: int | None, pair: tuple[int,
         elif change.name == "delete":
             rag.delete(change.ids)
         elif change.name == "save":
-            rag.reset_index()
+            rag.parts.index.reset()
         elif change.name == "ask":
             rag.ask(change.ids[0], k=4, max_new_tokens=2)
         elif change.name == "check":

@@ -29,8 +29,9 @@ from kvlink_rag.ingest.splitter import split_document
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
-from kvlink_rag.snapshots.snapshot import Snapshot, read_snapshot, write_snapshot
-from kvlink_rag.snapshots.store import _locate, _Refused
+from kvlink_rag.snapshots.file_format import read_snapshot, write_snapshot
+from kvlink_rag.snapshots.snapshot import Snapshot
+from kvlink_rag.snapshots.store.keys import Refused, locate
 
 KEY = "ab" * 32
 NAME = f"ab/{KEY}-0123456789abcdef.safetensors"
@@ -101,8 +102,8 @@ def file_name(data: bytes) -> None:
     """A name read back from the table leads to a snapshot's place in the store, or nowhere."""
     for name in (data, text_of(data), f"ab/{text_of(data)}", NAME + text_of(data)):
         try:
-            path = _locate(scratch(), name)
-        except _Refused:
+            path = locate(scratch(), name)
+        except Refused:
             continue
         assert path.parent.parent == scratch()
         assert path.resolve().is_relative_to(scratch().resolve())

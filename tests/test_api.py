@@ -50,7 +50,7 @@ def test_importing_opens_no_socket_and_loads_no_torch() -> None:
         "socket.socket.connect = refuse\n"
         "socket.create_connection = refuse\n"
         "import kvlink_rag\n"
-        "assert 'torch' not in sys.modules\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
         "kvlink_rag.KVLinkRAG, kvlink_rag.KVLinkModel\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

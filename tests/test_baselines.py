@@ -20,7 +20,7 @@ from test_oracle import difference, documents, rule_logits
 from kvlink_rag import KVLinkModel, Passage, Text
 from kvlink_rag.compare.baselines import BLOCK, METHODS, Baselines
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.model import TOLERANCE
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.encode import encode_one
 

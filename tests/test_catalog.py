@@ -10,7 +10,9 @@ import shutil
 import sqlite3
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_workers import record
 
-from kvlink_rag.collection.catalog import Catalog, Entry, Record
+from kvlink_rag.collection.catalog import Catalog, Entry, Record, writing
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import CatalogError, DocumentError
 
@@ -396,13 +398,55 @@ def test_only_the_owner_can_read(catalog: Catalog) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
-def test_settings_of_the_connection(catalog: Catalog) -> None:
-    with catalog._pool.connection() as connection:
-        values = {
-            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("journal_mode", "synchronous", "trusted_schema")
-        }
-    assert values == {"journal_mode": "wal", "synchronous": 2, "trusted_schema": 0}
+CHANGES: dict[str, Callable[[Catalog, Entry], object]] = {
+    "upsert": lambda catalog, entry: catalog.upsert([record("b", "two"), record("a", "one")]),
+    "delete": lambda catalog, entry: catalog.delete(["a"]),
+    "set_snapshots": lambda catalog, entry: catalog.set_snapshots([(entry, "0" * 64, 3)]),
+    "set_embeddings": lambda catalog, entry: catalog.set_embeddings([(entry, None)]),
+    "set_settings": lambda catalog, entry: catalog.set_settings({"k": 1}),
+    "set_first": lambda catalog, entry: catalog.set_first({"k": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("reopened", [False, True])
+def test_every_change_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reopened: bool
+) -> None:
+    """The connections that change the catalog say so themselves, as they commit."""
+    commits = watch_commits(monkeypatch)
+    catalog = Catalog.open(tmp_path / "catalog.db", create=True)
+    catalog.upsert([record("a", "text")])
+    (entry,) = catalog.get(["a"])
+    if reopened:
+        catalog.close()
+        catalog = Catalog.open(tmp_path / "catalog.db")
+    commits.clear()
+    CHANGES[name](catalog, entry)
+    catalog.close()
+    full = {"journal_mode": "wal", "synchronous": 2, "trusted_schema": 0}
+    assert [found for found, changed in commits if changed] == [full]
+
+
+def watch_commits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], bool]]:
+    """At each COMMIT from now on: how the connection is set, and whether it has changed rows."""
+    commits: list[tuple[dict[str, Any], bool]] = []
+
+    class Watched(sqlite3.Connection):
+        before = 0
+
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement == "COMMIT":
+                names = ("journal_mode", "synchronous", "trusted_schema")
+                found = {
+                    n: super(Watched, self).execute(f"PRAGMA {n}").fetchone()[0] for n in names
+                }
+                commits.append((found, self.total_changes > self.before))
+                self.before = self.total_changes
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Watched))
+    return commits
 
 
 def test_other_schema_versions_are_named(catalog: Catalog) -> None:
@@ -540,18 +584,16 @@ def test_check_rebuilds_a_damaged_index_of_sqlite(catalog: Catalog) -> None:
 
 
 def test_a_failed_change_leaves_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlink_rag.collection import catalog as module
-
     catalog.upsert([record("a", "one")])
     before, calls = catalog.changes_since(0), itertools.count()
-    original = module._insert
+    original = writing._insert
 
     def fail(*args: Any) -> None:
         if next(calls) == 2:
             raise sqlite3.OperationalError("database or disk is full")
         original(*args)
 
-    monkeypatch.setattr(module, "_insert", fail)
+    monkeypatch.setattr(writing, "_insert", fail)
     with pytest.raises(CatalogError, match="disk is full"):
         catalog.upsert([record("a", "changed"), *(record(str(n), "x") for n in range(5))])
     monkeypatch.undo()

@@ -20,15 +20,9 @@ from kvlink_rag.disk.checked_file import _checksum, _header, require_compression
 from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
 from kvlink_rag.ingest.estimate import plan
 from kvlink_rag.ingest.readers import find
-from kvlink_rag.snapshots.snapshot import (
-    KIND,
-    AnySnapshot,
-    Snapshot,
-    in_codec,
-    read_snapshot,
-    snapshot_size,
-    write_snapshot,
-)
+from kvlink_rag.snapshots.codecs import in_codec
+from kvlink_rag.snapshots.file_format import KIND, read_snapshot, snapshot_size, write_snapshot
+from kvlink_rag.snapshots.snapshot import AnySnapshot, Snapshot
 from kvlink_rag.snapshots.store import SnapshotStore
 
 KEY = "ab" * 32

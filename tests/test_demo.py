@@ -8,8 +8,8 @@ import pytest
 
 from kvlink_rag import KVLinkRAG
 from kvlink_rag.cli.demo import ASKED, load_documents, load_examples, run
+from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import BUNDLED_DIRECTORY
 
 bundled = pytest.mark.skipif(
     not (BUNDLED_DIRECTORY / "lm" / "model.safetensors").exists(),

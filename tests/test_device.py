@@ -19,17 +19,18 @@ from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random
 from test_oracle import F32, NAMES, difference, prompt
 from test_static import DEVICES, static_model, workspaces
 
-import kvlink_rag.engine.device
+import kvlink_rag.engine.copy_stream
 import kvlink_rag.engine.rope
 import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
-from kvlink_rag.engine.device import DeviceMemory, DeviceSnapshot, Recent, Side, default_budget
+from kvlink_rag.engine.copy_stream import CopyStream
 from kvlink_rag.engine.rope import rotate_into
-from kvlink_rag.model.model import TOLERANCE
-from kvlink_rag.model.prompt_run import Reuse
-from kvlink_rag.snapshots.quantised import CODECS
-from kvlink_rag.snapshots.snapshot import ALL, EXACT, AnySnapshot, Snapshot, in_codec
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.model.verify import TOLERANCE
+from kvlink_rag.snapshots.codecs import in_codec
+from kvlink_rag.snapshots.device_cache import DeviceMemory, DeviceSnapshot, Recent, default_budget
+from kvlink_rag.snapshots.quantised import SCHEMES
+from kvlink_rag.snapshots.snapshot import ALL, EXACT, AnySnapshot, Snapshot
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
 HAS_TRITON = kvlink_rag.engine.rope._kernel() is not None
@@ -55,7 +56,7 @@ def stored(model: KVLinkModel, directory: Path, memory: DeviceMemory, codec: str
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("codec", [EXACT, *CODECS])
+@pytest.mark.parametrize("codec", [EXACT, *SCHEMES])
 def test_each_memory_gives_the_answer_of_the_store(tmp_path: Path, codec: str, device: str) -> None:
     """Encoded, read, from the device's memory, from pinned memory: one answer, and verified."""
     model = static_model("qwen3", device=device)
@@ -96,7 +97,7 @@ def test_families_equal_the_oracle(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("codec", [EXACT, *CODECS])
+@pytest.mark.parametrize("codec", [EXACT, *SCHEMES])
 @pytest.mark.parametrize("staging", [1, 100, 1 << 20])
 def test_layers_come_when_asked_for_and_are_those_of_the_host(
     codec: str, device: str, staging: int, monkeypatch: pytest.MonkeyPatch
@@ -104,9 +105,9 @@ def test_layers_come_when_asked_for_and_are_those_of_the_host(
     """Through staging buffers of any size, a group of layers at a time."""
     if staging == 1 and device == "cuda":
         pytest.skip("a copy for every byte")
-    monkeypatch.setattr(kvlink_rag.engine.device, "STAGING", staging)
+    monkeypatch.setattr(kvlink_rag.engine.copy_stream, "STAGING", staging)
     host = in_codec(snapshot(tokens=9), codec)
-    held = DeviceSnapshot(Side(torch.device(device)), host)
+    held = DeviceSnapshot(CopyStream(torch.device(device)), host)
     assert (held.codec, held.nbytes) == (codec, host.nbytes)
     for layers in (slice(0, 1), slice(0, 1), slice(1, 3), slice(3, 4), ALL):
         assert held.arriving == (layers not in (ALL,))
@@ -126,7 +127,7 @@ def same(got: AnySnapshot, expected: AnySnapshot) -> None:
 
 def test_layers_before_those_asked_for_come_too() -> None:
     host = snapshot()
-    held = DeviceSnapshot(Side(torch.device("cpu")), host)
+    held = DeviceSnapshot(CopyStream(torch.device("cpu")), host)
     same(held.part(slice(2, 3)), host.part(slice(2, 3)))
     same(held.part(slice(0, 1)), host.part(slice(0, 1)))
     same(held.part(ALL), host)
@@ -134,16 +135,16 @@ def test_layers_before_those_asked_for_come_too() -> None:
 
 def test_a_copy_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     host = snapshot()
-    held = DeviceSnapshot(Side(torch.device("cpu")), host)
-    plain = Side.upload
+    held = DeviceSnapshot(CopyStream(torch.device("cpu")), host)
+    plain = CopyStream.upload
 
-    def fails(side: Side, target: torch.Tensor, source: torch.Tensor) -> None:
+    def fails(side: CopyStream, target: torch.Tensor, source: torch.Tensor) -> None:
         raise RuntimeError("the device is busy")
 
-    monkeypatch.setattr(Side, "upload", fails)
+    monkeypatch.setattr(CopyStream, "upload", fails)
     with pytest.raises(RuntimeError, match="busy"):
         held.part(slice(0, 2))
-    monkeypatch.setattr(Side, "upload", plain)
+    monkeypatch.setattr(CopyStream, "upload", plain)
     same(held.part(slice(0, 2)), host.part(slice(0, 2)))
     same(held.part(ALL), host)
 
@@ -151,7 +152,7 @@ def test_a_copy_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_host_copy_is_dropped_once_all_is_there() -> None:
     host = snapshot()
     watch = weakref.ref(host.keys)
-    held = DeviceSnapshot(Side(torch.device("cpu")), host)
+    held = DeviceSnapshot(CopyStream(torch.device("cpu")), host)
     del host
     held.part(slice(0, 3))
     assert watch() is not None

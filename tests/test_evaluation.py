@@ -22,7 +22,7 @@ from kvlink_rag.evaluation.records import Record, Records, read
 from kvlink_rag.evaluation.retrieved import Corpus, recall
 from kvlink_rag.evaluation.scores import scorer
 from kvlink_rag.evaluation.summary import agreement, bootstrap, summarize, table
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 from kvlink_rag.training.held_out import write as write_held_out
 
 

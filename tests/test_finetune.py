@@ -337,7 +337,6 @@ def test_processes_that_do_not_fit_are_refused(
         arguments(config, cpu=True)
 
 
-@pytest.mark.timeout(200)
 def test_two_processes_with_sharded_weights_learn_what_one_learns(
     config: FinetuneConfig, tmp_path: Path
 ) -> None:
@@ -356,7 +355,6 @@ def test_two_processes_with_sharded_weights_learn_what_one_learns(
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr[-2000:]

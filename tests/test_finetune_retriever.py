@@ -12,8 +12,8 @@ import torch
 from kvlink_rag import ContrieverEmbedder
 from kvlink_rag.datasets.rows import Source
 from kvlink_rag.datasets.sets import Skipped
+from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import BUNDLED_DIRECTORY
 from kvlink_rag.training.finetune.retriever import (
     Pair,
     Recipe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ TITLE = "A title that is a good deal longer than the text " * 2
 @pytest.fixture
 def model(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> KVLinkModel:
     model = make_model("llama", torch.float32)
-    monkeypatch.setattr(model.backbone, "window", 1000)
+    monkeypatch.setattr(model, "format", replace(model.format, window=1000))
     return model
 
 

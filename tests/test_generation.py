@@ -8,8 +8,9 @@ from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlink_rag.engine.sampling import Sampling, sample
+from kvlink_rag.engine.text_pieces import TextPieces
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.generation import Sampling, TextPieces, sample
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 ENCODER = PartTokenizer(byte_tokenizer())

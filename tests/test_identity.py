@@ -25,11 +25,10 @@ from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.disk.checked_file import Kind
 from kvlink_rag.errors import SnapshotCorrupt
-from kvlink_rag.model.prompt_run import EncodeNow, Reuse
-from kvlink_rag.snapshots import snapshot
+from kvlink_rag.snapshots import file_format
+from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_key
 from kvlink_rag.snapshots.kept_runs import PrefixCache
-from kvlink_rag.snapshots.snapshot import read_snapshot, snapshot_key
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
 F32 = torch.float32
@@ -154,7 +153,8 @@ def test_another_codec_does_not(store: SnapshotStore, monkeypatch: pytest.Monkey
     keys = {snapshot_key(fingerprint, ids, dtype=F32, codec=name) for name in (*CODECS, "next")}
     assert len(keys) == len(CODECS) + 1
     path = file_of(store, variant())
-    monkeypatch.setattr(snapshot, "CODECS", [name for name in CODECS if name != "exact"])
+    others = {name: codec for name, codec in file_format.CODECS.items() if name != "exact"}
+    monkeypatch.setattr(file_format, "CODECS", others)
     with pytest.raises(SnapshotCorrupt, match="found codec 'exact', expected one of"):
         read_snapshot(path)
 
@@ -164,9 +164,9 @@ def test_another_format_version_is_told_and_encoded_again(
 ) -> None:
     model, path = variant(), file_of(store, variant())
     old_key = StoredSnapshots(store, model.backbone).key(model.passage_tokens(DOCUMENT))
-    version = snapshot.FORMAT_VERSION + 1
-    monkeypatch.setattr(snapshot, "FORMAT_VERSION", version)
-    monkeypatch.setattr(snapshot, "KIND", Kind("kvlink-snapshot", version, SnapshotCorrupt))
+    version = file_format.FORMAT_VERSION + 1
+    monkeypatch.setattr(file_format, "FORMAT_VERSION", version)
+    monkeypatch.setattr(file_format, "KIND", Kind("kvlink-snapshot", version, SnapshotCorrupt))
     assert fetch(store, model).snapshots_encoded == 1  # its key differs
     shutil.copy(path, file_of(store, model))  # by force
     with caplog.at_level(logging.WARNING):

@@ -15,7 +15,7 @@ import kvlink_rag.prompt.tokenizer
 from kvlink_rag import Document, Passage, Spec, Text
 from kvlink_rag.errors import PromptError, TooManyPassages
 from kvlink_rag.prompt.layout import layout, visibility
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32, PUBLISHED
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32, PUBLISHED
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "llama32_prompt.json").read_text("utf-8"))

@@ -20,6 +20,7 @@ from kvlink_rag import KVLinkRAG
 from kvlink_rag.collection.prometheus import CollectionMetrics
 from kvlink_rag.errors import DeviceMemoryError, MissingExtra
 from kvlink_rag.snapshots.encode import encode_many
+from kvlink_rag.snapshots.snapshot import read_snapshot
 
 ROWS = [(f"id{n}", f"Town {n}", f"Town {n} has a harbour.") for n in range(4)]
 
@@ -128,14 +129,14 @@ def test_each_fault_of_a_snapshot_names_document_and_cause(
     if fault == "lost":
         path.unlink()
     elif fault == "unreadable":
-        real = kvlink_rag.snapshots.store.read_snapshot
+        real = read_snapshot
 
         def read(found: Path, **arguments: Any) -> Any:
             if found == path:
                 raise OSError(5, "Input/output error")
             return real(found, **arguments)
 
-        monkeypatch.setattr("kvlink_rag.snapshots.store.read_snapshot", read)
+        monkeypatch.setattr("kvlink_rag.snapshots.store.store.read_snapshot", read)
     else:
         changed = {
             "cut": data[:-9],

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvlink_rag import Document, KVLinkModel, Passage, Spec, Text
 from kvlink_rag.errors import ConfigError, ModelNotSupported, PromptError, PromptTooLong, SpecError
 from kvlink_rag.model.loading import find_spec, load_tokenizer
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 DOCS = [Document("the cat sat on the mat"), Document("a dog"), Document("漢字 and é")]
 
@@ -81,6 +81,9 @@ def test_directories_that_hold_no_model(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(ConfigError, match="holds no model"):
         KVLinkModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"expected a tokenizer\.json"):
+        KVLinkModel.from_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="safetensors"):
         KVLinkModel.from_pretrained(tmp_path)
 
@@ -229,7 +232,7 @@ def test_chat_templates_that_lose_messages_are_refused(chatty: KVLinkModel) -> N
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     lossy = KVLinkModel(chatty.backbone.model, tokenizer, byte_spec())
     with pytest.raises(PromptError, match="drops"):
-        lossy.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+        lossy.chat([{"role": role, "content": "a"} for role in ("user", "assistant", "user")])
     with pytest.raises(PromptError, match="content is int"):
         lossy.chat([{"role": "user", "content": 3}])
 

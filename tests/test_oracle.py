@@ -20,9 +20,10 @@ from conftest import FAMILIES, MAX_PASSAGES, ModelMaker
 import kvlink_rag.engine.backbone
 import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, Part, Passage, Text, Trace
-from kvlink_rag.model.model import TOLERANCE
-from kvlink_rag.model.prompt_run import EncodeNow, PromptRun, Reuse
+from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 
 F32 = torch.float32
 NAMES = sorted(FAMILIES)

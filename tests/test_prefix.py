@@ -8,9 +8,9 @@ import torch
 from conftest import ModelMaker, byte_spec, byte_tokenizer, random_model
 
 from kvlink_rag import Document, KVLinkModel, Passage, Text
-from kvlink_rag.model.model import TOLERANCE, compare
-from kvlink_rag.model.prompt_run import EncodeNow, Reuse
+from kvlink_rag.model.verify import TOLERANCE, compare
 from kvlink_rag.snapshots.kept_runs import PrefixCache, Run
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 
 F32 = torch.float32
 DOCS = [Document(f"The harbour of {t} was built in 19{n}.", title=t) for n, t in enumerate("ABC")]

@@ -24,30 +24,29 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_oracle import difference, documents, rule_logits
 
-import kvlink_rag.collection.checking
+import kvlink_rag.collection.reencoding
 import kvlink_rag.snapshots.quantised
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Trace
 from kvlink_rag.errors import ConfigError, SettingsMismatch, SnapshotCorrupt
-from kvlink_rag.model.model import TOLERANCE
-from kvlink_rag.model.prompt_run import EncodeNow, Reuse
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
+from kvlink_rag.snapshots.codecs import in_codec
 from kvlink_rag.snapshots.encode import encode_one
-from kvlink_rag.snapshots.quantised import CODECS, Quantised, quantise
-from kvlink_rag.snapshots.snapshot import (
-    Snapshot,
-    in_codec,
+from kvlink_rag.snapshots.file_format import (
     planned_size,
     read_snapshot,
     snapshot_key,
     snapshot_size,
     write_snapshot,
 )
-from kvlink_rag.snapshots.sources import StoredSnapshots
+from kvlink_rag.snapshots.quantised import SCHEMES, Quantised, quantise
+from kvlink_rag.snapshots.snapshot import Snapshot
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
 F32 = torch.float32
 KEY = "cd" * 32
-NAMES = sorted(CODECS)
+NAMES = sorted(SCHEMES)
 LLAMA_1B = (16, 8, 200, 64)  # layers, kv_heads, tokens, head_dim
 IDS = "07 00 00 00 00 00 00 00 ff f4 01 00 00 00 00 00"
 # The data of keys [[0, 1, -2, 0.5], [0.001, 300, 4, -1]] and values of the other sign, in order,
@@ -482,7 +481,7 @@ def test_an_interrupted_change_of_codec_is_finished_when_told_to(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kvlink_rag.collection.checking, "encode_missing", stopped)
+        patch.setattr(kvlink_rag.collection.reencoding, "encode_missing", stopped)
         with pytest.raises(KeyboardInterrupt):
             KVLinkRAG.open(tmp_path, codec="int8", reencode=True, **pair)
     with pytest.raises(SettingsMismatch, match="interrupted; open it with reencode=True"):
@@ -494,7 +493,7 @@ def test_an_interrupted_change_of_codec_is_finished_when_told_to(
 
 
 def test_keys_of_codecs_differ() -> None:
-    keys = {snapshot_key("m", [1], dtype=F32, codec=codec) for codec in ("exact", *CODECS)}
+    keys = {snapshot_key("m", [1], dtype=F32, codec=codec) for codec in ("exact", *SCHEMES)}
     assert len(keys) == 4
     text = b'["kvlink-snapshot",1,"m","torch.float32","int8"]\n' + struct.pack("<q", 1)
     assert hashlib.sha256(text).hexdigest() in keys

@@ -449,7 +449,7 @@ def test_hits_by_id_are_the_same_hits_and_share_more_runs(rag: KVLinkRAG) -> Non
     rag.add(towns(4))
     questions = ["Which town is Teldon?", "Which town is Brisk?"]
     for order in ("score", "id"):
-        rag._prefix.clear()
+        rag.reuse.prefix.clear()
         answers = [rag.ask(q, k=4, order=order, max_new_tokens=6) for q in questions]
         for question, answer in zip(questions, answers, strict=True):
             assert answer.hits == rag.search(question, 4)  # listed best first, with their scores
@@ -500,13 +500,13 @@ def test_questions_are_answered_while_documents_are_added(
     def put(key, snapshot):  # type: ignore[no-untyped-def]
         if threading.current_thread() is writer:
             encoding.set()
-            asked.wait(30)
+            asked.wait()
         return real(key, snapshot)
 
     monkeypatch.setattr(rag.store, "put", put)
     writer = threading.Thread(target=rag.add, args=(towns(),))
     writer.start()
-    assert encoding.wait(30)
+    encoding.wait()
     assert answers_equal_oracle(rag, "Orvale", k=2)
     assert writer.is_alive()
     asked.set()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kvlink_rag import ContrieverEmbedder, Document, KVLinkRAG
-from kvlink_rag.collection.adding import embedded_text
-from kvlink_rag.model.loading import BUNDLED_DIRECTORY
+from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
+from kvlink_rag.retrieval.rounds import embedded_text
 from kvlink_rag.retrieval.vector_index import VectorIndex
 
 

@@ -72,7 +72,7 @@ def test_the_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_it_is_closed_when_the_process_ends(tmp_path: Path) -> None:
     code = f"from kvlink_rag.collection.opened import *; r = shared_collection({str(tmp_path)!r})"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=240
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -24,13 +24,13 @@ from storage_workers import make_snapshot, same
 
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt
-from kvlink_rag.snapshots.snapshot import (
-    Snapshot,
+from kvlink_rag.snapshots.file_format import (
     read_snapshot,
     snapshot_key,
     snapshot_size,
     write_snapshot,
 )
+from kvlink_rag.snapshots.snapshot import Snapshot
 
 KEY = "ab" * 32
 GOLDEN_HEADER = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvlink_rag import Document, PromptPreset, Spec
 from kvlink_rag.errors import SpecError
-from kvlink_rag.prompt.spec import KVLINK5_LLAMA32
+from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 
 def test_round_trip() -> None:

@@ -15,15 +15,19 @@ import torch
 from conftest import ModelMaker, byte_spec, byte_tokenizer, random_model
 from test_oracle import F32, NAMES, difference, documents, fresh, prompt, rule_logits
 
+import kvlink_rag.engine.workspace
 import kvlink_rag.engine.workspaces
 from kvlink_rag import KVLinkModel, Trace
 from kvlink_rag.engine.attention import NAME as GROUPED
-from kvlink_rag.engine.device import DeviceMemory
-from kvlink_rag.engine.workspaces import TOKENS, Workspaces, bucket, capacity_of, layer_groups
-from kvlink_rag.model.model import TOLERANCE
-from kvlink_rag.model.prompt_run import PromptRun, Reuse
+from kvlink_rag.engine.layer_groups import layer_groups
+from kvlink_rag.engine.workspace import TOKENS, bucket
+from kvlink_rag.engine.workspaces import Workspaces, capacity_of
+from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.model.verify import TOLERANCE
+from kvlink_rag.snapshots.device_cache import DeviceMemory
 from kvlink_rag.snapshots.kept_runs import PrefixCache
-from kvlink_rag.snapshots.quantised import CODECS
+from kvlink_rag.snapshots.quantised import SCHEMES
+from kvlink_rag.snapshots.sources import Reuse
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -72,8 +76,8 @@ def test_padded_prefill_and_decode_equal_the_oracle(family: str, device: str) ->
             logits, expected = run.step(token), oracle.step(token)
         assert len(run.cache.positions) == len(run.prompt) + 6
         del run
-    assert workspaces(model).refused is None
-    assert (workspaces(model).replays > 0) == (device == "cuda")
+    assert workspaces(model).graphs.refused is None
+    assert (workspaces(model).graphs.replays > 0) == (device == "cuda")
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -86,10 +90,10 @@ def test_it_equals_the_rule(make_model: ModelMaker, family: str) -> None:
     assert workspaces(model).taken == 3
 
 
-@pytest.mark.parametrize("codec", [*CODECS])
+@pytest.mark.parametrize("codec", [*SCHEMES])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 def test_codecs_verify(codec: str, dtype: torch.dtype) -> None:
-    from kvlink_rag.model.prompt_run import EncodeNow
+    from kvlink_rag.snapshots.sources import EncodeNow
 
     model = static_model("llama", dtype)
     found = model.verify(prompt(model, 4), reuse=Reuse(EncodeNow(model.backbone, codec)))
@@ -137,7 +141,7 @@ def test_logits_stay_when_the_next_graph_is_replayed() -> None:
     run.start(6)
     for token in (70, 71, 65):  # the second one records
         first = run.step(token)
-    assert workspaces(model).replays > 0
+    assert workspaces(model).graphs.replays > 0
     kept = first.clone()
     run.step(66)
     assert torch.equal(first, kept)
@@ -237,7 +241,7 @@ def test_a_failure_to_record_is_told_once_and_the_answer_is_right(
     model = static_model()
     parts = prompt(model, 3)
     expected = model.generate(parts, max_new_tokens=8, mode="masked")
-    workspaces(model).record = True
+    workspaces(model).graphs.record = True
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
 
     class NoGraph:
@@ -248,7 +252,7 @@ def test_a_failure_to_record_is_told_once_and_the_answer_is_right(
     for _ in range(2):
         assert model.generate(parts, max_new_tokens=8, reuse=fresh(model)) == expected
     assert sum("the plain forward is used" in line for line in caplog.messages) == 1
-    assert workspaces(model).refused is not None
+    assert workspaces(model).graphs.refused is not None
     assert workspaces(model)._held == []
 
 
@@ -266,7 +270,7 @@ def test_weights_that_moved_are_noticed() -> None:
 
 def test_a_hidden_entry_that_is_seen_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle catches a mask that shows what is not written."""
-    monkeypatch.setattr(kvlink_rag.engine.workspaces, "HIDDEN", 0)
+    monkeypatch.setattr(kvlink_rag.engine.workspace, "HIDDEN", 0)
     model = static_model()
     parts = prompt(model, 4)
     masked = model.prefill(parts, mode="masked").logits

@@ -23,9 +23,10 @@ from storage_workers import ids_of, key_of, make_snapshot, same
 
 from kvlink_rag.collection.catalog import Catalog
 from kvlink_rag.errors import ConfigError, StorageError
-from kvlink_rag.snapshots import store as store_module
-from kvlink_rag.snapshots.snapshot import snapshot_size
-from kvlink_rag.snapshots.store import SnapshotDisk, SnapshotStore
+from kvlink_rag.snapshots.file_format import snapshot_size
+from kvlink_rag.snapshots.store import SnapshotStore
+from kvlink_rag.snapshots.store import store as store_module
+from kvlink_rag.snapshots.store.table import SnapshotDisk
 
 SIZE = snapshot_size(make_snapshot(0), key_of(0))
 STRIDE = 1 if os.environ.get("KVLINK_STRESS") else 11  # kill at every n-th line
@@ -51,6 +52,11 @@ def get(store: SnapshotStore, number: int) -> bool:
 
 def snapshot_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("??/*"))
+
+
+def file_of(store: SnapshotStore, number: int) -> Path:
+    (path,) = store.directory.glob(f"??/{key_of(number)}-*")
+    return path
 
 
 def sql(store: SnapshotStore, statement: str, *values: object) -> list[Any]:
@@ -298,8 +304,7 @@ def test_a_damaged_file_is_a_logged_miss(
     store: SnapshotStore, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     put(store, 1, 2)
-    path = store._path(key_of(1))
-    assert path is not None
+    path = file_of(store, 1)
     DAMAGE[name][0](path)
     assert not get(store, 1)
     assert key_of(1) in caplog.text
@@ -314,8 +319,7 @@ def test_a_damaged_file_is_a_logged_miss(
 @pytest.mark.parametrize("name", DAMAGE)
 def test_check_finds_and_mends_a_damaged_file(store: SnapshotStore, name: str) -> None:
     put(store, 1, 2)
-    path = store._path(key_of(1))
-    assert path is not None
+    path = file_of(store, 1)
     DAMAGE[name][0](path)
     found = store.check()
     assert len(found) == 1
@@ -652,7 +656,7 @@ def test_a_table_that_cannot_be_written_leaves_no_file(
     def fail(*args: object) -> int:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(store_module, "_evict", fail)
+    monkeypatch.setattr(store_module, "evict", fail)
     with pytest.raises(StorageError, match="disk is full"):
         store.put(key_of(1), make_snapshot(1))
     monkeypatch.undo()

@@ -14,11 +14,18 @@ from typing import Any
 
 import pytest
 import trust
-from stress_crash import Change, count_lines, ended, fork
+from stress_crash import ROOT, Change, count_lines, ended, fork
 from trust import as_documents, document_of, open_tiny
 
 ROWS = [document_of(random.Random(n), name.lower()) for n, name in enumerate(trust.NAMES)]
 
+# What an addition runs through, each of which must be killed at some time.
+WRITERS = [
+    *(f"collection/catalog/{name}.py" for name in ("catalog", "connection", "schema", "writing")),
+    *(f"snapshots/store/{name}.py" for name in ("checking", "keys", "store", "table")),
+    *("disk/atomic_files.py", "disk/checked_file.py"),
+    *("retrieval/vector_index.py", "snapshots/snapshot.py"),
+]
 
 SCRIPTS = {
     "stress_crash": ["--kills", "16", "--seed", "3"],
@@ -103,12 +110,12 @@ def test_a_wrong_snapshot_is_seen(directory: Path, monkeypatch: pytest.MonkeyPat
         found.values.mul_(1.3)
         return found
 
-    monkeypatch.setattr("kvlink_rag.snapshots.store.read_snapshot", read)
+    monkeypatch.setattr("kvlink_rag.snapshots.store.store.read_snapshot", read)
     assert "the oracle says" in look(directory) or "not the oracle's" in look(directory)
 
 
 def kvlink_read() -> Any:
-    from kvlink_rag.snapshots.snapshot import read_snapshot
+    from kvlink_rag.snapshots.file_format import read_snapshot
 
     return read_snapshot
 
@@ -140,6 +147,8 @@ def test_the_child_is_killed_at_the_line(tmp_path: Path) -> None:
     lines = count_lines(task)
     place = max(lines, key=lambda place: lines[place])
     assert lines[place] > 2
+    struck = {Path(place.rpartition(":")[0]) for place in lines}
+    assert struck >= {Path(ROOT, name) for name in WRITERS}  # or no child ever ends in what writes
     shutil.rmtree(tmp_path / "c")
     assert ended(fork(lambda: count_lines(task, (place, 2)) and None)) == -9
     assert ended(fork(lambda: count_lines(task, (place, 10**9)) and None)) == 0

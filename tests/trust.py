@@ -6,8 +6,10 @@ every document with what was acknowledged, the directory with the list of files 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,8 @@ def leaks(rag: KVLinkRAG) -> list[str]:
     own = {"catalog.sqlite", "index.faiss", "write.lock"}
     own |= {f"catalog.sqlite-{end}" for end in ("wal", "shm")}  # while it is open
     own |= {f"snapshots/{name}" for name in ("cache.db", "cache.db-wal", "cache.db-shm", "lock")}
-    rows = rag.store._table.query("SELECT key, filename FROM Cache")
+    with contextlib.closing(sqlite3.connect(root / "snapshots" / "cache.db")) as table:
+        rows = table.execute("SELECT key, filename FROM Cache").fetchall()
     used = {entry.snapshot_key for entry in rag.catalog.iterate()}
     own |= {f"snapshots/{name}" for key, name in rows if key in used}
     return [f"leaked {name}" for name in sorted(names - own)]

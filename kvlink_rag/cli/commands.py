@@ -18,14 +18,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kvlink_rag.collection.answering import AnswerStream
 from kvlink_rag.collection.conversation import Conversation
-from kvlink_rag.collection.rag import CATALOG, INDEX, SNAPSHOTS, AnswerStream, KVLinkRAG
+from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
+from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.disk.digests import cache_directory
+from kvlink_rag.disk.model_files import BUNDLED
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentNotFound
 from kvlink_rag.ingest.index_files import IngestReport, gone, ids_from, ingest
 from kvlink_rag.ingest.readers import MAX_BYTES, Problem, find, raise_or_log
-from kvlink_rag.model.loading import BUNDLED
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.retrieval.contriever import ContrieverEmbedder
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from kvlink_rag.collection.rag import Answer, KVLinkRAG
+from kvlink_rag.collection.answering import Answer
+from kvlink_rag.collection.rag import KVLinkRAG
+from kvlink_rag.disk.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import BUNDLED_DIRECTORY
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import Reuse
+from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.training.questions import final_answer
 
 from . import terminal

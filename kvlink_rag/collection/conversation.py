@@ -8,15 +8,15 @@ computed runs are kept by the collection. Knows `KVLinkRAG`; knows nothing of te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from kvlink_rag.documents import Hit, Part, Passage, Text
 from kvlink_rag.errors import PromptTooLong, TooManyPassages
-from kvlink_rag.model.prompt_run import TextStream
 from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
 
+from .answering import AnswerStream, Found
 from .rag import KVLinkRAG
 
 SYSTEM = "You answer questions from the documents."
@@ -40,6 +40,7 @@ class Conversation:
         order: str | None = None,
     ) -> None:
         self._rag, self._k, self._rounds = rag, k, rounds
+        self.parts = rag.parts
         self.order = rag.order(order)
         self._system = {"role": "system", "content": SYSTEM if system is None else system}
         self._turns: list[Turn] = []
@@ -58,8 +59,12 @@ class Conversation:
         shown = {hit.document.id for turn in self._turns for hit in turn.hits}
         return [hit for hit in found if hit.document.id not in shown][: self._k]
 
-    def start(self, turn: Turn, options: dict[str, Any]) -> TextStream:
-        """The stream of `turn`'s answer; forgets the oldest turns until the prompt fits."""
+    def find(self, turn: Turn, trace: Trace) -> Found:
+        """The prompt of `turn`; forgets the oldest turns until it fits."""
+        # 1. question → hits
+        with trace.stage("retrieval"):
+            turn.hits = self.hits(turn.question)
+        # 2. hits and what was said → parts
         while True:
             parts = self._rag.model.chat(self._messages(turn))
             try:
@@ -70,7 +75,7 @@ class Conversation:
                     raise
                 del self._turns[0]
         turn.first_number = self._numbered + 1
-        return self._rag.model.stream(parts, reuse=self._rag.reuse, trace=turn.trace, **options)
+        return Found(parts, turn.hits)
 
     def finish(self, turn: Turn) -> None:
         """Keep `turn` for those after it."""
@@ -84,22 +89,13 @@ class Conversation:
         return [*messages, turn.message()]
 
 
-class Turn(Iterator[str]):
-    """One question and its answer as it comes. `hits` are there after the first `next()`."""
+class Turn(AnswerStream):
+    """One question and its answer as it comes; first_number: of its hits in the conversation."""
 
     def __init__(self, conversation: Conversation, question: str, options: dict[str, Any]) -> None:
-        self.question = question
-        self.hits: list[Hit] = []
-        self.trace = Trace()
-        self.text = ""
-        self.first_number = 1
-        self._conversation, self._options = conversation, options
-        self._pieces = self._run()
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
+        super().__init__(conversation.parts, lambda trace: conversation.find(self, trace), options)
+        self.question, self.first_number = question, 1
+        self._conversation = conversation
 
     def message(self) -> dict[str, Any]:
         """The user's message: the passages, then the question."""
@@ -107,11 +103,8 @@ class Turn(Iterator[str]):
         passages: list[Part] = [Passage(hit.document) for hit in laid]
         return {"role": "user", "content": [*passages, Text(self.question)]}
 
-    def _run(self) -> Iterator[str]:
-        self.trace.restart()
-        with self.trace.stage("retrieval"):
-            self.hits = self._conversation.hits(self.question)
-        yield from self._conversation.start(self, self._options)
+    def _run(self) -> Generator[str, None, None]:
+        yield from super()._run()
         self._conversation.finish(self)
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvlink_rag.arguments import BF16, check_codec
+from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
+from kvlink_rag.disk.checked_file import check_compression
+from kvlink_rag.disk.model_files import BUNDLED
 from kvlink_rag.errors import ConfigError, SettingsMismatch
-from kvlink_rag.model.loading import BUNDLED
+from kvlink_rag.model.loading import load_format
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.outline import ModelOutline, outline
+from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder
@@ -28,39 +32,75 @@ from .catalog import Catalog
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a caller asks of a collection; None and "auto": what it remembers, else the defaults.
+
+    model, embedder: names, directories or loaded objects (see `as_embedder`). codec, compression,
+    search, order: names. Raises `ConfigError` for a name that there is not, `MissingExtra`.
+    """
+
+    model: KVLinkModel | str | Path | None = None
+    embedder: Embedder | str | Path | None = None
+    device: str = "auto"
+    dtype: str | torch.dtype = "auto"
+    spec: Spec | None = None
+    codec: str | None = None
+    compression: str | None = None
+    search: str | None = None
+    order: str | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "codec": lambda name: name if name == BF16 else check_codec(name),
+            "compression": check_compression,
+            "search": check_search,
+            "order": check_order,
+        }
+        for name, check in checks.items():
+            if (value := getattr(self, name)) is not None:
+                check(value)
+
+    def to_remember(self) -> dict[str, str]:
+        """What the collection remembers without a look at any model."""
+        names = {"compression": self.compression, "search": self.search, "order": self.order}
+        return {name: value for name, value in names.items() if value is not None}
+
+
 class Settings:
     """The model and embedder of one collection, loaded once, checked against what it remembers.
 
-    model, embedder, codec: what the caller asked for; None: what is remembered, else the bundled
-    pair and exact snapshots.
+    Each is loaded under a lock of its own, so that a search does not wait for the language model.
+    Without a word and without memory: the bundled pair and exact snapshots.
     """
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        model: KVLinkModel | str | Path | None,
-        embedder: Embedder | str | Path | None,
-        *,
-        device: str,
-        dtype: str | torch.dtype,
-        spec: Spec | None,
-        codec: str | None = None,
-    ) -> None:
-        self._catalog, self._device, self._dtype, self._spec = catalog, device, dtype, spec
+    def __init__(self, catalog: Catalog, asked: Asked) -> None:
+        self._catalog, self._asked = catalog, asked
+        if values := asked.to_remember():
+            catalog.set_settings(values)
         self._remembered = catalog.settings()
         self._unfinished: set[str] = set()
-        self._asked = {"model": model is not None, "embedder": embedder is not None}
-        self._model = model if isinstance(model, KVLinkModel) else None
-        self._embedder = None if isinstance(embedder, str | Path) else embedder
-        self._needs_bf16 = codec == BF16
-        self._codec = None if codec is None else EXACT if self._needs_bf16 else check_codec(codec)
-        self.model_name = self._name("model", model)
-        self.embedder_name = self._name("embedder", embedder)
+        self._model_lock, self._embedder_lock = threading.Lock(), threading.Lock()
+        self._model = asked.model if isinstance(asked.model, KVLinkModel) else None
+        self._embedder = None if isinstance(asked.embedder, str | Path) else asked.embedder
+        self._needs_bf16 = asked.codec == BF16
+        self._codec = EXACT if self._needs_bf16 else asked.codec
+        self.model_name = self._name("model", asked.model)
+        self.embedder_name = self._name("embedder", asked.embedder)
 
     @property
     def codec(self) -> str:
         """How snapshots are kept."""
         return self._codec or str(self._remembered.get("codec", EXACT))
+
+    @property
+    def compression(self) -> str:
+        """What compresses new snapshots, "zstd" or "none"."""
+        return str(self._remembered.get("compression", "none"))
+
+    def order(self, asked: str | None = None) -> str:
+        """How hits follow each other in a prompt: `asked`, else as the collection remembers."""
+        return check_order(asked or str(self._catalog.settings().get("order", "score")))
 
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""
@@ -85,18 +125,15 @@ class Settings:
         return (
             self._is("model", model, self._model)
             and self._is("embedder", embedder, self._embedder)
-            and device in ("auto", self._device)
+            and device in ("auto", self._asked.device)
             and codec in (None, self.codec)
         )
 
-    def outline(self) -> ModelOutline:
-        """What is known of the model without its weights."""
-        return outline(self._model or self.model_name, spec=self._spec)
-
-    def dimension(self) -> int | None:
-        """Numbers in a vector; None as long as no process has embedded anything here."""
-        known = self._catalog.settings().get("dimension")
-        return int(known) if known else None
+    def format(self) -> PromptFormat:
+        """How the model's prompts are written, without its weights."""
+        if self._model is not None:
+            return self._model.format
+        return load_format(self.model_name, self._asked.spec)[0]
 
     def settle_model(self, allow: bool) -> bool:
         """Check model and codec that were asked for; True where one is new and `allow` takes it."""
@@ -110,7 +147,7 @@ class Settings:
         if not allow:
             self._check_codec()
         unfinished = self._remembered["model_identity"] == UNFINISHED
-        if not self._asked["model"] and not (allow and (self._codec or unfinished)):
+        if self._asked.model is None and not (allow and (self._codec or unfinished)):
             return False
         if not allow:
             self.model()
@@ -119,7 +156,7 @@ class Settings:
 
     def settle_embedder(self, allow: bool) -> bool:
         """Check an embedder that was asked for; True where it is new and `allow` takes it."""
-        if not self._asked["embedder"] or "embedder_identity" not in self._remembered:
+        if self._asked.embedder is None or "embedder_identity" not in self._remembered:
             return False
         if not allow:
             self.embedder()
@@ -152,18 +189,21 @@ class Settings:
         )
 
     def _load_model(self) -> KVLinkModel:
-        if self._model is None:
-            self._model = KVLinkModel.from_pretrained(
-                self.model_name, device=self._device, dtype=self._dtype, spec=self._spec
-            )
-        return self._model
+        with self._model_lock:
+            if self._model is None:
+                asked = self._asked
+                self._model = KVLinkModel.from_pretrained(
+                    self.model_name, device=asked.device, dtype=asked.dtype, spec=asked.spec
+                )
+            return self._model
 
     def _load_embedder(self) -> Embedder:
-        if self._embedder is None:
-            self._embedder = ContrieverEmbedder.from_pretrained(
-                self.embedder_name, device=self._device
-            )
-        return self._embedder
+        with self._embedder_lock:
+            if self._embedder is None:
+                self._embedder = ContrieverEmbedder.from_pretrained(
+                    self.embedder_name, device=self._asked.device
+                )
+            return self._embedder
 
     def _check(self, what: str, identity: str) -> None:
         """Compare with what is remembered now, by whichever process; the first to come is it."""

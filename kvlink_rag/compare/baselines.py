@@ -35,14 +35,16 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.documents import Part
-from kvlink_rag.engine.backbone import Choose, LiveCache
+from kvlink_rag.engine.backbone import Choose
+from kvlink_rag.engine.live_cache import LiveCache
+from kvlink_rag.engine.text_pieces import TextPieces
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.generation import TextPieces, decode_one_token
+from kvlink_rag.model.decode import decode_one_token
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import EncodeNow, SnapshotSource
 from kvlink_rag.prompt.layout import Layout, layout
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.snapshots.kept_runs import Ids, Run, shared
+from kvlink_rag.snapshots.sources import EncodeNow, SnapshotSource
 from kvlink_rag.trace import Trace
 
 Method = Literal["full", "prefix", "naive", "cacheblend", "epic"]

@@ -1,7 +1,7 @@
-"""The transformers model: the only module that knows its classes, hooks and cache.
+"""The transformers model: rotary tables, forwards with visibility by position, a fingerprint.
 
-Gives the engine five things: rotary tables, a forward pass with visibility by position, capture of
-keys before RoPE, an empty live cache, and a fingerprint. Knows nothing of prompts, files or text.
+Also gives live caches and the keys before RoPE of passages. Knows the modules that models are
+built of; knows nothing of prompts, files or text.
 """
 
 from __future__ import annotations
@@ -12,119 +12,26 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvlink_rag.disk.digests import module_digest, weights_digest
 from kvlink_rag.disk.huge_pages import prefer_huge
-from kvlink_rag.errors import ModelNotSupported
 from kvlink_rag.prompt.layout import visibility
 
 from .attention import NAME as GROUPED
 from .attention import pack_mask
-from .device import Mark, Side
+from .capture import Capture
+from .copy_stream import CopyStream
+from .families import check_supported, family_of, masks_by_layer, window_of
+from .live_cache import LiveCache, WorkspacePool, as_argument
 from .rope import rotate_into
 
-if TYPE_CHECKING:
-    from .workspaces import Workspace, Workspaces
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 SPARE_FACTOR = 4  # how much larger than needed a live cache's memory may be
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a live cache: a buffer filled in place, [1, kv_heads, capacity, head_dim].
-
-    Always a full-attention layer: sliding windows are part of the mask, never of the cache.
-    places: int64 [tokens], the entries that `update` writes over instead of appending, or None.
-    """
-
-    is_sliding = False
-    places: Tensor | None = None
-
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
-        super().__init__()
-        self.keys, self.values, self.length = keys, values, length
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers exist from the start."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append [1, kv_heads, tokens, head_dim]; return everything so far, as views."""
-        if self.places is not None:
-            self.keys[:, :, self.places] = key_states
-            self.values[:, :, self.places] = value_states
-            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if self.length > self.keys.shape[2]:
-            self._grow()
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def _grow(self) -> None:
-        shape = list(self.keys.shape)
-        used, shape[2] = shape[2], max(self.length, 2 * shape[2])
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = old.new_empty(shape)
-            new[:, :, :used] = old
-            setattr(self, name, new)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class LiveCache(Cache):  # type: ignore[misc]
-    """The cache of one running prompt, with the position and segment of each entry.
-
-    Entries may stand in any order; `positions` and `segments` (int64 [entries], on the device)
-    say where in the prompt each one belongs. Never shared, never stored.
-    workspace: whose buffers it fills and whose forward it takes, or None. ready: for each group of
-    layers there, when its entries are in place; empty where they are.
-    """
-
-    workspace: Workspace | None = None
-    ready: Sequence[Mark] = ()
-
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, segments: Tensor) -> None:
-        """keys, values: [layers, kv_heads, capacity, head_dim], filled up to len(positions)."""
-        length = len(positions)
-        layers = zip(keys.unsqueeze(1), values.unsqueeze(1), strict=True)
-        super().__init__(layers=[LiveLayer(k, v, length) for k, v in layers])
-        self.buffers = (keys, values)  # valid until the cache grows past its capacity
-        self.positions, self.segments = positions, segments
-
-    def entries(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the entries at `places` (int64 [n], on the device).
-
-        Keys (after RoPE) and values, each [layers, kv_heads, n, head_dim].
-        """
-        keys = torch.stack([layer.keys[0].index_select(1, places) for layer in self.layers])
-        values = torch.stack([layer.values[0].index_select(1, places) for layer in self.layers])
-        return keys, values
-
-
-def cache_of(layers: Sequence[LiveLayer]) -> Cache:
-    """A cache of such layers as the model takes it, for several prompts at once."""
-    return Cache(layers=list(layers))
-
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 
@@ -146,33 +53,6 @@ class Step:
         return mask
 
 
-class Capture(threading.local):
-    """Where this thread's hooks put keys before RoPE and values; None when not capturing.
-
-    given: what they put in place of those of some tokens, or None.
-    """
-
-    keys: list[Tensor] | None = None
-    values: list[Tensor] | None = None
-    given: _Given | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """Keys before RoPE and values of the tokens at `places`: [layers, kv_heads, n, head_dim]."""
-
-    places: Tensor
-    keys: Tensor
-    values: Tensor
-
-    def instead(self, states: Tensor, output: Tensor) -> Tensor:
-        """`output` of one layer's hook, [1, tokens, …], with `states` of that layer put in."""
-        changed = output.clone()
-        kv_heads, _, head_dim = states.shape
-        changed.view(output.shape[1], kv_heads, head_dim)[self.places] = states.transpose(0, 1)
-        return changed
-
-
 class Backbone:
     """A causal LM of a supported architecture, in eval mode.
 
@@ -184,6 +64,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel, source: Path | None = None) -> None:
         self.config = model.config
         check_supported(self.config)
+        self.family = family_of(self.config)
         self.model = model.eval()
         self.source = source
         parameter = next(model.parameters())
@@ -196,10 +77,10 @@ class Backbone:
         )
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.window: int = self.config.max_position_embeddings
-        self.side = Side(self.device)
-        self.workspaces: Workspaces | None = None  # the plain forward alone
+        self.side = CopyStream(self.device)
+        self.workspaces: WorkspacePool | None = None  # the plain forward alone
         self._capture = Capture()
-        self._install_hooks()
+        self._capture.install((layer.self_attn for layer in self.model.model.layers), self.family)
         self._parameters = list(self.model.parameters())
         self._loaded = self._changes()
         self._known: tuple[int, str] | None = None
@@ -331,10 +212,10 @@ class Backbone:
         output = self.model(
             input_ids=ids[None],
             position_ids=at[None],
-            past_key_values=cache,
             attention_mask=self._masks(at, seg, key_at, key_seg, causal),
             use_cache=cache is not None,
             logits_to_keep=keep,
+            **as_argument(cache, self.model),
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 
@@ -385,16 +266,16 @@ class Backbone:
         self, number: int, hidden: Tensor, step: Step, cache: LiveCache, places: Tensor
     ) -> Tensor:
         """Layer `number` over `hidden`, whose entries in `cache` at `places` it writes."""
-        live = cache.layers[number]
+        live, layer = cache.layers[number], self.model.model.layers[number]
         live.places = places
         try:
-            return self.model.model.layers[number](  # type: ignore[no-any-return]
+            return layer(  # type: ignore[no-any-return]
                 hidden,
                 attention_mask=step.mask(self.config, number),
                 position_ids=step.positions[None],
-                past_key_values=cache,
                 use_cache=True,
                 position_embeddings=step.rotary,
+                **as_argument(cache, layer),
             )
         finally:
             live.places = None
@@ -409,9 +290,12 @@ class Backbone:
         """Keys after RoPE and values that `layer` makes: [kv_heads, tokens, head_dim] each."""
         attention, states = layer.self_attn, layer.input_layernorm(hidden)[0]
         shape = (len(states), self.kv_heads, self.head_dim)
-        keys, values = (p(states).view(shape) for p in (attention.k_proj, attention.v_proj))
-        keys = attention.k_norm(keys) if hasattr(attention, "k_norm") else keys
-        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        values = getattr(attention, self.family.values)(states).view(shape).transpose(0, 1)
+        first, *rest = (getattr(attention, name) for name in self.family.keys)
+        keys = first(states).view(shape)
+        for module in rest:
+            keys = module(keys)
+        keys = keys.transpose(0, 1)
         turned = torch.empty_like(keys)
         rotate_into(turned, keys, rotary[0][0], rotary[1][0])
         return turned, values
@@ -424,7 +308,7 @@ class Backbone:
         token, so causal attention never shows it to one). Returns two lists of one tensor
         [batch, tokens, kv_heads, head_dim] a layer.
         """
-        with self._capturing() as capture:
+        with self._capture.capturing() as capture:
             self.model.model(input_ids=token_ids.to(self.device), use_cache=False)
         shape = (*token_ids.shape, self.kv_heads, self.head_dim)
         return [k.view(shape) for k in capture[0]], [v.view(shape) for v in capture[1]]
@@ -437,30 +321,18 @@ class Backbone:
         [layers, kv_heads, n, head_dim]. A masked prefill over given states is the oracle of
         snapshots that are not exact.
         """
-        self._capture.given = _Given(*(t.to(self.device) for t in (places, keys, values)))
-        try:
+        with self._capture.giving(*(t.to(self.device) for t in (places, keys, values))):
             yield
-        finally:
-            self._capture.given = None
 
     def _masks(self, at: Tensor, seg: Tensor, key_at: Tensor, key_seg: Tensor, causal: bool) -> Any:
         """The attention masks [1, 1, queries, keys]: one, or one for each kind of layer."""
-        window = self._sliding_window()
-        if window is None and causal:
+        if causal and window_of(self.config) is None:
             return None  # transformers' own causal attention, without a mask in memory
-        everywhere = visibility(at, seg, key_at, key_seg)
-        if window is None:
-            mask = self._mask(everywhere)
-            return mask if self._one_mask else {"full_attention": mask}
-        near = self._mask(visibility(at, seg, key_at, key_seg, window=window))
-        if self._one_mask:
-            return near
-        return {"full_attention": self._mask(everywhere), "sliding_attention": near}
 
-    @property
-    def _one_mask(self) -> bool:
-        """Whether all layers of this architecture take one and the same mask."""
-        return _takes_one_mask(self.config)
+        def mask(window: int | None) -> Tensor:
+            return self._mask(visibility(at, seg, key_at, key_seg, window=window))
+
+        return masks_by_layer(self.config, mask)
 
     def _mask(self, seen: Tensor) -> Tensor:
         """bool [queries, keys] in the form that this model's attention takes."""
@@ -469,85 +341,12 @@ class Backbone:
             return pack_mask(seen, groups, self.dtype)
         return seen[None, None]
 
-    def _sliding_window(self) -> int | None:
-        """The window in positions, or None where no layer slides."""
-        return _window_of(self.config)
-
-    @contextmanager
-    def _capturing(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        lists: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._capture.keys, self._capture.values = lists
-        try:
-            yield lists
-        finally:
-            self._capture.keys = self._capture.values = None
-
-    def _install_hooks(self) -> None:
-        """Keys are taken where RoPE is applied to them next: after k_norm if there is one."""
-        capture = self._capture
-
-        def keep(name: str, number: int, output: Tensor) -> Tensor | None:
-            if (kept := getattr(capture, name)) is not None:
-                kept.append(output)
-            if (given := capture.given) is None:
-                return None
-            return given.instead(getattr(given, name)[number], output)
-
-        for number, layer in enumerate(self.model.model.layers):
-            attention = layer.self_attn
-            keys = getattr(attention, "k_norm", attention.k_proj)
-            for name, module in (("keys", keys), ("values", attention.v_proj)):
-                hook = partial(keep, name, number)
-                module.register_forward_hook(lambda _, __, output, hook=hook: hook(output))
-
 
 def _is_causal(at: Tensor, seg: Tensor, keys: int) -> bool:
     """Whether plain causal attention is right: one computed token, or a whole computed prompt."""
     if bool(seg.any()):
         return False
     return len(at) == 1 or (len(at) == keys and bool((at.diff() > 0).all()))
-
-
-def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
-    """What a model takes as attention mask: `make(window)`, or one for each kind of layer.
-
-    make: the mask for a sliding window in positions, or for None.
-    """
-    window = _window_of(config)
-    if _takes_one_mask(config):
-        return make(window)
-    masks = {"full_attention": make(None)}
-    return masks if window is None else {**masks, "sliding_attention": make(window)}
-
-
-def _takes_one_mask(config: Any) -> bool:
-    return config.model_type in ("llama", "mistral")
-
-
-def _window_of(config: Any) -> int | None:
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if config.model_type == "llama" or (kinds and "sliding_attention" not in kinds):
-        return None
-    return window
-
-
-def check_supported(config: Any) -> None:
-    """Raise `ModelNotSupported` unless reuse is proved for this configuration."""
-    if config.model_type not in ARCHITECTURES:
-        raise ModelNotSupported(
-            f"found a model of type {config.model_type!r}, expected one of "
-            f"{', '.join(ARCHITECTURES)}; reuse is proved for these only"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in rope.values()):
-        raise ModelNotSupported(
-            f"found RoPE type {kind!r}, expected one of {', '.join(ROPE_TYPES)}: stored keys can "
-            "only be re-encoded where the frequencies do not depend on the prompt's length"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelNotSupported("found a partial rotary factor, expected RoPE over whole heads")
 
 
 def pad_batch(passages: Sequence[Sequence[int]]) -> Tensor:

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from kvlink_rag.datasets.rows import Source
 from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.datasets.sets import DataSet, Skipped, filled_up, find_set, read
+from kvlink_rag.disk.model_files import BUNDLED, BUNDLED_DIRECTORY
 from kvlink_rag.errors import ConfigError, MissingExtra
-from kvlink_rag.model.loading import BUNDLED, BUNDLED_DIRECTORY
-from kvlink_rag.model.model import TOLERANCE, KVLinkModel
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.retrieval.contriever import ContrieverEmbedder
 
 from .figure import draw
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace, model: KVLinkModel) -> int:
     data_set = find_set(arguments.set)
     scorer(data_set.metric)  # a missing package is told before any work
     skipped = Skipped(arguments.on_bad)
-    model.spec = _spec(model, arguments)
+    model = model.with_spec(_spec(model, arguments))
     compared = list(contenders(model, arguments.modes))
     cases = list(usable(_cases(arguments, data_set, skipped), compared, skipped))
     if not cases:

@@ -2,7 +2,7 @@
 
 Each prompt was prefilled alone, so that its time to first token is its own; then the caches are
 laid in one batch, padded at the end, and padding is never visible. The rules of an answer (where it
-ends, that it says something visible) are those of `answering`. Knows tensors and text pieces.
+ends, that it says something visible) are those of `TextStream`. Knows tensors and text pieces.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlink_rag.engine.backbone import LiveLayer, cache_of, masks_by_layer
-from kvlink_rag.model.generation import TextPieces
+from kvlink_rag.engine.families import masks_by_layer
+from kvlink_rag.engine.live_cache import LiveLayer, as_argument, cache_of
+from kvlink_rag.engine.text_pieces import TextPieces
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.prompt.layout import visibility
 
@@ -102,8 +103,8 @@ class _Batch:
             input_ids=tokens.to(self._next.device)[:, None],
             position_ids=self._next[:, None],
             attention_mask=self._masks(),
-            past_key_values=self._cache,
             use_cache=True,
+            **as_argument(self._cache, self._backbone.model),
         )
         self._next = self._next + 1
         logits: Tensor = output.logits[:, -1]

@@ -12,7 +12,6 @@ Knows one model; knows no data set and no file.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,12 +20,13 @@ from torch import Tensor
 from kvlink_rag.compare.baselines import Baselines, Method
 from kvlink_rag.datasets.schemas import Example
 from kvlink_rag.documents import Part
-from kvlink_rag.engine.backbone import LiveCache
+from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.prompt_run import EncodeNow, PromptRun, Reuse
+from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.snapshots.snapshot import AnySnapshot
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 
@@ -149,7 +149,7 @@ def contenders(model: KVLinkModel, names: Sequence[str]) -> Iterator[Contender]:
                 f"found mode {name!r}, expected one of {', '.join(MODES)}; :0 after one of "
                 f"{', '.join(LINKED)} leaves the link tokens out"
             )
-        yield Contender(name, _with_spec(model, _spec_of(model.spec, base, links)), MODES[base])
+        yield Contender(name, model.with_spec(_spec_of(model.spec, base, links)), MODES[base])
 
 
 def _spec_of(spec: Spec, mode: str, links: str) -> Spec:
@@ -165,10 +165,3 @@ def _spec_of(spec: Spec, mode: str, links: str) -> Spec:
             "model's own; a model with another number is another checkpoint"
         )
     return replace(spec, links_per_passage=int(links)) if links else spec
-
-
-def _with_spec(model: KVLinkModel, spec: Spec) -> KVLinkModel:
-    """The same model, its weights shared, laid out by another spec."""
-    other = copy.copy(model)
-    other.spec = spec
-    return other

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from kvlink_rag.collection.adding import embedded_text
 from kvlink_rag.datasets.answers import contained
 from kvlink_rag.datasets.rows import Row, Source, rows
 from kvlink_rag.datasets.schemas import Example
@@ -18,6 +17,7 @@ from kvlink_rag.datasets.sets import Skipped
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentError, ExampleError
 from kvlink_rag.retrieval.contriever import Embedder
+from kvlink_rag.retrieval.rounds import embedded_text
 from kvlink_rag.retrieval.vector_index import VectorIndex
 
 BATCH = 256

@@ -17,9 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvlink_rag.collection.rag import SNAPSHOTS, KVLinkRAG
+from kvlink_rag.collection.opening import SNAPSHOTS
+from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
-from kvlink_rag.snapshots.snapshot import planned_size
+from kvlink_rag.snapshots.file_format import planned_size
 
 from .index_files import Intake
 from .readers import MAX_BYTES, OnProblem, SourceFile

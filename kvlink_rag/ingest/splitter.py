@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+import regex
 
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError
@@ -255,13 +257,8 @@ class _Window:
 # ── borders: where a slice may end ───────────────────────────────────────────────────────────
 
 _CLOSING = r"""['"”’»」』）〉》】)\]]*"""
-_ZERO_WIDTH_JOINER = "\u200d"
-_VIRAMA = 9  # canonical combining class
-# Characters that go on a grapheme without being combining marks: joiners, Thai and Lao vowels,
-# half-width Katakana marks, skin tones, tags of flags.
-_EXTENDING = frozenset("\u200c\u200d\u0e33\u0eb3\uff9e\uff9f") | {
-    chr(c) for c in (*range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))
-}
+_GRAPHEME = regex.compile(r"\X")  # UAX 29, in the version of Unicode that `regex` has
+_LONGEST_GRAPHEME = 512  # characters; a longer one may be cut
 _NOT_SPACE = re.compile(r"\S")
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*|[\f\u2029]\s*")
 _SENTENCE = re.compile(rf"[.!?…]{_CLOSING}\s+|[。！？｡।॥؟۔։።။។]{_CLOSING}\s*")
@@ -280,12 +277,14 @@ def _last_border(text: str, start: int, limit: int) -> int:
     if limit >= len(text):
         return len(text)
     least = start + max((limit - start) // _LEAST_FILL, 1)
+    graphemes = _Graphemes(text, start, limit)
     for pattern in (_PARAGRAPH, _SENTENCE, _LINE, _WORD):
         found = [m for m in pattern.finditer(text, start, limit) if m.end() >= least]
         for match in reversed(found):
-            if pattern is not _SENTENCE or _ends_sentence(text, match):
+            ends = pattern is not _SENTENCE or _ends_sentence(text, match)
+            if ends and graphemes.end_at(match.end()):
                 return match.end()
-    return _last_grapheme(text, start, limit)
+    return graphemes.last()
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
@@ -295,36 +294,42 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     return not text[match.end()].islower() and not _NO_END.search(before)
 
 
-def _last_grapheme(text: str, start: int, limit: int) -> int:
-    """The last place up to `limit` between two graphemes; `limit` if there is none."""
-    places = (at for at in range(limit, start, -1) if not _joined(text, start, at))
-    return next(places, limit)
+class _Graphemes:
+    """Where graphemes end in `(start, limit]`. Read from `start` on, and only if need be."""
+
+    def __init__(self, text: str, start: int, limit: int) -> None:
+        self._text, self._start, self._limit = text, start, limit
+        self._ends: list[int] | None = None
+
+    def end_at(self, at: int) -> bool:
+        """Whether one ends at `at`."""
+        before, after = self._text[at - 1], self._text[at]
+        if after.isascii() and before.isascii():  # no rule joins these but CR and LF
+            return before + after != "\r\n"
+        ends = self._all()
+        place = bisect_left(ends, at)
+        return place < len(ends) and ends[place] == at
+
+    def last(self) -> int:
+        """The last end; the limit if there is none."""
+        if self.end_at(self._limit):
+            return self._limit
+        return max(self._all(), default=self._limit)
+
+    def _all(self) -> list[int]:
+        """All ends. Whether one is at the limit shows with the character after it."""
+        if self._ends is None:
+            found = _grapheme_ends(self._text, self._start, self._limit + 1)
+            self._ends = [end for end in found if end <= self._limit]
+        return self._ends
 
 
-def _joined(text: str, start: int, at: int) -> bool:
-    """Are the characters on both sides of `at` one grapheme? After Unicode's UAX 29, roughly."""
-    before, after = text[at - 1], text[at]
-    if _is_flag(before) and _is_flag(after):  # flags are pairs
-        run = itertools.takewhile(_is_flag, reversed(text[start:at]))
-        return sum(1 for _ in run) % 2 == 1
-    return (
-        unicodedata.category(after) in ("Mn", "Me", "Mc")
-        or after in _EXTENDING
-        or before == _ZERO_WIDTH_JOINER
-        or _is_jamo_pair(before, after)
-        or unicodedata.combining(before) == _VIRAMA
-        or before + after == "\r\n"
-    )
-
-
-def _is_flag(character: str) -> bool:
-    return "\U0001f1e6" <= character <= "\U0001f1ff"
-
-
-def _is_jamo_pair(before: str, after: str) -> bool:
-    """Two pieces of one Hangul syllable: leading consonants, a vowel or syllable, trailing ones."""
-    leading, later = "\u1100" <= before <= "\u115f", "\u1160" <= after <= "\u11ff"
-    syllable = "\uac00" <= before <= "\ud7a3" or "\u1160" <= before <= "\u11ff"
-    if later:
-        return leading or syllable
-    return leading and ("\u1100" <= after <= "\u115f" or "\uac00" <= after <= "\ud7a3")
+def _grapheme_ends(text: str, start: int, stop: int) -> Iterator[int]:
+    """Where graphemes end, piece by piece: for every flag `regex` reads all flags before it."""
+    while start < stop:
+        piece = text[start : min(start + _LONGEST_GRAPHEME, stop)]
+        ends = [start + match.end() for match in _GRAPHEME.finditer(piece)]
+        if len(ends) > 1 and start + len(piece) < stop:
+            ends.pop()  # it may go on in the next piece
+        yield from ends
+        start = ends[-1]

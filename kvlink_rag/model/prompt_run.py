@@ -1,158 +1,35 @@
-"""The life of a question, from the prompt's parts to the last piece of text.
+"""One prompt inside the model: its live cache, its first logits, one step a token.
 
-    parts → layout → snapshots → live cache (assembly) → prefill → first token → decode → text
+    layout → snapshots → live cache (assembly) → prefill → decode
 
-`TextStream` is the whole way; `Run` is one prompt inside the model. Knows the engine; snapshots
-come from a `SnapshotSource`, which alone knows whether there is a store.
+Knows tensors and token ids; snapshots come from a `SnapshotSource`, which alone knows whether there
+is a store. Knows no text: `text_stream` makes it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import check_codec
-from kvlink_rag.documents import Part
-from kvlink_rag.engine.backbone import Backbone, LiveCache
-from kvlink_rag.engine.device import DeviceMemory
+from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.errors import DeviceMemoryError
 from kvlink_rag.prompt.layout import Layout, Span
 from kvlink_rag.snapshots.assemble import Assembled, assemble
-from kvlink_rag.snapshots.encode import encode_many
-from kvlink_rag.snapshots.kept_runs import PrefixCache, Run, chain_keys, run_key
-from kvlink_rag.snapshots.snapshot import EXACT, AnySnapshot, Source, in_codec
+from kvlink_rag.snapshots.kept_runs import Run, chain_keys, chain_root, run_key
+from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
-from .generation import Sampling, TextPieces, decode_one_token, prefill, sample
-
-if TYPE_CHECKING:
-    from .model import KVLinkModel
+from .decode import decode_one_token, prefill
 
 Mode = Literal["reuse", "masked", "full"]
 
 logger = logging.getLogger(__name__)
-
-
-class SnapshotSource(Protocol):
-    """Where the snapshots of a prompt's passages come from."""
-
-    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> Sequence[Source]:
-        """One snapshot a passage (token ids), in order; times and counts go into `trace`."""
-        ...
-
-
-class EncodeNow:
-    """The source that keeps nothing: every passage is encoded when asked for, once a prompt.
-
-    codec: what the snapshots go through, as those of a collection with this codec would.
-    """
-
-    def __init__(self, backbone: Backbone, codec: str = EXACT) -> None:
-        self.backbone, self.codec = backbone, check_codec(codec)
-
-    def fetch(self, passages: Sequence[tuple[int, ...]], trace: Trace) -> list[AnySnapshot]:
-        """See `SnapshotSource`."""
-        unique = list(dict.fromkeys(passages))
-        with trace.stage("encode", self.backbone.synchronize):
-            encoded = encode_many(self.backbone, unique)
-            made = {unique[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
-        trace.snapshots_encoded += len(unique)
-        return [made[ids] for ids in passages]
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """What a collection brings to a model: its snapshots and its kept runs (None: keep none).
-
-    scope: of the kept runs; another one for each codec, since runs come from what they follow.
-    memory: where on the device its snapshots are kept, or None.
-    """
-
-    snapshots: SnapshotSource
-    prefix: PrefixCache | None = None
-    scope: str = ""
-    memory: DeviceMemory | None = None
-
-
-class TextStream(Iterator[str]):
-    """An answer as it comes. `trace` fills as it runs; `text` is what has been yielded so far."""
-
-    def __init__(
-        self,
-        model: KVLinkModel,
-        parts: Iterable[Part],
-        sampling: Sampling,
-        mode: Mode,
-        reuse: Reuse,
-        trace: Trace | None = None,
-    ) -> None:
-        self.trace = trace or Trace()
-        self.trace.mode = mode
-        self.text = ""
-        self._fresh = trace is None
-        self._parts = list(parts) if isinstance(parts, Sequence) else parts
-        self._model, self._sampling, self._reuse = model, sampling, reuse
-        self._pieces = self._run()
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()
-
-    def _run(self) -> Generator[str, None, None]:
-        trace, sampling, model = self.trace, self._sampling, self._model
-        if self._fresh:
-            trace.restart()
-        parts = list(self._parts)
-        with trace.stage("layout"):
-            prompt = model.layout(parts)
-        room = min(sampling.max_new_tokens, model.window - len(prompt))
-        run = PromptRun(model.backbone, prompt, trace, self._reuse)
-        pieces = TextPieces(model.tokenizer.decode, sampling.stop)
-        generator = sampling.generator()
-        logits = run.start(room)
-        try:
-            for count in range(1, room + 1):
-                token = sample(self._allowed(logits, pieces), sampling, generator)
-                if count == 1:
-                    trace.first_token_ms = trace.elapsed_ms()
-                if token in model.end_ids:
-                    trace.finish_reason = "stop"
-                    break
-                trace.generated_tokens = count
-                if piece := pieces.push(token):
-                    yield piece
-                if pieces.stopped:
-                    trace.finish_reason = "stop"
-                    break
-                if count < room:
-                    logits = run.step(token)
-            else:
-                trace.finish_reason = "length"
-            if piece := pieces.finish():
-                yield piece
-        finally:
-            run.end()
-            trace.total_ms = trace.elapsed_ms()
-
-    def _allowed(self, logits: Tensor, pieces: TextPieces) -> Tensor:
-        """`logits`, with an end ruled out as long as nothing visible has been said."""
-        if pieces.visible or pieces.stopped or not self._model.end_ids:
-            return logits
-        logits = logits.clone()
-        logits[list(self._model.end_ids)] = -torch.inf
-        return logits
 
 
 class PromptRun:
@@ -232,7 +109,8 @@ class PromptRun:
         """Runs that earlier prompts began alike, by span number; the last token is computed."""
         if self.reuse.prefix is None:
             return {}
-        self._chain = chain_keys(self.prompt, _chain_root(self.backbone, self.reuse.scope))
+        root = chain_root(self.backbone.fingerprint, self.backbone.dtype, self.reuse.scope)
+        self._chain = chain_keys(self.prompt, root)
         ids = self.prompt.token_ids[:-1].numpy()
         found = {}
         for i, span in enumerate(self.prompt.spans):
@@ -280,9 +158,3 @@ def _out_of_memory(tokens: int, error: Exception) -> DeviceMemoryError:
         f"the device ran out of memory for a prompt of {tokens} tokens ({error}); use fewer or "
         "shorter passages, a smaller dtype or another device"
     )
-
-
-def _chain_root(backbone: Backbone, scope: str) -> str:
-    """What every chain of kept runs begins with: the model, its dtype and the scope."""
-    text = f"{backbone.fingerprint}\0{backbone.dtype}\0{scope}"
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,8 +1,7 @@
 """What a KVLink model expects of its prompt: link tokens, memory markers and templates.
 
-A `Spec` stands in `kvlink.json` beside the weights, in the registry of published checkpoints
-below, or is given by the caller. It knows token ids, not tensors. Ids and prompts of the
-published checkpoints follow Yang et al., KVLink (arXiv 2502.16002), and their evaluation.
+A `Spec` stands in `kvlink.json` beside the weights, in the registry of `published` checkpoints, or
+is given by the caller. Knows token ids and templates; knows no tensors and no tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,36 +211,3 @@ def _check_fields(name: str, template: object) -> None:
                 f"{name} {template!r} cannot be formatted: expected {{title}}, {{text}} and "
                 f"{{rank}} as they are, found {found!r} with more"
             )
-
-
-_SYSTEM = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-    "You are a intelligent AI assistant. Please answer questions based on the user's instruction. "
-    "Below are some reference documents that may help you in answering the user's question."
-)
-_USER = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-_ASSISTANT = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-
-KVLINK5_LLAMA32 = Spec(
-    links_per_passage=5,
-    first_link_id=128011,
-    mem_start=128254,
-    mem_end=128255,
-    max_passages=48,
-    passage_template="Document [{rank}](Title: {title}) {text}\n",
-    untitled_template="Document [{rank}](Title: {title}) {text}\n",
-    rank="fixed",
-    presets={
-        "evaluation": PromptPreset(before=_SYSTEM + _USER, after=_ASSISTANT),
-        "training": PromptPreset(before=_SYSTEM, between=_USER, after=_ASSISTANT),
-    },
-    preset="evaluation",
-    tokenizer="meta-llama/Llama-3.2-1B-Instruct",
-)
-
-PUBLISHED: Mapping[str, Spec] = {
-    "Shiyu-Lab/Llama1B-KVLink5": KVLINK5_LLAMA32,
-    "Shiyu-Lab/Llama3B-KVLink5": replace(
-        KVLINK5_LLAMA32, tokenizer="meta-llama/Llama-3.2-3B-Instruct"
-    ),
-}

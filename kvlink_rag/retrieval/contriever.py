@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.disk.digests import module_digest, tokenizer_digest, weights_digest
+from kvlink_rag.disk.model_files import find_device, find_dtype, quiet, resolve
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.loading import find_device, find_dtype, quiet, resolve
 
 Vectors = npt.NDArray[np.float32]
 

@@ -49,6 +49,11 @@ def in_order(hits: Sequence[Hit], order: str) -> list[Hit]:
     return sorted(hits, key=lambda hit: str(hit.document.id))
 
 
+def embedded_text(document: Document) -> str:
+    """What the embedder reads: title and text, as Contriever was used in the paper."""
+    return f"{document.title} {document.text}" if document.title else document.text
+
+
 def followed(question: str, document: Document) -> str:
     """The query of the second round: the question, then what the first round found."""
     return f"{question} {document.title} {document.text}"

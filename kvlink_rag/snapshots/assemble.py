@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlink_rag.engine.backbone import Backbone, LiveCache
-from kvlink_rag.engine.workspaces import GROUPS, layer_groups
+from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.layer_groups import GROUPS, layer_groups
+from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.prompt.layout import Layout, Span
 
 from .kept_runs import Run

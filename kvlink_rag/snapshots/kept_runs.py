@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kvlink_rag.prompt.layout import Layout
@@ -142,10 +143,15 @@ def run_key(chain: str, ids: Ids | Sequence[int], kind: bytes = b"C") -> str:
     return hashlib.sha256(chain.encode() + kind + numbers.tobytes()).hexdigest()
 
 
+def chain_root(fingerprint: str, dtype: torch.dtype, scope: str) -> str:
+    """What every chain begins with: SHA-256 over the model, its dtype and the scope."""
+    return hashlib.sha256(f"{fingerprint}\0{dtype}\0{scope}".encode()).hexdigest()
+
+
 def chain_keys(prompt: Layout, root: str) -> list[str]:
     """`root`, then one key a span: kind and token ids of every span up to it.
 
-    Link tokens, markers and order enter through their ids; `root` names model and scope.
+    Link tokens, markers and order enter through their ids; `root` is that of `chain_root`.
     """
     ids = prompt.token_ids.numpy()
     keys = [root]

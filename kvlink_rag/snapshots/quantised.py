@@ -3,7 +3,7 @@
 Keys are quantised before RoPE with a scale for each channel, where their outliers stand (KVQuant,
 Hooper et al., arXiv 2401.18079; KIVI, Liu et al., arXiv 2402.02750), values with a scale for each
 token. De-quantising is part of assembly: slab by slab, straight into the live cache. The bytes
-stand in `docs/formats.md`. Knows tensors; knows no file, no model and no exact snapshot.
+stand in `docs/formats.md`. Knows tensors; knows no file and no model.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from torch import Tensor
 from kvlink_rag.engine.rope import rotate_into
 from kvlink_rag.errors import ConfigError
 
+from .snapshot import Shape, TensorLayout
+
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 SLAB = 128  # tokens that are de-quantised at a time, all layers: a few MiB
 _FLOAT8_BIAS = 256.0  # between e4m3's exponents and float16's, see `_float8_values`
 
-Shape = tuple[int, int, int, int]  # layers, kv_heads, tokens, head_dim
 Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Codec:
+class Scheme:
     """One way to quantise.
 
     levels: the largest code of an integer codec (the smallest is 0); None: float8 e4m3.
@@ -56,7 +57,7 @@ class Codec:
         count = 1 if self.group is None else math.ceil(head_dim / self.group)
         return count if head_dim % count == 0 else 1
 
-    def layout(self, shape: Shape) -> dict[str, tuple[torch.dtype, list[int]]]:
+    def layout(self, shape: Shape) -> TensorLayout:
         """Names, dtypes and shapes of the tensors for a passage of `shape`, in the file's order."""
         layers, heads, tokens, dim = shape
         scales = {
@@ -76,15 +77,15 @@ class Codec:
         }
 
 
-CODECS: Mapping[str, Codec] = {
-    codec.name: codec
-    for codec in (Codec("int8", 255), Codec("int4", 15, group=64), Codec("fp8", None))
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (Scheme("int8", 255), Scheme("int4", 15, group=64), Scheme("fp8", None))
 }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantised:
-    """A passage's keys before RoPE and values, quantised: the tensors of `Codec.layout`.
+    """A passage's keys before RoPE and values, quantised: the tensors of `Scheme.layout`.
 
     Raises `ConfigError` where the tensors are not those of `codec`.
     """
@@ -94,7 +95,7 @@ class Quantised:
 
     def __post_init__(self) -> None:
         shape = self._found_shape()
-        expected = CODECS[self.codec].layout(shape) if shape else {}
+        expected = SCHEMES[self.codec].layout(shape) if shape else {}
         found = {name: (t.dtype, list(t.shape)) for name, t in self.tensors.items()}
         if found != expected or list(found) != list(expected) or not shape or 0 in shape:
             raise ConfigError(f"not a snapshot of codec {self.codec}: found tensors {found}")
@@ -108,7 +109,7 @@ class Quantised:
     def shape(self) -> Shape:
         """(layers, kv_heads, tokens, head_dim)."""
         layers, heads, tokens, width = self.tensors["keys"].shape
-        return layers, heads, tokens, width * (2 if CODECS[self.codec].packed else 1)
+        return layers, heads, tokens, width * (2 if SCHEMES[self.codec].packed else 1)
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +152,7 @@ class Quantised:
 
     def _slabs(self, most: int) -> Iterator[tuple[slice, int]]:
         """Stretches of at most `most` tokens, and the number of the group of keys of each."""
-        for number, group in enumerate(CODECS[self.codec].key_groups(self.shape[2])):
+        for number, group in enumerate(SCHEMES[self.codec].key_groups(self.shape[2])):
             for start in range(group.start, group.stop, most):
                 yield slice(start, min(start + most, group.stop)), number
 
@@ -174,10 +175,10 @@ class Quantised:
 
     def _numbers(self, codes: Tensor) -> Tensor:
         """Codes as float32, unpacked."""
-        codec = CODECS[self.codec]
-        if codec.levels is None:
+        scheme = SCHEMES[self.codec]
+        if scheme.levels is None:
             return _float8_values(codes)
-        if not codec.packed:
+        if not scheme.packed:
             return codes.float()
         half = codes.shape[-1]
         numbers = torch.empty(*codes.shape[:-1], 2 * half, device=codes.device)
@@ -195,9 +196,9 @@ def quantise(codec: str, keys: Tensor, values: Tensor, token_ids: Tensor) -> Qua
 
     Raises `ConfigError` for an unknown codec, an odd head_dim, and numbers that are not finite.
     """
-    if codec not in CODECS:
-        raise ConfigError(f"found codec {codec!r}, expected one of {', '.join(CODECS)}")
-    how = CODECS[codec]
+    if codec not in SCHEMES:
+        raise ConfigError(f"found codec {codec!r}, expected one of {', '.join(SCHEMES)}")
+    how = SCHEMES[codec]
     if how.packed and keys.shape[-1] % 2:
         raise ConfigError(f"found a head_dim of {keys.shape[-1]}, expected an even one for {codec}")
     groups = [_codes(how, keys[:, :, at].float(), 2) for at in how.key_groups(keys.shape[2])]
@@ -214,17 +215,17 @@ def quantise(codec: str, keys: Tensor, values: Tensor, token_ids: Tensor) -> Qua
     return Quantised(codec, {name: parts[name].contiguous() for name in order})
 
 
-def _codes(codec: Codec, numbers: Tensor, dim: int) -> Parts:
+def _codes(scheme: Scheme, numbers: Tensor, dim: int) -> Parts:
     """Codes (under ""), and `scales` and `lows` that all of `dim` share; float32 numbers."""
     highest = numbers.amax(dim, keepdim=True)
-    if codec.levels is None:
+    if scheme.levels is None:
         scales = _up(torch.maximum(highest, -numbers.amin(dim, keepdim=True)) / FLOAT8_MAX)
         codes = (numbers / scales.float()).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
         found = {"": codes, "scales": scales}
     else:
         lows = 0.0 - _up(-numbers.amin(dim, keepdim=True), zero=0.0)
-        scales = _up((highest - lows.float()) / codec.levels)
-        codes = ((numbers - lows.float()) / scales.float()).round().clamp(0, codec.levels)
+        scales = _up((highest - lows.float()) / scheme.levels)
+        codes = ((numbers - lows.float()) / scales.float()).round().clamp(0, scheme.levels)
         found = {"": codes.to(torch.uint8), "scales": scales, "lows": lows}
     if not all(bool(found[name].isfinite().all()) for name in found if name):
         raise ConfigError("found keys or values that are not finite; the model is broken")

@@ -1,34 +1,60 @@
-"""Snapshots from the store, and encoded again where the store has none.
+"""Where the snapshots of a prompt's passages come from, and what is reused beside them.
 
-The meeting point of store and engine: a missing, corrupt or evicted snapshot costs time, never an
-answer. Knows keys and token ids; knows no documents.
+`StoredSnapshots` is the meeting point of store and engine: a missing, corrupt or evicted snapshot
+costs time, never an answer. `EncodeNow` is for models without a collection. Knows keys and token
+ids; knows no documents.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from kvlink_rag.arguments import check_codec
 from kvlink_rag.engine.backbone import Backbone
-from kvlink_rag.engine.device import DeviceMemory
 from kvlink_rag.errors import StorageError
 from kvlink_rag.trace import Trace
 
+from .codecs import in_codec
+from .device_cache import DeviceMemory
 from .encode import encode_many
-from .snapshot import (
-    EXACT,
-    AnySnapshot,
-    Snapshot,
-    Source,
-    in_codec,
-    snapshot_key,
-)
+from .file_format import snapshot_key
+from .kept_runs import PrefixCache
+from .snapshot import EXACT, AnySnapshot, Snapshot, Source
 from .store import SnapshotStore
 
 TokenIds = tuple[int, ...]
 
 logger = logging.getLogger(__name__)
+
+
+class SnapshotSource(Protocol):
+    """Where the snapshots of a prompt's passages come from."""
+
+    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> Sequence[Source]:
+        """One snapshot a passage (token ids), in order; times and counts go into `trace`."""
+        ...
+
+
+class EncodeNow:
+    """The source that keeps nothing: every passage is encoded when asked for, once a prompt.
+
+    codec: what the snapshots go through, as those of a collection with this codec would.
+    """
+
+    def __init__(self, backbone: Backbone, codec: str = EXACT) -> None:
+        self.backbone, self.codec = backbone, check_codec(codec)
+
+    def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[AnySnapshot]:
+        """See `SnapshotSource`."""
+        unique = list(dict.fromkeys(passages))
+        with trace.stage("encode", self.backbone.synchronize):
+            encoded = encode_many(self.backbone, unique)
+            made = {unique[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
+        trace.snapshots_encoded += len(unique)
+        return [made[ids] for ids in passages]
 
 
 class StoredSnapshots:
@@ -125,3 +151,17 @@ class StoredSnapshots:
             return ""
         ids = self._users(key)
         return f"document {', '.join(map(repr, ids[:3]))}" if ids else "a passage of no document"
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What a collection brings to a model: its snapshots and its kept runs (None: keep none).
+
+    scope: of the kept runs; another one for each codec, since runs come from what they follow.
+    memory: where on the device its snapshots are kept, or None.
+    """
+
+    snapshots: SnapshotSource
+    prefix: PrefixCache | None = None
+    scope: str = ""
+    memory: DeviceMemory | None = None

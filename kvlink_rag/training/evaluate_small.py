@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
+from kvlink_rag.engine.live_cache import as_argument
 from kvlink_rag.prompt.layout import Layout, layout, visibility
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
@@ -100,9 +101,9 @@ def greedy(model: LlamaForCausalLM, laid_out: Layout, most: int = 48) -> list[in
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **as_argument(cache, model),
         ).logits
         token = int(logits[0, -1].argmax())
         if token == model.config.eos_token_id:

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
-from kvlink_rag.collection.adding import embedded_text
-from kvlink_rag.retrieval.rounds import followed
+from kvlink_rag.retrieval.rounds import embedded_text, followed
 
 from .facts import KINDS
 from .formats import document

@@ -29,7 +29,6 @@ from kvlink_rag.prompt.spec import PromptPreset
 torch.set_num_threads(1)
 
 SLOTS, LINKS = 12, 2
-HANGING = 280.0  # seconds: only what would never end takes so long
 TEMPLATE = (
     "<bos>{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -138,40 +137,31 @@ def _own_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Responsive:
-    """Makes work in other threads wait until the event loop has turned."""
+    """Whether the event loop turns while something runs in another thread, which waits for that."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._turned = threading.Event()
-        self.waits = 0
+        self._turns = 0
 
-    def waiting(self, target: Any, name: str) -> None:
-        """Make a function wait for the loop; in the loop's own thread it fails."""
+    def meet(self, target: Any, name: str) -> None:
+        """Let each call of a function wait in its thread until the loop has turned."""
         real = getattr(target, name)
 
         def wait(*arguments: Any, **named: Any) -> Any:
             assert threading.current_thread() is not threading.main_thread()
-            self._turned.clear()
-            assert self._turned.wait(HANGING), "the event loop stands still"
-            self.waits += 1
+            turned = threading.Event()
+            self._loop.call_soon_threadsafe(turned.set)
+            assert turned.wait(600), "the event loop stands still"
+            self._turns += 1
             return real(*arguments, **named)
 
         self._monkeypatch.setattr(target, name, wait)
 
     async def turns(self, work: Awaitable[Any]) -> int:
-        """How often `work` waited for the loop, and the loop turned."""
-        before = self.waits
-        task = asyncio.create_task(self._turn())
-        try:
-            await work
-        finally:
-            task.cancel()
-        return self.waits - before
-
-    async def _turn(self) -> None:
-        while True:
-            await asyncio.sleep(0.001)
-            self._turned.set()
+        """How many calls met the turning loop during `work`."""
+        self._loop, before = asyncio.get_running_loop(), self._turns
+        await work
+        return self._turns - before
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ need not be trained.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -117,6 +119,14 @@ def rendered_tokens(model: KVLinkModel, nodes: Sequence[TextNode]) -> int:
     return sum(
         len(model.tokenizer.encode(f"{node.metadata['title']}: {node.text}\n")) for node in nodes
     )
+
+
+def wait_for_a_turn(loop: asyncio.AbstractEventLoop) -> None:
+    """In another thread than the loop's: wait until the loop has turned."""
+    turned = threading.Event()
+    loop.call_soon_threadsafe(turned.set)
+    assert threading.current_thread() is not threading.main_thread()
+    assert turned.wait(600), "the event loop stands still"
 
 
 class Calls:

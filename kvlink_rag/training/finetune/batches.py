@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlink_rag.engine.backbone import masks_by_layer
+from kvlink_rag.engine.families import masks_by_layer
 from kvlink_rag.prompt.layout import sees
 from kvlink_rag.training.blocks import bins_of
 

@@ -6,12 +6,12 @@ tokenizer's chat template.
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
 from kvlink_rag.documents import Text
-from kvlink_rag.errors import ConfigError
+from kvlink_rag.errors import ConfigError, PromptError
+from kvlink_rag.prompt.chat import has_template, template_pieces
 from kvlink_rag.prompt.spec import PromptPreset
 
 
@@ -59,28 +59,17 @@ def find_chat(name: str, tokenizer: Any) -> Chat:
     """
     if name == "llama3":
         return LLAMA3
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise ConfigError("the tokenizer has no chat template; set chat: llama3 or give it one")
-    marks = [f"\ue000{uuid.uuid4().hex}\ue001" for _ in range(4)]
-    roles = ("system", "user", "assistant", "user")
-    rendered = tokenizer.apply_chat_template(
-        [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    pieces = []
-    for mark in marks:
-        if rendered.count(mark) != 1:
-            raise ConfigError(
-                "the chat template drops, repeats or reorders messages; write another"
-            )
-        before, _, rendered = rendered.partition(mark)
-        pieces.append(before)
+    try:
+        pieces = template_pieces(tokenizer, ("system", "user", "assistant", "user"))
+    except PromptError as error:
+        raise ConfigError(f"{error}; write another template") from error
     end = tokenizer.eos_token
-    if not end or not pieces[3].startswith(end) or pieces[2] != rendered:
+    system, user, assistant, again, last = pieces
+    if not end or not again.startswith(end) or assistant != last:
         raise ConfigError(
-            f"found {pieces[3]!r} after an answer and {pieces[2]!r}, then {rendered!r} before one; "
+            f"found {again!r} after an answer and {assistant!r}, then {last!r} before one; "
             f"expected the first to begin with the end of text {end!r}, the others to be the same"
         )
-    system, user, assistant, again = pieces
     return Chat(system, user, assistant, again, end)

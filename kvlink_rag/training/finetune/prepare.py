@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvlink_rag.engine.backbone import check_supported
+from kvlink_rag.disk.model_files import resolve
+from kvlink_rag.engine.families import check_supported
 from kvlink_rag.errors import ConfigError, MissingExtra
-from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer, resolve
+from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer
 from kvlink_rag.prompt.spec import SPEC_FILE, Spec
 
 from .chat import Chat, find_chat

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from kvlink_rag.collection.adding import embedded_text
 from kvlink_rag.datasets.rows import Row, Source, rows
 from kvlink_rag.datasets.schemas import question_answering
 from kvlink_rag.datasets.sets import Skipped
+from kvlink_rag.disk.model_files import resolve
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentError, ExampleError, KVLinkError
-from kvlink_rag.model.loading import resolve
 from kvlink_rag.retrieval.contriever import mean_pooling
+from kvlink_rag.retrieval.rounds import embedded_text
 
 log = logging.getLogger(__name__)
 

@@ -140,8 +140,8 @@ def test_what_registering_takes(
 async def test_registering_leaves_the_event_loop_free(
     rag: KVLinkRAG, towns: list[Document], responsive: Any
 ) -> None:
-    responsive.slow(rag, "register")
-    assert await responsive.turns(aregister_documents(rag, towns)) >= 5
+    responsive.meet(rag, "register")
+    assert await responsive.turns(aregister_documents(rag, towns)) == 1
     assert len(rag) == len(towns)
 
 
@@ -193,8 +193,8 @@ async def test_the_documents_chain_async(
     text = chain.invoke(input)
     assert await chain.ainvoke(input) == text
     assert "".join([piece async for piece in chain.astream(input)]) == text
-    responsive.slow(type(rag.model.backbone), "forward", 0.1)
-    assert await responsive.turns(chain.ainvoke(input)) >= 15
+    responsive.meet(type(rag.model.backbone), "forward")
+    assert await responsive.turns(chain.ainvoke(input)) == 4
 
 
 def test_a_system_prompt_and_a_history(rag: KVLinkRAG, towns: list[Document]) -> None:

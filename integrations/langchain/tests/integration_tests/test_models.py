@@ -32,8 +32,6 @@ from kvlink_rag.errors import (
     TooManyPassages,
 )
 
-HANGING = 280.0  # seconds: only what would never end takes so long
-
 
 class Tokens(BaseCallbackHandler):
     """Notes what a callback sees."""
@@ -122,40 +120,19 @@ def test_streaming_comes_in_pieces(llm: ChatKVLink) -> None:
     assert whole.response_metadata["trace"]["generated_tokens"] == 8
 
 
-class Steps:
-    """Counts the model's forwards; after `most` of them each waits until it is let go."""
-
-    def __init__(self, rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> None:
-        self.count, self.let_go, self.closed = 0, threading.Event(), threading.Event()
-        forward, complete = type(rag.model.backbone).forward, rag.complete
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            self.count += 1
-            assert self.count < most or self.let_go.wait(HANGING)
-            return forward(*arguments, **named)
-
-        def noted(*arguments: Any, **named: Any) -> Any:
-            stream = complete(*arguments, **named)
-            close = stream.close
-            monkeypatch.setattr(stream, "close", lambda: (close(), self.closed.set()))
-            return stream
-
-        monkeypatch.setattr(type(rag.model.backbone), "forward", counted)
-        monkeypatch.setattr(rag, "complete", noted)
-
-
 def test_the_first_piece_comes_before_the_last_is_made(
-    llm: ChatKVLink, rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
+    rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that is left after its first piece has not run to its end."""
-    llm.invoke("Hello")
-    steps = Steps(rag, monkeypatch)
-    stream = llm.stream("Hello")
+    steps = []
+    real = type(rag.model.backbone).forward
+    monkeypatch.setattr(
+        type(rag.model.backbone), "forward", lambda *a, **n: steps.append(1) or real(*a, **n)
+    )
+    stream = ChatKVLink(rag=rag, max_tokens=40).stream("Hello")
     next(stream)
     stream.close()
-    left, steps.count = steps.count, 0
-    llm.invoke("Hello")
-    assert left < steps.count
+    assert 0 < len(steps) < 20
 
 
 async def test_async_is_the_same(llm: ChatKVLink, towns: list[Document]) -> None:
@@ -174,7 +151,7 @@ async def test_the_event_loop_turns_meanwhile(
     llm: ChatKVLink, rag: KVLinkRAG, responsive: Any
 ) -> None:
     """Opening, prefill and every token are made in other threads."""
-    responsive.waiting(type(rag.model.backbone), "forward")
+    responsive.meet(type(rag.model.backbone), "forward")
     text = KVLinkLLM(rag=rag, max_tokens=4)
     few = ChatKVLink(rag=rag, max_tokens=4)
 
@@ -183,22 +160,31 @@ async def test_the_event_loop_turns_meanwhile(
             pass
 
     for work in (few.ainvoke("Hello"), text.ainvoke("Hello"), stream(few), stream(text)):
-        assert await responsive.turns(work) == 4
+        assert await responsive.turns(work) == 4  # the prefill and every token after it
 
 
 async def test_a_cancelled_call_stops_generating(
     rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Steps(rag, monkeypatch, most=3)
-    task = asyncio.create_task(ChatKVLink(rag=rag, max_tokens=1000).ainvoke("Hello"))
-    while steps.count < 3:
-        await asyncio.sleep(0.001)
+    steps, third, cancelled = [], asyncio.Event(), threading.Event()
+    loop, real = asyncio.get_running_loop(), type(rag.model.backbone).forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            loop.call_soon_threadsafe(third.set)
+            cancelled.wait(600)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(type(rag.model.backbone), "forward", forward)
+    task = asyncio.create_task(ChatKVLink(rag=rag, max_tokens=100).ainvoke("Hello"))
+    await third.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    steps.let_go.set()
-    assert await asyncio.to_thread(steps.closed.wait, HANGING)
-    assert steps.count < 900  # what the piece it was at still takes, not the answer
+    cancelled.set()
+    await loop.shutdown_default_executor()  # what still runs there has ended
+    assert len(steps) < 10  # the piece it was at, of at most four bytes
 
 
 def test_concurrent_calls_are_as_single_ones(llm: ChatKVLink, towns: list[Document]) -> None:
@@ -383,5 +369,5 @@ def test_a_stream_left_open_at_exit_says_nothing(kind: str, tmp_path: Path) -> N
         f"stream = {kind}(directory={str(tmp_path)!r}, max_tokens=50).stream('Hello')\n"
         "next(stream)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llama_index.core.callbacks.token_counting import TokenCountingHandler
 from llama_index.llms.kvlink import KVLink
 from llama_index.llms.kvlink.errors import KVLinkCallError
 from llama_index.llms.kvlink.nodes import to_documents
-from tiny import rendered_tokens, town_nodes
+from tiny import rendered_tokens, town_nodes, wait_for_a_turn
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.errors import KVLinkError, PromptTooLong
@@ -75,10 +76,15 @@ def test_async_twins_give_the_same(llm: KVLink) -> None:
     assert asyncio.run(ask()) == [completed, completed, chatted, chatted]
 
 
-class Slow:
-    """Makes every piece of text wait, counts them, and notes the threads that make them."""
+class Watched:
+    """Calls `before` each piece of text, counts them, and notes the threads that make them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: KVLinkModel, seconds: float) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        model: KVLinkModel,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
         self.pieces = 0
         self.threads: set[int] = set()
         real = model.stream
@@ -88,14 +94,14 @@ class Slow:
             found = real(*arguments, **options)
             pieces = found._pieces
 
-            def slowly() -> Any:
+            def counted() -> Any:
                 for piece in pieces:
-                    time.sleep(seconds)
+                    before()
                     self.threads.add(threading.get_ident())
                     self.pieces += 1
                     yield piece
 
-            found._pieces = slowly()
+            found._pieces = counted()
             return found
 
         monkeypatch.setattr(model, "stream", stream)
@@ -104,61 +110,62 @@ class Slow:
 def test_the_event_loop_is_not_blocked(
     tmp_path: Path, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(monkeypatch, model, 0.05)
+    loop = asyncio.new_event_loop()
+    watched = Watched(monkeypatch, model, lambda: wait_for_a_turn(loop))
     real = KVLinkRAG.open
 
-    def slow_open(*arguments: Any, **options: Any) -> KVLinkRAG:
-        slow.threads.add(threading.get_ident())
+    def watched_open(*arguments: Any, **options: Any) -> KVLinkRAG:
+        wait_for_a_turn(loop)
+        watched.threads.add(threading.get_ident())
         return real(*arguments, **options)
 
-    monkeypatch.setattr(KVLinkRAG, "open", slow_open)
+    monkeypatch.setattr(KVLinkRAG, "open", watched_open)
     llm = KVLink(directory=tmp_path, model=model, max_new_tokens=8)
 
-    async def turns_of_the_loop() -> int:
-        async def ask() -> None:
-            await llm.acomplete("Hello there!")
-            async for _ in await llm.astream_chat(HELLO):
-                pass
+    async def ask() -> None:
+        await llm.acomplete("Hello there!")
+        async for _ in await llm.astream_chat(HELLO):
+            pass
 
-        asking, turns = asyncio.create_task(ask()), 0
-        while not asking.done():
-            await asyncio.sleep(0.005)
-            turns += 1
-        await asking
-        return turns
-
-    turns = asyncio.run(turns_of_the_loop())
-    assert slow.pieces > 8
-    assert turns > slow.pieces
-    assert threading.get_ident() not in slow.threads  # opening, loading and every token
+    loop.run_until_complete(ask())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    assert watched.pieces > 8
+    assert threading.get_ident() not in watched.threads  # opening, loading and every token
 
 
 def test_a_cancelled_call_stops_generating(
     llm: KVLink, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(monkeypatch, model, 0.2)
+    second, cancelled = threading.Event(), threading.Event()
+
+    def before() -> None:
+        if watched.pieces == 1:
+            second.set()
+            cancelled.wait(600)
+
+    watched = Watched(monkeypatch, model, before)
 
     async def cancel() -> None:
         asking = asyncio.create_task(llm.acomplete("Hello there!", max_new_tokens=200))
-        while slow.pieces < 2:
-            await asyncio.sleep(0.05)
+        while not second.is_set():
+            await asyncio.sleep(0.01)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
+        cancelled.set()
 
-    asyncio.run(cancel())
-    said = slow.pieces
-    time.sleep(0.5)
-    assert said <= slow.pieces <= said + 1 < 20
+    asyncio.run(cancel())  # which waits for its threads to end
+    assert watched.pieces == 2
 
 
 def test_a_stream_that_is_left_stops_generating(
     llm: KVLink, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(monkeypatch, model, 0.0)
+    watched = Watched(monkeypatch, model)
     for _ in llm.stream_complete("Hello there!", max_new_tokens=200):
         break
-    assert slow.pieces == 1
+    assert watched.pieces == 1
 
     async def leave() -> None:
         stream = await llm.astream_complete("Hello there!", max_new_tokens=200)
@@ -167,7 +174,7 @@ def test_a_stream_that_is_left_stops_generating(
         await stream.aclose()
 
     asyncio.run(leave())
-    assert slow.pieces == 2
+    assert watched.pieces == 2
 
 
 def test_nothing_runs_before_the_first_piece(llm: KVLink) -> None:
@@ -318,7 +325,7 @@ def test_the_collection_is_opened_once_by_many_threads(
 
     def slow_open(*arguments: Any, **options: Any) -> KVLinkRAG:
         opened.append(threading.get_ident())
-        time.sleep(0.2)
+        time.sleep(0.2)  # long enough for the other threads to come to it
         return real(*arguments, **options)
 
     monkeypatch.setattr(KVLinkRAG, "open", slow_open)

@@ -14,7 +14,7 @@ from kvlink_rag.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkModel, KVLinkRAG
-    from kvlink_rag.model.outline import ModelOutline
+    from kvlink_rag.prompt.format import PromptFormat
 
 ModelLike = Union["KVLinkModel", str, Path, None]
 DirectoryLike = str | Path | None
@@ -51,7 +51,7 @@ class Collection:
         self.model, self.embedder, self.directory, self.device = model, embedder, directory, device
         self.codec = codec
         self._given = self._rag = rag
-        self._outline: ModelOutline | None = None
+        self._outline: PromptFormat | None = None
         self._lock = threading.Lock()
 
     def names(self) -> dict[str, str | None]:
@@ -81,7 +81,7 @@ class Collection:
                 )
             return self._rag
 
-    def outline(self) -> ModelOutline:
+    def outline(self) -> PromptFormat:
         """The model's window, tokenizer and spec, without its weights."""
         if self._outline is None:
             self._outline = self.rag().outline()

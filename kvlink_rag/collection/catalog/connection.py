@@ -1,0 +1,198 @@
+"""Connections to a catalog's file, and transactions on them. Knows no table and no document.
+
+One transaction a change, on the disk before it is acknowledged (WAL, `synchronous=FULL`). What
+SQLite and the system raise is told as ours. A file that was removed or replaced is noticed before
+each transaction; on a read-only file system it is read as it stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvlink_rag.disk import atomic_files
+from kvlink_rag.errors import CatalogError, DocumentError
+
+from .records import Row
+
+logger = logging.getLogger(__name__)
+
+_PRAGMAS = ("synchronous=FULL", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0")
+_BUSY_SECONDS = 60
+_IDLE_CONNECTIONS = 4
+
+Sql = sqlite3.Connection
+_Result = TypeVar("_Result")
+
+_forked: list[list[Sql]] = []
+# A thread that closes a file drops the process's POSIX locks on it, also SQLite's in another
+# thread: so no catalog is opened while one is made.
+OPENING = threading.Lock()
+
+
+class Database:
+    """Connections to the file at `path`, lent to one user at a time, few kept.
+
+    For any number of threads and processes. Raises `CatalogError` where it cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _identity(path)
+        self._idle: list[Sql] = []
+        self._pid = os.getpid()
+
+    def read(self, action: Callable[[Sql], _Result]) -> _Result:
+        """Run `action` on one consistent state."""
+        return self._transact("BEGIN", action)
+
+    def write(self, action: Callable[[Sql], _Result]) -> _Result:
+        """Run `action` in one write transaction, on the disk when this returns."""
+        return self._transact("BEGIN IMMEDIATE", action)
+
+    def all(self, statement: str, *values: object) -> list[Row]:
+        """All rows of a SELECT."""
+        return self.read(lambda sql: sql.execute(statement, values).fetchall())
+
+    def one(self, statement: str, *values: object) -> Any:
+        """The one value of a SELECT."""
+        rows = self.all(statement, *values)
+        if len(rows) != 1:
+            raise CatalogError(f"{self.path} is damaged: found {len(rows)} rows, expected 1")
+        return rows[0][0]
+
+    def number(self, statement: str, *values: object) -> int:
+        """The one number of a SELECT."""
+        return integer(self.one(statement, *values))
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def _transact(self, begin: str, action: Callable[[Sql], _Result]) -> _Result:
+        with errors(self.path), self._connection() as sql:
+            before = sql.total_changes
+            sql.execute(begin)
+            result = action(sql)
+            written = sql.total_changes > before
+            sql.execute("COMMIT")
+            if written:
+                _checkpoint(sql)
+            return result
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Sql]:
+        """Lend a connection; after an error it is closed, which rolls back."""
+        sql = self._take()
+        try:
+            yield sql
+        except BaseException:
+            sql.close()
+            raise
+        if len(self._idle) < _IDLE_CONNECTIONS:
+            self._idle.append(sql)
+        else:
+            sql.close()
+
+    def _take(self) -> Sql:
+        if self._pid != os.getpid():  # forked: SQLite's connections must not be used, nor closed
+            _forked.append(self._idle)
+            self._idle, self._pid = [], os.getpid()
+        if _identity(self.path) != self._file:
+            raise CatalogError(
+                f"the catalog {self.path} was removed or replaced while it was open; bring it "
+                "back from a backup if it is gone, then open the collection again"
+            )
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return connect(self.path)
+
+
+def connect(path: Path, journal: str = "journal_mode=WAL") -> Sql:
+    """A connection that never creates the file; for reading, on a read-only file system."""
+    frozen = atomic_files.is_read_only(path.parent)
+    if frozen:
+        _refuse_log(path)
+    sql = sqlite3.connect(
+        f"{path.as_uri()}?{'mode=ro&immutable=1' if frozen else 'mode=rw'}",
+        uri=True,
+        timeout=_BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    sql.text_factory = _decode
+    try:
+        for pragma in _PRAGMAS if frozen else (*_PRAGMAS, journal):
+            sql.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        sql.close()
+        raise
+    return sql
+
+
+@contextlib.contextmanager
+def errors(path: Path) -> Iterator[None]:
+    """Tell SQLite's and the system's errors as ours."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"found {error.object[:40]!r}, expected valid Unicode") from error
+    except CatalogError:
+        raise
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
+
+
+def integer(found: object) -> int:
+    """`found`. Raises `CatalogError` where it is no number, as every one that we write is."""
+    if not isinstance(found, int):
+        raise CatalogError(f"the catalog is damaged: found {found!r}, expected a number")
+    return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file lies at `path`: an open connection would go on writing to one that was removed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _decode(data: bytes) -> str:
+    """Text as it is stored; of damaged text something, so that its checksum can tell."""
+    return data.decode(errors="backslashreplace")
+
+
+def _refuse_log(path: Path) -> None:
+    """Raise where changes wait in the log: on a read-only file system nobody can bring them in."""
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise CatalogError(
+            f"{path} lies on a read-only file system and {log.name} holds changes; open it once "
+            "where it can be written"
+        )
+
+
+def _checkpoint(sql: Sql) -> None:
+    """Bring the change into the database file and empty the write-ahead log, unless it is in use.
+
+    At rest the catalog is then one file, and no later damage to the log can undo a change. Skipped
+    while another connection reads; the next change, or the last close, catches up.
+    """
+    try:
+        sql.execute("PRAGMA busy_timeout = 0")
+        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error as error:
+        logger.debug("the catalog's log stays for now: %s", error)
+    finally:
+        sql.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")

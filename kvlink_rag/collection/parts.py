@@ -1,0 +1,78 @@
+"""What the two lives of a collection work with: a few open things, two of them loaded when needed.
+
+Knows which parts there are and how they are put together; knows no step of either life.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.prompt.recognition import Recogniser
+from kvlink_rag.retrieval.contriever import Embedder
+from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
+
+from .catalog import Catalog
+from .search_index import SearchIndex
+from .settings import Settings
+
+Thing = TypeVar("Thing")
+
+
+class Once(Generic[Thing]):
+    """A thing that is loaded when first asked for, once, under a lock of its own."""
+
+    def __init__(self, load: Callable[[], Thing]) -> None:
+        self._load = load
+        self._lock = threading.Lock()
+        self.held: Thing | None = None
+
+    def __call__(self) -> Thing:
+        """The thing; others who ask meanwhile wait for the one that loads it."""
+        with self._lock:
+            if self.held is None:
+                self.held = self._load()
+            return self.held
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The language model, and what needs its tokenizer, its spec or its device."""
+
+    model: KVLinkModel
+    snapshots: StoredSnapshots
+    reuse: Reuse
+    recogniser: Recogniser
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of an open collection.
+
+    prefix: computed runs kept between questions, or None. loaded: the model's part, loaded by the
+    first call.
+    """
+
+    directory: Path
+    catalog: Catalog
+    store: SnapshotStore
+    index: SearchIndex
+    settings: Settings
+    prefix: PrefixCache | None
+    loaded: Once[Loaded]
+
+    def embedder(self) -> Embedder:
+        """The embedder, loaded by the first call. Raises `SettingsMismatch`."""
+        return self.settings.embedder()
+
+    def close(self) -> None:
+        """Save the index and release the directory. Nothing is lost without it."""
+        self.index.close()
+        self.store.close()
+        self.catalog.close()

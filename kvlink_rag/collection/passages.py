@@ -1,0 +1,89 @@
+"""Documents on their way to snapshots: checked, tokenised, encoded where the store has none.
+
+Shared by adding, checking and re-encoding. Knows the parts of a collection; decides nothing about
+which documents there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from kvlink_rag.documents import Document
+from kvlink_rag.errors import DocumentError, PassageTooLong
+from kvlink_rag.snapshots.encode import encode_many
+
+from .catalog import Entry
+from .parts import Parts
+
+ANSWER_ROOM = 64  # tokens of the window that a single passage must leave free
+
+
+@dataclass(frozen=True, slots=True)
+class Encodable:
+    """A passage on its way to a snapshot."""
+
+    document: Document
+    token_ids: tuple[int, ...]
+    key: str
+
+
+def checked(document: Document) -> Document:
+    """`document` with an id. Raises `DocumentError` where it is none or has no text."""
+    if not isinstance(document, Document):
+        raise DocumentError(f"found a {type(document).__name__}, expected a kvlink_rag.Document")
+    if not document.text.strip():
+        name = document.id or document.title or "(no id)"
+        raise DocumentError(f"document {name!r} has no text; leave it out")
+    return document.identified()
+
+
+def encodable(parts: Parts, document: Document) -> Encodable:
+    """Token ids and key of `document`. Raises `PassageTooLong` beyond the model's window."""
+    loaded = parts.loaded()
+    ids = loaded.model.passage_tokens(document)
+    most = loaded.model.window - ANSWER_ROOM
+    if len(ids) > most:
+        raise PassageTooLong(
+            f"document {document.id!r} has {len(ids)} tokens, the model's window leaves room for "
+            f"{most}; split it with kvlink_rag.split_document"
+        )
+    return Encodable(document, ids, loaded.snapshots.key(ids))
+
+
+def encode_missing(parts: Parts, passages: Sequence[Encodable]) -> list[int]:
+    """Encode and store every passage whose snapshot the store lacks; the tokens of each of these.
+
+    None where snapshots depend on the slot (rank "exact"): those are encoded for each question.
+    """
+    loaded = parts.loaded()
+    if loaded.model.spec.rank == "exact":
+        return []
+    waiting = list({p.key: p for p in passages if p.key not in parts.store}.values())
+    for index, snapshot in encode_many(loaded.model.backbone, [p.token_ids for p in waiting]):
+        loaded.snapshots.put(waiting[index].key, snapshot)
+    return [len(passage.token_ids) for passage in waiting]
+
+
+def has_snapshot(parts: Parts, entry: Entry) -> bool:
+    """Whether the store holds this entry's snapshot."""
+    return entry.snapshot_key is not None and entry.snapshot_key in parts.store
+
+
+def remove_unused(parts: Parts, gone: Iterable[Entry]) -> None:
+    """Remove the snapshots of replaced or deleted entries that no other document shares."""
+    for key in {entry.snapshot_key for entry in gone}:
+        if key is not None and parts.catalog.snapshot_users(key) == 0:
+            parts.store.delete(key)
+
+
+Item = TypeVar("Item")
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of up to `size` items."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

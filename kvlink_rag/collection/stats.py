@@ -1,0 +1,77 @@
+"""What a collection holds, and what its parts have seen since it was opened. Knows counters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .parts import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a collection holds, and what its store has seen since it was opened.
+
+    tokens: of all passages. bytes_per_token: of the stored snapshots; 0.0 where there are none.
+    hits, misses: snapshots asked for and found, or not; corrupt: those refused, which are misses
+    too. encoded: those made for questions because they were missing. evicted: to keep the limit.
+    """
+
+    documents: int
+    embedded: int
+    tokens: int
+    snapshots: int
+    snapshot_bytes: int
+    bytes_per_token: float
+    hits: int
+    misses: int
+    corrupt: int
+    evicted: int
+    encoded: int
+    prefix_bytes: int
+    prefix_hits: int
+    prefix_misses: int
+    model: str
+    embedder: str
+    codec: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def stats(parts: Parts) -> Stats:
+    """Counts, bytes and counters, as they are now; loads nothing."""
+    seen, prefix, loaded = parts.store.stats(), parts.prefix, parts.loaded.held
+    tokens, stored = _tokens(parts)
+    return Stats(
+        documents=parts.catalog.count(),
+        embedded=parts.catalog.embedded(),
+        tokens=tokens,
+        snapshots=seen.count,
+        snapshot_bytes=seen.bytes,
+        bytes_per_token=seen.bytes / stored if stored else 0.0,
+        hits=seen.hits,
+        misses=seen.misses,
+        corrupt=seen.corrupt,
+        evicted=seen.evicted,
+        encoded=loaded.snapshots.encoded if loaded else 0,
+        prefix_bytes=prefix.nbytes if prefix else 0,
+        prefix_hits=prefix.hits if prefix else 0,
+        prefix_misses=prefix.misses if prefix else 0,
+        model=parts.settings.model_name,
+        embedder=parts.settings.embedder_name,
+        codec=parts.settings.codec,
+    )
+
+
+def _tokens(parts: Parts) -> tuple[int, int]:
+    """Tokens of all passages, and of those distinct ones whose snapshot is stored."""
+    total = 0
+    stored: dict[str, int] = {}
+    held = set(parts.store.keys())
+    for key, tokens in parts.catalog.snapshots():
+        total += tokens or 0
+        if key in held:
+            stored[str(key)] = tokens or 0
+    return total, sum(stored.values())

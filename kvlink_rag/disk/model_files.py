@@ -1,0 +1,92 @@
+"""Where model files lie, and on which device and in which dtype they are to be loaded.
+
+Directories, hub ids and "bundled" to a directory. Knows names and files; knows no kind of model.
+`HF_HUB_OFFLINE` is honoured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from kvlink_rag.errors import ConfigError
+
+BUNDLED = "bundled"
+BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
+
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -> Path:
+    """The directory that holds the model `name`, fetched from the hub if it is an id there.
+
+    bundled: the folder of the bundled pair ("lm" or "encoder") that the name "bundled" means.
+    Raises `ConfigError` where there is no such directory and no such repository at hand.
+    """
+    if str(name) == BUNDLED:
+        return BUNDLED_DIRECTORY / bundled
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise ConfigError(f"no model directory at {path}; give a directory or a hub id owner/name")
+    return _snapshot(str(name), files or _FILES)
+
+
+def _snapshot(repository: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"the model {repository!r} is neither a directory here nor to be had from the hub "
+            f"({type(error).__name__}: {reason}); go online, log in with `hf auth login` where the "
+            "repository is gated, or give the path of a directory"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet(directory: Path) -> Iterator[None]:
+    """No progress bars of transformers while the bundled pair loads, which takes no time."""
+    from transformers.utils import logging
+
+    hush = directory.is_relative_to(BUNDLED_DIRECTORY) and logging.is_progress_bar_enabled()
+    if hush:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hush:
+            logging.enable_progress_bar()
+
+
+def find_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda[:n]'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, but this torch sees no CUDA device; use 'cpu'")
+    return found
+
+
+def find_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype is {dtype!r}, expected 'auto', 'float32', 'bfloat16', 'float16'")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says first, else its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,147 @@
+"""Live caches: the keys and values of running prompts, in buffers that are filled in place.
+
+The only module that knows transformers' cache classes. Knows no model, no snapshot and no prompt;
+of what may stand behind a cache it knows two protocols.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .copy_stream import Mark
+
+
+class CacheWorkspace(Protocol):
+    """What a live cache may belong to: buffers of fixed capacity with forwards of their own."""
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, segments: Tensor, cache: LiveCache, keep: int
+    ) -> Tensor | None:
+        """See `Backbone.forward`; None where the plain forward has to go on with `cache`."""
+        ...
+
+
+class WorkspacePool(Protocol):
+    """Where live caches in free workspaces come from."""
+
+    def take(
+        self, positions: Tensor, segments: Tensor, capacity: int, computed: int
+    ) -> LiveCache | None:
+        """A live cache in a free workspace, its first entries yet to be filled, or None.
+
+        positions, segments: int64 [entries] of these on the CPU. capacity: entries in all.
+        computed: tokens of the first forward.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Drop the workspaces that are free."""
+        ...
+
+
+class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a live cache: a buffer filled in place, [1, kv_heads, capacity, head_dim].
+
+    Always a full-attention layer: sliding windows are part of the mask, never of the cache.
+    places: int64 [tokens], the entries that `update` writes over instead of appending, or None.
+    """
+
+    is_sliding = False
+    places: Tensor | None = None
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [1, kv_heads, tokens, head_dim]; return everything so far, as views."""
+        if self.places is not None:
+            self.keys[:, :, self.places] = key_states
+            self.values[:, :, self.places] = value_states
+            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:
+            self._grow()
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def _grow(self) -> None:
+        shape = list(self.keys.shape)
+        used, shape[2] = shape[2], max(self.length, 2 * shape[2])
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(shape)
+            new[:, :, :used] = old
+            setattr(self, name, new)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class LiveCache(Cache):  # type: ignore[misc]
+    """The cache of one running prompt, with the position and segment of each entry.
+
+    Entries may stand in any order; `positions` and `segments` (int64 [entries], on the device)
+    say where in the prompt each one belongs. Never shared, never stored.
+    workspace: whose buffers it fills and whose forward it takes, or None. ready: for each group of
+    layers there, when its entries are in place; empty where they are.
+    """
+
+    workspace: CacheWorkspace | None = None
+    ready: Sequence[Mark] = ()
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, segments: Tensor) -> None:
+        """keys, values: [layers, kv_heads, capacity, head_dim], filled up to len(positions)."""
+        length = len(positions)
+        layers = zip(keys.unsqueeze(1), values.unsqueeze(1), strict=True)
+        super().__init__(layers=[LiveLayer(k, v, length) for k, v in layers])
+        self.buffers = (keys, values)  # valid until the cache grows past its capacity
+        self.positions, self.segments = positions, segments
+
+    def entries(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the entries at `places` (int64 [n], on the device).
+
+        Keys (after RoPE) and values, each [layers, kv_heads, n, head_dim].
+        """
+        keys = torch.stack([layer.keys[0].index_select(1, places) for layer in self.layers])
+        values = torch.stack([layer.values[0].index_select(1, places) for layer in self.layers])
+        return keys, values
+
+
+def cache_of(layers: Sequence[LiveLayer]) -> Cache:
+    """A cache of such layers as the model takes it, for several prompts at once."""
+    return Cache(layers=list(layers))
+
+
+def as_argument(cache: Cache | None, module: torch.nn.Module) -> dict[str, Cache | None]:
+    """`cache` under the name that the forward of `module` (a model or one layer) gives it.
+
+    transformers calls it "cache" from 5.24 on and "past_key_values" before; a forward swallows the
+    other name without a word, and is wrong.
+    """
+    return {_cache_name(type(module).forward): cache}
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

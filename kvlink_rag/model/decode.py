@@ -1,0 +1,29 @@
+"""The two forwards of an answer: over the prompt's computed tokens, then over one token a time.
+
+Knows the backbone and token ids; knows no documents, no store and no text.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.live_cache import LiveCache
+from kvlink_rag.prompt.layout import Layout
+from kvlink_rag.snapshots.assemble import Assembled
+
+
+def prefill(backbone: Backbone, prompt: Layout, assembled: Assembled) -> Tensor:
+    """Run over the computed tokens, appending to the cache: float32 logits [vocab] of the next."""
+    left = assembled.computed
+    logits = backbone.forward(
+        prompt.token_ids[left], prompt.positions[left], prompt.segments[left], assembled.cache
+    )
+    return logits[-1]
+
+
+def decode_one_token(backbone: Backbone, token_id: int, position: int, cache: LiveCache) -> Tensor:
+    """Append one generated token at `position`: float32 logits [vocab] of the next."""
+    token, at = torch.tensor([token_id]), torch.tensor([position])
+    return backbone.forward(token, at, torch.zeros(1, dtype=torch.int64), cache)[-1]
