@@ -36,7 +36,7 @@ from langchain_kvlink.generation import (
 from langchain_kvlink.messages import to_conversation
 
 if TYPE_CHECKING:
-    from kvlink_rag import TextStream
+    from langchain_kvlink.generation import Stream
 
 
 class _Refused:
@@ -170,7 +170,7 @@ class ChatKVLink(GenerationFields, BaseChatModel):
 
     def _begin(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, call: dict[str, Any]
-    ) -> TextStream:
+    ) -> Stream:
         """The engine's stream. `use_preset` in a call: passages and one question, no template."""
         use_preset = call.pop("use_preset", False)
         sampling = self.sampling(stop, call)

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.runnables.config import run_in_executor
@@ -22,7 +22,9 @@ from langchain_kvlink.collection import CollectionFields, named
 from langchain_kvlink.errors import NotSupported
 
 if TYPE_CHECKING:
-    from kvlink_rag import KVLinkRAG, TextStream, Trace
+    from kvlink_rag import AnswerStream, KVLinkRAG, TextStream, Trace
+
+    Stream: TypeAlias = AnswerStream | TextStream
 
 SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 # LangChain's standard arguments that mean nothing to a model in this process, and those that
@@ -131,7 +133,7 @@ def usage(trace: Trace) -> UsageMetadata:
     )
 
 
-def response_metadata(rag: KVLinkRAG, stream: TextStream) -> dict[str, Any]:
+def response_metadata(rag: KVLinkRAG, stream: Stream) -> dict[str, Any]:
     """The model's name, why the answer ended, and the trace."""
     trace = stream.trace
     return {
