@@ -13,7 +13,7 @@ from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvlink_rag.errors import ConfigError
-from langchain_kvlink.embeddings import ContrieverEmbeddings, as_lists
+from langchain_kvlink.embeddings import ContrieverEmbeddings, as_lists, checked_texts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,6 +79,8 @@ class CollectionFields(BaseModel):
     def _one_of_both(self) -> Self:
         words = (self.model, self.embedder, self.directory, self.codec)
         named = self.device != "auto" or any(word is not None for word in words)
+        if self.rag is not None and not hasattr(self.rag, "catalog"):
+            raise ConfigError(f"rag is a {type(self.rag).__name__}, expected an open KVLinkRAG")
         if self.rag is not None and named:
             raise ConfigError(
                 "found rag= and one of model=, embedder=, directory=, device=, codec=; an open "
@@ -121,11 +123,12 @@ class CollectionEmbeddings(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Vectors of passages, in order."""
-        return as_lists(self._source.collection.embedder.embed(texts))
+        return as_lists(self._source.collection.embedder.embed(checked_texts(texts)))
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a question."""
-        return as_lists(self._source.collection.embedder.embed_queries([text]))[0]
+        checked = checked_texts([text])
+        return as_lists(self._source.collection.embedder.embed_queries(checked))[0]
 
 
 def named(value: Any) -> str | None:

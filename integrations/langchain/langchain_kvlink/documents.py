@@ -48,15 +48,24 @@ def to_passages(
     for a document without text or of another type, and for another number of ids.
     """
     found = checked_documents(documents)
-    if ids is not None and len(ids) != len(found):
-        raise DocumentError(f"found {len(ids)} ids for {len(found)} documents, expected as many")
-    given = ids if ids is not None else [None] * len(found)
+    given = [None] * len(found) if ids is None else listed(ids, "ids")
+    if len(given) != len(found):
+        raise DocumentError(f"found {len(given)} ids for {len(found)} documents, expected as many")
     passages = [to_passage(d, id, strict=strict) for d, id in zip(found, given, strict=True)]
     if odd := {} if strict else {str(key): 1 for d in found for key in odd_keys(d.metadata)}:
         logger.warning(
             "metadata that is not JSON is kept as text, under the keys %s", ", ".join(odd)
         )
     return [passage.identified() for passage in passages]
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """`values` as a list; one string is a list of one. Raises `DocumentError` for what is none."""
+    if isinstance(values, str):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise DocumentError(f"{what} is a {type(values).__name__}, expected a list")
+    return list(values)
 
 
 def checked_documents(documents: Iterable[Document]) -> list[Document]:

@@ -9,7 +9,7 @@ import atexit
 import contextlib
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
@@ -115,10 +115,15 @@ class GenerationFields(CollectionFields):
                 f"found model={named(asked)!r} in a call to {self.model_label!r}; construct "
                 "another object for another model"
             )
-        values = {name: call.get(name, getattr(self, name)) for name in SAMPLING}
+        given = {name: call[name] for name in SAMPLING if call.get(name) is not None}
+        values = {name: given.get(name, getattr(self, name)) for name in SAMPLING}
         max_new_tokens = values.pop("max_tokens")
-        ends = self.stop if stop is None else stop
-        return {**values, "max_new_tokens": max_new_tokens, "stop": tuple(ends or ())}
+        ends = (self.stop if stop is None else stop) or ()
+        if isinstance(ends, str):  # else each of its letters would end the answer
+            ends = [ends]
+        if not isinstance(ends, Iterable):
+            raise ConfigError(f"stop is {ends!r}, expected a list of strings")
+        return {**values, "max_new_tokens": max_new_tokens, "stop": tuple(ends)}
 
 
 def usage(trace: Trace) -> UsageMetadata:

@@ -19,9 +19,9 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from kvlink_rag.arguments import check_count
 from kvlink_rag.documents import Hit
-from kvlink_rag.errors import DocumentError
+from kvlink_rag.errors import ConfigError, DocumentError
 from langchain_kvlink.collection import CollectionEmbeddings, CollectionFields
-from langchain_kvlink.documents import from_passage, to_passages
+from langchain_kvlink.documents import from_passage, listed, to_passages
 from langchain_kvlink.errors import UnknownArgument
 from langchain_kvlink.filters import Filter, as_where, once
 
@@ -149,8 +149,11 @@ class KVLinkVectorStore(VectorStore):
         that is no string and for metadata that is no mapping.
         """
         _refuse(kwargs)
-        found = [texts] if isinstance(texts, str) else list(texts)
-        given = [metadatas] if isinstance(metadatas, Mapping) else metadatas or [{} for _ in found]
+        found = [texts] if isinstance(texts, str) else listed(texts, "texts")
+        given = (
+            [metadatas] if isinstance(metadatas, Mapping) else listed(metadatas or (), "metadatas")
+        )
+        given = given or [{} for _ in found]
         if len(given) != len(found):
             raise DocumentError(
                 f"found {len(given)} metadatas for {len(found)} texts, expected as many"
@@ -176,13 +179,17 @@ class KVLinkVectorStore(VectorStore):
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """Delete by id; None deletes all. Ids that are not there are ignored."""
         _refuse(kwargs)
-        wanted = [str(d.id) for d in self.collection.documents()] if ids is None else ids
+        every = ids is None
+        wanted = [str(d.id) for d in self.collection.documents()] if every else listed(ids, "ids")
         self.collection.delete(wanted, missing_ok=True)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Documents by id; those that are not there are left out."""
-        return [from_passage(found) for found in self.collection.get(ids, missing_ok=True)]
+        return [
+            from_passage(found)
+            for found in self.collection.get(listed(ids, "ids"), missing_ok=True)
+        ]
 
     # Searches
 
@@ -268,8 +275,7 @@ class KVLinkVectorStore(VectorStore):
         )
 
     def _embed(self, query: str) -> list[float]:
-        vector: list[float] = self.collection.embedder.embed_queries([query])[0].tolist()
-        return vector
+        return CollectionEmbeddings(self._source).embed_query(query)
 
     def _nearest(self, embedding: Sequence[float], k: int, filter: Filter | None) -> list[Hit]:
         where = once(as_where(filter))
@@ -285,7 +291,10 @@ def _scored(hits: Sequence[Hit]) -> list[tuple[Document, float]]:
 
 
 def _as_vector(embedding: Sequence[float]) -> Vector:
-    return np.asarray(embedding, dtype=np.float32)
+    try:
+        return np.asarray(embedding, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the embedding is no list of numbers: {error}") from error
 
 
 def _length(vector: Vector) -> float:

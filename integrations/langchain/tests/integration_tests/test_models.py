@@ -211,6 +211,9 @@ def test_stop(kind: Any, rag: KVLinkRAG) -> None:
     assert text(kind(rag=rag, max_tokens=12).invoke("Hello", stop=[end])) == before
     assert text(kind(rag=rag, max_tokens=12).bind(stop=[end]).invoke("Hello")) == before
     assert text(kind(rag=rag, max_tokens=12, stop=[end]).invoke("Hello", stop=["\0\0"])) == whole
+    assert text(kind(rag=rag, max_tokens=12).invoke("Hello", stop=end)) == before
+    with pytest.raises(ConfigError, match="stop is 5, expected a list"):
+        kind(rag=rag).invoke("Hello", stop=5)
     streamed = [text(c) for c in kind(rag=rag, max_tokens=12, stop=[end]).stream("Hello")]
     assert "".join(streamed) == before
 
@@ -221,6 +224,8 @@ def test_sampling(rag: KVLinkRAG) -> None:
     assert warm.invoke("Hello").text == text
     assert warm.bind(seed=2).invoke("Hello").text != text
     assert warm.invoke("Hello", top_p=1e-6).text == warm.invoke("Hello", temperature=0).text
+    nothing = {"max_tokens": None, "top_p": None, "seed": None, "temperature": None}
+    assert warm.invoke("Hello", **nothing).text == text
     assert warm.invoke("Hello", max_tokens=3).usage_metadata["output_tokens"] == 3
     with pytest.raises(ConfigError, match="'temprature'"):
         warm.invoke("Hello", temprature=1)

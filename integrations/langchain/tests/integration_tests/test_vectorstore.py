@@ -236,6 +236,25 @@ def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
     for wrong in ("x", Document("x"), ["x"]):
         with pytest.raises(DocumentError, match=r"expected a (list of )?langchain_core Document"):
             store.add_documents(wrong)  # type: ignore[arg-type]
+    for call in (
+        lambda: store.add_texts(None),  # type: ignore[arg-type]
+        lambda: store.add_texts(["x"], 5),  # type: ignore[arg-type]
+        lambda: store.add_texts(["x"], ids=5),  # type: ignore[arg-type]
+        lambda: store.get_by_ids(None),  # type: ignore[arg-type]
+        lambda: store.delete(5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(DocumentError, match="expected a list"):
+            call()
+    for call in (
+        lambda: store.similarity_search_with_relevance_scores(5),  # type: ignore[arg-type]
+        lambda: store.max_marginal_relevance_search(5),  # type: ignore[arg-type]
+        lambda: store.similarity_search_by_vector("abc"),  # type: ignore[arg-type]
+        lambda: ContrieverEmbeddings(embedder=store.collection.embedder).embed_documents("abc"),
+        lambda: KVLinkVectorStore(rag=store.collection).embeddings.embed_query(5),
+        lambda: KVLinkVectorStore(rag=5).add_texts(["x"]),
+    ):
+        with pytest.raises(ValueError, match=r"found|list of numbers|rag is a int"):
+            call()
     with pytest.raises(ConfigError, match="expected float32"):
         store.similarity_search_by_vector([1.0, 2.0])
     assert len(store.collection) == 8

@@ -145,6 +145,7 @@ def test_a_block_as_langchain_wrote_it_before_version_1() -> None:
         ),
         (HumanMessage([{"type": "image", "url": "x"}]), "'image'"),
         (ToolMessage("t", tool_call_id="1"), "calls no tools"),
+        (AIMessage("t", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "calls no tools"),
     ],
 )
 def test_what_cannot_be_asked(message: Any, match: str) -> None:

@@ -167,6 +167,9 @@ def test_rag_goes_with_none_of_the_others(rag: KVLinkRAG) -> None:
         KVLink(rag=rag, model="a/b")
     with pytest.raises(ConfigError, match="give one"):
         KVLinkRetriever(rag=rag, codec="int8")
+    for made in (KVLink, KVLinkRetriever, KVLinkRegister, KVLinkVectorStore, KVLinkSynthesizer):
+        with pytest.raises(ConfigError, match="rag is a int, expected an open KVLinkRAG"):
+            made(rag=5)
     with pytest.raises(TypeError, match="give one"):
         KVLinkSynthesizer(KVLink(rag=rag), codec="int8")
     with pytest.raises(TypeError, match="give one"):

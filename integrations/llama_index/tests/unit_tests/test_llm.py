@@ -198,6 +198,11 @@ def test_sampling_of_the_llm_and_of_a_call(rag: KVLinkRAG) -> None:
     assert llm.complete("Hello", seed=2).text != one
     greedy = llm.complete("Hello", temperature=0.0).text
     assert llm.complete("Hello", temperature=1.0, top_p=1e-6).text == greedy
+    assert llm.complete("Hello", seed=1, max_tokens=None, stop=None, top_p=None).text == one
+    with pytest.raises(KVLinkCallError, match="stop is 5, expected a list"):
+        llm.complete("Hello", stop=5)
+    with pytest.raises(KVLinkCallError, match="the prompt is a NoneType"):
+        llm.complete(None)  # type: ignore[arg-type]
     assert llm.complete("Hello", max_tokens=3).raw["usage"]["completion_tokens"] == 3
     stop = greedy[4:6]
     before = greedy.partition(stop)[0]

@@ -36,7 +36,7 @@ from llama_index.llms.kvlink.threads import closed_at_exit, in_thread
 
 from kvlink_rag.arguments import check_question
 from kvlink_rag.documents import Document, Part, Passage, Text
-from kvlink_rag.errors import DocumentError, KVLinkError, PromptTooLong
+from kvlink_rag.errors import ConfigError, DocumentError, KVLinkError, PromptTooLong
 
 if TYPE_CHECKING:
     from typing_extensions import Never
@@ -226,6 +226,8 @@ class KVLink(CollectionFields, CustomLLM):
     def _completions(
         self, prompt: str, formatted: bool, arguments: dict[str, Any]
     ) -> Generator[CompletionResponse, None, None]:
+        if not isinstance(prompt, str):
+            raise KVLinkCallError(f"the prompt is a {type(prompt).__name__}, expected a string")
         documents = arguments.get("documents")
         sampling = {name: value for name, value in arguments.items() if name != "documents"}
         if not formatted and self.completion_to_prompt is not None:
@@ -292,6 +294,7 @@ class KVLink(CollectionFields, CustomLLM):
             raise NotSupported(f"found {tools[0]}=, but {_NO_TOOLS}")
         words = {"max_tokens": "max_new_tokens"}
         given = {words.get(k, k): v for k, v in arguments.items() if k not in _TOOLS}
+        given = {name: value for name, value in given.items() if value is not None}
         if unknown := sorted(set(given) - set(_SAMPLING)):
             raise KVLinkCallError(
                 f"found the argument {unknown[0]!r}, expected one of {', '.join(_SAMPLING)}"
@@ -381,7 +384,12 @@ def _usage(trace: Trace) -> dict[str, int]:
 
 
 def _strings(stop: Sequence[str] | str | None) -> list[str]:
-    return [stop] if isinstance(stop, str) else list(stop or ())
+    """A list of strings. Raises `ConfigError` (a `ValueError`) for what is none."""
+    if isinstance(stop, str):
+        return [stop]
+    if not isinstance(stop, Iterable | None):
+        raise ConfigError(f"stop is {stop!r}, expected a list of strings")
+    return list(stop or ())
 
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)

@@ -66,6 +66,8 @@ class Collection:
             raise ConfigError(
                 "found rag and one of model, embedder, directory, device, codec; give one"
             )
+        if rag is not None and not hasattr(rag, "catalog"):
+            raise ConfigError(f"rag is a {type(rag).__name__}, expected an open KVLinkRAG")
         self.model, self.embedder, self.directory, self.device = model, embedder, directory, device
         self.codec = codec
         self._given = self._rag = rag
