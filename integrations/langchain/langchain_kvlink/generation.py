@@ -69,7 +69,7 @@ class GenerationFields(CollectionFields):
     streaming: bool = False
     """LangChain's own switch, which changes no answer: callbacks see every token in any case.
     Given to a chat model, True lets `invoke` go the way of streams inside LangChain, and False
-    makes `stream` yield the whole answer at once."""
+    makes `stream` yield the whole answer at once (in newer LangChain)."""
 
     @model_validator(mode="before")
     @classmethod

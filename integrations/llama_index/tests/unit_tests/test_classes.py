@@ -17,7 +17,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.llms import MockLLM
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import LLM
-from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.node_parser import TokenTextSplitter
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.schema import TextNode, TransformComponent
 from llama_index.core.utils import get_tokenizer
@@ -216,14 +216,14 @@ def test_context_window_and_tokenizer(rag: KVLinkRAG, model: KVLinkModel) -> Non
 def test_nothing_of_the_process_changes(rag: KVLinkRAG, tmp_path: Path) -> None:
     """Whatever is made, in whatever order: splitters and other LLMs count as before."""
     text = " ".join(f"The lighthouse keeper of pier {n} sleeps." for n in range(60))
-    splitter = SentenceSplitter(chunk_size=100, chunk_overlap=0)
+    splitter = TokenTextSplitter(chunk_size=100, chunk_overlap=0)
     before = splitter.split_text(text)
     theirs = get_tokenizer()
     KVLink(rag=rag), KVLink(model="no/such-model", directory=tmp_path / "x")
     KVLinkRegister(rag=rag), KVLinkRetriever(rag=rag), KVLinkSynthesizer(rag=rag)
     KVLink.from_dict(KVLink(rag=rag).to_dict()), KVLinkVectorStore(rag=rag)
     assert get_tokenizer() is theirs
-    assert SentenceSplitter(chunk_size=100, chunk_overlap=0).split_text(text) == before
+    assert TokenTextSplitter(chunk_size=100, chunk_overlap=0).split_text(text) == before
     assert MockLLM().complete("Hello").text == "Hello"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from llama_index.core.vector_stores.types import (
     MetadataFilter,
     MetadataFilters,
 )
-from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 from llama_index.llms.kvlink.filters import as_where
 from llama_index.llms.kvlink.nodes import to_document
 from llama_index.retrievers.kvlink import KVLinkRetriever
@@ -60,8 +60,13 @@ def kept(filters: MetadataFilters) -> list[str]:
 def test_every_operator_and_condition(
     filters: list[MetadataFilter], condition: FilterCondition
 ) -> None:
+    utils = import_module("llama_index.core.vector_stores.utils")
+    if not hasattr(utils, "build_metadata_filter_fn"):
+        pytest.skip("this LlamaIndex has no public reading of filters")
     given = MetadataFilters(filters=filters, condition=condition)
-    theirs = build_metadata_filter_fn(lambda id: {n.node_id: n.metadata for n in NODES}[id], given)
+    theirs = utils.build_metadata_filter_fn(
+        lambda id: {n.node_id: n.metadata for n in NODES}[id], given
+    )
     assert kept(given) == [node.node_id for node in NODES if theirs(node.node_id)]
 
 
