@@ -17,9 +17,10 @@ if find_spec("langchain_core") is None:
 
 from langchain_kvlink.chains import KVLinkDocumentsChain
 from langchain_kvlink.chat_models import ChatKVLink
-from langchain_kvlink.documents import aregister_documents, document_block, register_documents
+from langchain_kvlink.documents import document_block
 from langchain_kvlink.embeddings import ContrieverEmbeddings
 from langchain_kvlink.llms import KVLinkLLM
+from langchain_kvlink.register import aregister_documents, register_documents
 from langchain_kvlink.retrievers import KVLinkRetriever
 from langchain_kvlink.vectorstores import KVLinkVectorStore
 

@@ -8,7 +8,7 @@ Knows inputs of chains; knows no model.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
@@ -24,6 +24,9 @@ from pydantic import ConfigDict, Field
 from kvlink_rag.errors import DocumentError, PromptError
 from langchain_kvlink.chat_models import ChatKVLink
 from langchain_kvlink.documents import checked_documents, document_block
+
+if TYPE_CHECKING:
+    from kvlink_rag import KVLinkRAG
 
 
 class KVLinkDocumentsChain(RunnableSerializable[dict[str, Any], str]):
@@ -49,6 +52,11 @@ class KVLinkDocumentsChain(RunnableSerializable[dict[str, Any], str]):
     input_key: str = "input"
     documents_key: str = "context"
     history_key: str = "chat_history"
+
+    @property
+    def collection(self) -> KVLinkRAG:
+        """The model's collection, opened at the first call."""
+        return self.llm.collection
 
     def invoke(
         self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
@@ -23,12 +23,40 @@ from pydantic import ConfigDict
 
 from kvlink_rag.arguments import check_question
 from kvlink_rag.documents import Passage, Text
-from kvlink_rag.errors import PromptError
-from langchain_kvlink.generation import GenerationFields, in_executor, response_metadata, usage
+from langchain_kvlink.errors import NotSupported
+from langchain_kvlink.generation import (
+    NO_STRUCTURE,
+    NO_TOOLS,
+    GenerationFields,
+    closed_at_exit,
+    in_executor,
+    response_metadata,
+    usage,
+)
 from langchain_kvlink.messages import to_conversation
 
 if TYPE_CHECKING:
-    from kvlink_rag import TextStream
+    from langchain_kvlink.generation import Stream
+
+
+class _Refused:
+    """A method of LangChain's chat models that an object of ours refuses, saying what to use.
+
+    On the class it stays LangChain's own: that is how LangChain asks whether models of a class call
+    tools or take a schema (`bind_tools is BaseChatModel.bind_tools`).
+    """
+
+    def __init__(self, theirs: Callable[..., Any], why: str) -> None:
+        self._theirs, self._why = theirs, why
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        if instance is None:
+            return self._theirs
+
+        def refuse(*arguments: Any, **named: Any) -> Any:
+            raise NotSupported(f"{owner.__name__} {self._why}")
+
+        return refuse
 
 
 class ChatKVLink(GenerationFields, BaseChatModel):
@@ -54,11 +82,17 @@ class ChatKVLink(GenerationFields, BaseChatModel):
 
     Raises `kvlink_rag.errors.PromptError` (a `ValueError`) for an empty prompt, one beyond the
     model's window, a last message of the user's that is empty, or more passages in blocks than
-    the model has link tokens for. Passages beyond these that were recognised are computed as text:
+    the model has link tokens for, and `NotSupported` (a `NotImplementedError`) for tools and
+    schemas. Passages beyond these that were recognised are computed as text:
     a warning says how many, and the trace counts them in `passages_as_text`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    bind_tools: ClassVar[Any] = _Refused(BaseChatModel.bind_tools, NO_TOOLS)
+    with_structured_output: ClassVar[Any] = _Refused(
+        BaseChatModel.with_structured_output, NO_STRUCTURE
+    )
 
     @property
     def _llm_type(self) -> str:
@@ -76,6 +110,7 @@ class ChatKVLink(GenerationFields, BaseChatModel):
             params["ls_stop"] = ends
         return params
 
+    @closed_at_exit
     def _stream(
         self,
         messages: list[BaseMessage],
@@ -135,7 +170,7 @@ class ChatKVLink(GenerationFields, BaseChatModel):
 
     def _begin(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, call: dict[str, Any]
-    ) -> TextStream:
+    ) -> Stream:
         """The engine's stream. `use_preset` in a call: passages and one question, no template."""
         use_preset = call.pop("use_preset", False)
         sampling = self.sampling(stop, call)
@@ -160,7 +195,7 @@ class ChatKVLink(GenerationFields, BaseChatModel):
     ) -> int:
         """Tokens of the prompt that `messages` make, passages and templates included."""
         if tools:
-            raise PromptError("found tools, but this model calls none")
+            raise NotSupported(f"found tools, but {type(self).__name__} {NO_TOOLS}")
         rag = self.collection
         return len(rag.model.layout(rag.recognise_chat(to_conversation(messages))))
 

@@ -7,12 +7,13 @@ LLM of one application share one model and one index. Knows no prompts and no se
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
+from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvlink_rag.errors import ConfigError
-from langchain_kvlink.embeddings import ContrieverEmbeddings
+from langchain_kvlink.embeddings import ContrieverEmbeddings, as_lists, checked_texts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,24 +32,23 @@ else:  # these classes import torch, which pydantic must not need to see this mo
 _last: RagLike = None
 
 
-def open_collection(
-    model: ModelLike,
-    embedder: EmbedderLike,
-    directory: str | Path | None,
-    device: str,
-    codec: str | None,
-) -> KVLinkRAG:
-    """The collection in `directory`, the same object for all who ask for it while it is in use.
+class HasCollection(Protocol):
+    """Whatever stands on a collection."""
 
-    Errors as in `KVLinkRAG.open`.
-    """
-    from kvlink_rag.collection.opened import shared_collection
+    @property
+    def collection(self) -> KVLinkRAG:
+        """The open collection."""
+        ...
 
-    global _last
-    if isinstance(embedder, ContrieverEmbeddings):
-        embedder = embedder.encoder()
-    _last = shared_collection(directory, model=model, embedder=embedder, device=device, codec=codec)
-    return _last
+
+class Words(TypedDict, total=False):
+    """The words by which a class finds its collection, besides `embedder`; see the fields below."""
+
+    model: ModelLike
+    directory: str | Path | None
+    device: str
+    codec: str | None
+    rag: RagLike
 
 
 class CollectionFields(BaseModel):
@@ -77,36 +77,58 @@ class CollectionFields(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        check_words(self.model, self.embedder, self.directory, self.device, self.codec, self.rag)
+        words = (self.model, self.embedder, self.directory, self.codec)
+        named = self.device != "auto" or any(word is not None for word in words)
+        if self.rag is not None and not hasattr(self.rag, "catalog"):
+            raise ConfigError(f"rag is a {type(self.rag).__name__}, expected an open KVLinkRAG")
+        if self.rag is not None and named:
+            raise ConfigError(
+                "found rag= and one of model=, embedder=, directory=, device=, codec=; an open "
+                "collection has them already, so give rag= alone"
+            )
         return self
 
     @property
     def collection(self) -> KVLinkRAG:
         """The collection, opened at the first call. Errors as in `KVLinkRAG.open`."""
-        if self.rag is not None:
+        if self.rag is not None:  # an empty collection is false
             return self.rag
         if self._opened is None:  # of two threads here, both get the same object
-            self._opened = open_collection(
-                self.model, self.embedder, self.directory, self.device, self.codec
-            )
+            self._opened = self._open()
         return self._opened
 
+    def _open(self) -> KVLinkRAG:
+        """The collection in `directory`, the same object for all who ask for it in this process."""
+        global _last
+        from kvlink_rag.collection.opened import shared_collection
 
-def check_words(
-    model: ModelLike,
-    embedder: EmbedderLike,
-    directory: str | Path | None,
-    device: str,
-    codec: str | None,
-    rag: RagLike,
-) -> None:
-    """Raise `ConfigError` where an open collection and words for another are given."""
-    named = any(value is not None for value in (model, embedder, directory, codec))
-    if rag is not None and (named or device != "auto"):
-        raise ConfigError(
-            "found rag= and one of model=, embedder=, directory=, device=, codec=; an open "
-            "collection has them already, so give rag= alone"
+        embedder = self.embedder
+        if isinstance(embedder, ContrieverEmbeddings):
+            embedder = embedder.encoder()
+        _last = shared_collection(
+            self.directory,
+            model=self.model,
+            embedder=embedder,
+            device=self.device,
+            codec=self.codec,
         )
+        return _last
+
+
+class CollectionEmbeddings(Embeddings):
+    """The embedder of a collection, as LangChain has it; opened and loaded when first used."""
+
+    def __init__(self, source: HasCollection) -> None:
+        self._source = source
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of passages, in order."""
+        return as_lists(self._source.collection.embedder.embed(checked_texts(texts)))
+
+    def embed_query(self, text: str) -> list[float]:
+        """The vector of a question."""
+        checked = checked_texts([text])
+        return as_lists(self._source.collection.embedder.embed_queries(checked))[0]
 
 
 def named(value: Any) -> str | None:

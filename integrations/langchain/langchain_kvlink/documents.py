@@ -7,48 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
+from uuid import RFC_4122, UUID
 
 from langchain_core.documents import Document
-from langchain_core.runnables.config import run_in_executor
 
 from kvlink_rag.documents import Document as Passage
 from kvlink_rag.documents import as_json, odd_keys
 from kvlink_rag.errors import DocumentError
 
-if TYPE_CHECKING:
-    from kvlink_rag import KVLinkRAG
-    from langchain_kvlink.collection import CollectionFields
-    from langchain_kvlink.vectorstores import KVLinkVectorStore
-
-    HasCollection: TypeAlias = KVLinkRAG | KVLinkVectorStore | CollectionFields
-
 TITLE = "title"
+_FRESH = (1, 4, 6, 7)  # versions of UUIDs that are another one each time they are made
 
 logger = logging.getLogger("kvlink_rag.langchain")
-
-
-def register_documents(target: HasCollection, documents: Iterable[Document]) -> list[str]:
-    """Encode `documents` for an application that keeps its own vector store; their ids.
-
-    target: an open `KVLinkRAG`, or any object of this package, whose collection is meant. The
-    documents must be split as they are in that store: a passage is recognised in a prompt where
-    its whole text stands there. They are not embedded, and what they hold already costs nothing.
-    Metadata that is not JSON is kept as text, which a warning tells with its keys. Raises
-    `kvlink_rag.errors.DocumentError` (a `ValueError`), and registers none, for a document without
-    text; `PassageTooLong`.
-
-        register_documents(llm, splits)
-    """
-    rag: Any = getattr(target, "collection", target)
-    passages = to_passages(documents, strict=False)
-    rag.register(passages)
-    return [str(passage.id) for passage in passages]
-
-
-async def aregister_documents(target: HasCollection, documents: Iterable[Document]) -> list[str]:
-    """`register_documents` in a thread of the executor."""
-    return await run_in_executor(None, register_documents, target, documents)
 
 
 def document_block(document: Document) -> dict[str, Any]:
@@ -74,18 +45,27 @@ def to_passages(
     """The passages of `documents`, with an id each.
 
     strict: as in `to_passage`; otherwise a warning tells what became text. Raises `DocumentError`
-    for a document without text or of another type, `ValueError` for another number of ids.
+    for a document without text or of another type, and for another number of ids.
     """
     found = checked_documents(documents)
-    if ids is not None and len(ids) != len(found):
-        raise ValueError(f"found {len(ids)} ids for {len(found)} documents, expected as many")
-    given = ids if ids is not None else [None] * len(found)
+    given = [None] * len(found) if ids is None else listed(ids, "ids")
+    if len(given) != len(found):
+        raise DocumentError(f"found {len(given)} ids for {len(found)} documents, expected as many")
     passages = [to_passage(d, id, strict=strict) for d, id in zip(found, given, strict=True)]
     if odd := {} if strict else {str(key): 1 for d in found for key in odd_keys(d.metadata)}:
         logger.warning(
             "metadata that is not JSON is kept as text, under the keys %s", ", ".join(odd)
         )
     return [passage.identified() for passage in passages]
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """`values` as a list; one string is a list of one. Raises `DocumentError` for what is none."""
+    if isinstance(values, str):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise DocumentError(f"{what} is a {type(values).__name__}, expected a list")
+    return list(values)
 
 
 def checked_documents(documents: Iterable[Document]) -> list[Document]:
@@ -118,7 +98,7 @@ def check_document(document: Document, place: str = "") -> None:
 
 def to_passage(document: Document, id: str | None = None, *, strict: bool = True) -> Passage:
     """The passage of a document. With `strict`, metadata must be JSON. Raises `DocumentError`."""
-    metadata = document.metadata if strict else as_json(document.metadata)
+    metadata = document.metadata if strict else _lenient(document)
     found = Passage(
         document.page_content,
         title=title_of(metadata),
@@ -127,6 +107,17 @@ def to_passage(document: Document, id: str | None = None, *, strict: bool = True
     )
     found.canonical()  # DocumentError where the metadata is not JSON
     return found
+
+
+def _lenient(document: Document) -> dict[str, Any]:
+    """The metadata as JSON. Raises `DocumentError` where it holds itself, or is without end."""
+    try:
+        return as_json(document.metadata)
+    except RecursionError as error:
+        raise DocumentError(
+            f"the metadata of the document (id {document.id!r}, title "
+            f"{title_of(document.metadata)!r}) holds itself, or is nested too deeply; flatten it"
+        ) from error
 
 
 def from_passage(passage: Passage) -> Document:
@@ -141,3 +132,12 @@ def title_of(metadata: Mapping[str, Any]) -> str:
     """The title, if it is a string with something in it."""
     title = metadata.get(TITLE)
     return title if isinstance(title, str) and title.strip() else ""
+
+
+def is_fresh(id: str | None) -> bool:
+    """Whether an id is a UUID made by a clock or at random, so that it says nothing of content."""
+    try:
+        found = UUID(id or "")
+    except ValueError:
+        return False
+    return found.variant == RFC_4122 and found.version in _FRESH and id in (str(found), found.hex)

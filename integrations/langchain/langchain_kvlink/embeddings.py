@@ -6,14 +6,17 @@ Knows texts and vectors; knows no collection.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
+from kvlink_rag.errors import ConfigError
+
 if TYPE_CHECKING:
-    from kvlink_rag import Embedder, KVLinkRAG
+    from kvlink_rag import Embedder
 
     EncoderLike: TypeAlias = Embedder | str | Path | None
 else:
@@ -57,26 +60,24 @@ class ContrieverEmbeddings(BaseModel, Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Vectors of passages, in order."""
-        return as_lists(self.encoder().embed(texts))
+        return as_lists(self.encoder().embed(checked_texts(texts)))
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a question."""
-        return as_lists(self.encoder().embed_queries([text]))[0]
+        return as_lists(self.encoder().embed_queries(checked_texts([text])))[0]
 
 
-class CollectionEmbeddings(Embeddings):
-    """The embedder of an open collection, as LangChain has it; loaded when first used."""
-
-    def __init__(self, rag: KVLinkRAG) -> None:
-        self._rag = rag
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Vectors of passages, in order."""
-        return as_lists(self._rag.embedder.embed(texts))
-
-    def embed_query(self, text: str) -> list[float]:
-        """The vector of a question."""
-        return as_lists(self._rag.embedder.embed_queries([text]))[0]
+def checked_texts(texts: list[str]) -> list[str]:
+    """`texts`. Raises `ConfigError` for one string, of which each letter would be a text, and for
+    what is no string."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ConfigError(
+            f"found one {type(texts).__name__}, expected a list of strings; use [text]"
+        )
+    found = list(texts)
+    if odd := [text for text in found if not isinstance(text, str)]:
+        raise ConfigError(f"found {odd[0]!r:.80} among the texts, expected strings")
+    return found
 
 
 def as_lists(vectors: Any) -> list[list[float]]:

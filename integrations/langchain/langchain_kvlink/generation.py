@@ -5,9 +5,13 @@ Knows prompts and answers; knows neither messages nor chunks.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import threading
-from collections.abc import AsyncGenerator, Generator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.runnables.config import run_in_executor
@@ -15,18 +19,36 @@ from pydantic import ConfigDict, Field, model_validator
 
 from kvlink_rag.errors import ConfigError
 from langchain_kvlink.collection import CollectionFields, named
+from langchain_kvlink.errors import NotSupported
 
 if TYPE_CHECKING:
-    from kvlink_rag import KVLinkRAG, TextStream, Trace
+    from kvlink_rag import AnswerStream, KVLinkRAG, TextStream, Trace
+
+    Stream: TypeAlias = AnswerStream | TextStream
 
 SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 # LangChain's standard arguments that mean nothing to a model in this process, and those that
 # LangChain itself passes along with a call.
 _REMOTE = ("timeout", "max_retries", "api_key", "base_url")
 _CALL = ("stream", "model")
+NO_TOOLS = (
+    "calls no tools: a KVLink model answers from passages. Let a chain retrieve for it, as with "
+    "KVLinkDocumentsChain; or give an agent another chat model, with such a chain as its tool "
+    "(chain.as_tool)"
+)
+NO_STRUCTURE = (
+    "has no structured output: nothing binds its tokens to a schema. Ask for JSON in the prompt "
+    "and parse the answer, as in llm | PydanticOutputParser(...)"
+)
+_UNSUPPORTED = {
+    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), NO_TOOLS),
+    "response_format": NO_STRUCTURE,
+}
 
 Item = TypeVar("Item")
+P = ParamSpec("P")
 _DONE: Final = object()
+_open_streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class GenerationFields(CollectionFields):
@@ -45,7 +67,9 @@ class GenerationFields(CollectionFields):
     stop: list[str] | None = None
     """Strings that end an answer and are left out of it."""
     streaming: bool = False
-    """Whether `invoke` streams inside, so that callbacks see every token."""
+    """LangChain's own switch, which changes no answer: callbacks see every token in any case.
+    Given to a chat model, True lets `invoke` go the way of streams inside LangChain, and False
+    makes `stream` yield the whole answer at once (in newer LangChain)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,9 +98,13 @@ class GenerationFields(CollectionFields):
     def sampling(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `KVLinkModel.stream`; those of the call go before the fields.
 
-        Raises `ConfigError` for a call's arguments that would otherwise do nothing.
+        Raises `ConfigError` for a call's arguments that would otherwise do nothing, `NotSupported`
+        for tools and schemas.
         """
-        known = (*SAMPLING, *_CALL)
+        for name in _UNSUPPORTED.keys() & call.keys():
+            if call[name]:
+                raise NotSupported(f"found {name}=, but {type(self).__name__} {_UNSUPPORTED[name]}")
+        known = (*SAMPLING, *_CALL, *_UNSUPPORTED)
         if unknown := [name for name in call if name not in known]:
             raise ConfigError(
                 f"found the argument {unknown[0]!r}, expected one of {', '.join(SAMPLING)}, stop"
@@ -87,10 +115,15 @@ class GenerationFields(CollectionFields):
                 f"found model={named(asked)!r} in a call to {self.model_label!r}; construct "
                 "another object for another model"
             )
-        values = {name: call.get(name, getattr(self, name)) for name in SAMPLING}
+        given = {name: call[name] for name in SAMPLING if call.get(name) is not None}
+        values = {name: given.get(name, getattr(self, name)) for name in SAMPLING}
         max_new_tokens = values.pop("max_tokens")
-        ends = self.stop if stop is None else stop
-        return {**values, "max_new_tokens": max_new_tokens, "stop": tuple(ends or ())}
+        ends = (self.stop if stop is None else stop) or ()
+        if isinstance(ends, str):  # else each of its letters would end the answer
+            ends = [ends]
+        if not isinstance(ends, Iterable):
+            raise ConfigError(f"stop is {ends!r}, expected a list of strings")
+        return {**values, "max_new_tokens": max_new_tokens, "stop": tuple(ends)}
 
 
 def usage(trace: Trace) -> UsageMetadata:
@@ -105,7 +138,7 @@ def usage(trace: Trace) -> UsageMetadata:
     )
 
 
-def response_metadata(rag: KVLinkRAG, stream: TextStream) -> dict[str, Any]:
+def response_metadata(rag: KVLinkRAG, stream: Stream) -> dict[str, Any]:
     """The model's name, why the answer ended, and the trace."""
     trace = stream.trace
     return {
@@ -113,6 +146,30 @@ def response_metadata(rag: KVLinkRAG, stream: TextStream) -> dict[str, Any]:
         "finish_reason": trace.finish_reason,
         "trace": trace.to_dict(),
     }
+
+
+def closed_at_exit(
+    make: Callable[P, Generator[Item, None, None]],
+) -> Callable[P, Generator[Item, None, None]]:
+    """`make`, whose generators are closed before the interpreter goes, if nobody has done so.
+
+    One that is closed later, among modules that are gone already, prints a traceback.
+    """
+
+    @wraps(make)
+    def made(*arguments: P.args, **named: P.kwargs) -> Generator[Item, None, None]:
+        items = make(*arguments, **named)
+        _open_streams.add(items)
+        return items
+
+    return made
+
+
+@atexit.register
+def _close_streams() -> None:
+    for items in list(_open_streams):
+        with contextlib.suppress(ValueError):  # it is at work in another thread
+            items.close()
 
 
 async def in_executor(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:

@@ -18,7 +18,15 @@ from langchain_core.language_models.llms import LLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
-from langchain_kvlink.generation import GenerationFields, in_executor, response_metadata, usage
+from langchain_kvlink.errors import NotSupported
+from langchain_kvlink.generation import (
+    NO_STRUCTURE,
+    GenerationFields,
+    closed_at_exit,
+    in_executor,
+    response_metadata,
+    usage,
+)
 
 
 class KVLinkLLM(GenerationFields, LLM):
@@ -44,6 +52,7 @@ class KVLinkLLM(GenerationFields, LLM):
         params.setdefault("ls_model_name", self.model_label)
         return params
 
+    @closed_at_exit
     def _stream(
         self,
         prompt: str,
@@ -108,6 +117,10 @@ class KVLinkLLM(GenerationFields, LLM):
             chunks = self._astream(prompt, stop, run_manager, **kwargs)
             generations.append([_whole([chunk async for chunk in chunks])])
         return LLMResult(generations=generations)
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Any:
+        """Raises `NotSupported`, which says what to use instead."""
+        raise NotSupported(f"{type(self).__name__} {NO_STRUCTURE}")
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of `text` alone, by this model's tokenizer; loads no weights."""

@@ -18,7 +18,7 @@ _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (AIMessage, "assistant"),
     (SystemMessage, "system"),
 )
-_SILENT = ("reasoning",)  # what a model thought, which its template does not repeat
+_SILENT = ("reasoning", "thinking", "redacted_thinking")  # what a model thought; not repeated
 
 
 def to_conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -38,11 +38,11 @@ def role_of(message: BaseMessage) -> str:
     if isinstance(message, ChatMessage):
         return message.role
     for kind, role in _ROLES:
-        if isinstance(message, kind):
+        if isinstance(message, kind) and not getattr(message, "tool_calls", None):
             return role
     raise PromptError(
-        f"found a {type(message).__name__}, but this model calls no tools; give system, human "
-        "and AI messages"
+        f"found a {type(message).__name__} of a tool, but this model calls no tools; give "
+        "system, human and AI messages"
     )
 
 

@@ -5,8 +5,7 @@ Knows searches; knows no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForRetrieverRun,
@@ -17,14 +16,9 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field
 
-from kvlink_rag.errors import ConfigError
 from langchain_kvlink.collection import CollectionFields
 from langchain_kvlink.documents import from_passage
-
-if TYPE_CHECKING:
-    from kvlink_rag.documents import Document as Passage
-
-Filter = Mapping[str, Any] | Callable[[Document], bool]
+from langchain_kvlink.filters import Filter, as_where, once
 
 
 class KVLinkRetriever(CollectionFields, BaseRetriever):
@@ -57,7 +51,7 @@ class KVLinkRetriever(CollectionFields, BaseRetriever):
             query,
             self.k if k is None else k,
             rounds=self.rounds if rounds is None else rounds,
-            where=as_where(self.filter if filter is None else filter),
+            where=once(as_where(self.filter if filter is None else filter)),
         )
         return [from_passage(hit.document) for hit in hits]
 
@@ -71,46 +65,3 @@ class KVLinkRetriever(CollectionFields, BaseRetriever):
             run_manager=run_manager.get_sync(),
             **kwargs,
         )
-
-
-def as_where(filter: Filter | None) -> Callable[[Passage], bool] | None:
-    """A LangChain filter as the engine's: of a passage.
-
-    A mapping asks that metadata have these values; a function takes a document. Raises
-    `ConfigError` (a `ValueError`) for anything else, such as operators.
-    """
-    if filter is None:
-        return None
-    if isinstance(filter, Mapping):
-        wanted = dict(filter)
-        _check_wanted(wanted)
-        return lambda passage: all(
-            key in passage.metadata and passage.metadata[key] == value
-            for key, value in wanted.items()
-        )
-    if callable(filter):
-        accepts = filter
-        return lambda passage: bool(accepts(from_passage(passage)))
-    raise ConfigError(
-        f"filter is a {type(filter).__name__}, expected a mapping of metadata or a function of a "
-        "Document"
-    )
-
-
-def _check_wanted(wanted: Mapping[Any, Any]) -> None:
-    """Raise `ConfigError` for what no metadata can equal: operators, other keys, tuples, sets."""
-    supported = (
-        "supported are equality with a value, as {'key': value}, several keys at once (all must "
-        "hold), and for all else a function, as lambda document: document.metadata['n'] > 3"
-    )
-    for key, value in wanted.items():
-        names = [key, *(value if isinstance(value, Mapping) else ())]
-        if operators := [name for name in names if str(name).startswith("$")]:
-            raise ConfigError(f"the filter has the operator {operators[0]!r}; {supported}")
-        if not isinstance(key, str):
-            raise ConfigError(f"the filter has the key {key!r}, expected a string; {supported}")
-        if isinstance(value, tuple | set | frozenset):
-            raise ConfigError(
-                f"the filter asks {key!r} for a {type(value).__name__}, which no metadata holds; "
-                f"{supported}"
-            )

@@ -7,7 +7,6 @@ own, which work in a thread of the executor. Knows searches; knows no prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,17 +19,17 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from kvlink_rag.arguments import check_count
 from kvlink_rag.documents import Hit
-from kvlink_rag.errors import DocumentError
-from langchain_kvlink.collection import check_words, open_collection
-from langchain_kvlink.documents import from_passage, to_passages
-from langchain_kvlink.embeddings import CollectionEmbeddings
-from langchain_kvlink.retrievers import Filter, as_where
+from kvlink_rag.errors import ConfigError, DocumentError
+from langchain_kvlink.collection import CollectionEmbeddings, CollectionFields
+from langchain_kvlink.documents import from_passage, listed, to_passages
+from langchain_kvlink.errors import UnknownArgument
+from langchain_kvlink.filters import Filter, as_where, once
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from kvlink_rag import KVLinkRAG
-    from langchain_kvlink.collection import EmbedderLike, ModelLike, RagLike
+    from langchain_kvlink.collection import EmbedderLike, Words
 
 Vector = npt.NDArray[np.float32]
 
@@ -44,13 +43,16 @@ class KVLinkVectorStore(VectorStore):
 
     model, embedder, directory, device, codec: as everywhere in this package; None is the bundled
     pair and the directory of the `kvlink-rag` command line. `embedder` may be any LangChain
-    `Embeddings`. rag: an open `kvlink_rag.KVLinkRAG` instead of these five.
+    `Embeddings`. rag: an open `kvlink_rag.KVLinkRAG` instead of these five. The collection is
+    opened at the first call; the async methods open it in their thread too.
 
     A document's title is `metadata["title"]`; metadata must be JSON. Without an id a document gets
     one from its text and metadata, so that adding it again changes nothing. The same id with other
-    content replaces. filter: a mapping asks that metadata have these values (there are no
-    operators), a function takes a `Document`; both are applied to the whole ranking, so that k are
-    found where there are k.
+    content replaces. Ids that are random UUIDs, others each time a program runs, all stay, and a
+    search finds one of the documents that differ in nothing else. filter: a mapping asks that
+    metadata have these values, or with a list one of them (there are no operators), a function
+    takes a `Document`; both are applied to the whole ranking, so that k are found where there are
+    k. show_progress: a bar on stderr while documents are added.
 
     Scores are inner products, larger is nearer. Relevance is the score brought to [0, 1], in the
     same order: `(1 + score / most) / 2`, where `most` is the length of the question's vector times
@@ -62,32 +64,19 @@ class KVLinkVectorStore(VectorStore):
     `ValueError`.
     """
 
-    def __init__(
-        self,
-        embedder: EmbedderLike = None,
-        *,
-        model: ModelLike = None,
-        directory: str | Path | None = None,
-        device: str = "auto",
-        codec: str | None = None,
-        rag: RagLike = None,
-    ) -> None:
-        check_words(model, embedder, directory, device, codec, rag)
-        self._given = embedder
-        if rag is None:  # an empty collection is false
-            rag = open_collection(model, embedder, directory, device, codec)
-        self._rag = rag
+    def __init__(self, embedder: EmbedderLike = None, **words: Unpack[Words]) -> None:
+        self._source = CollectionFields(embedder=embedder, **words)
 
     @property
     def collection(self) -> KVLinkRAG:
-        """The open collection."""
-        return self._rag
+        """The collection, opened at the first call. Errors as in `KVLinkRAG.open`."""
+        return self._source.collection
 
     @property
     def embeddings(self) -> Embeddings:
-        """The embedder."""
-        given = self._given
-        return given if isinstance(given, Embeddings) else CollectionEmbeddings(self._rag)
+        """The embedder, loaded when first used."""
+        given = self._source.embedder
+        return given if isinstance(given, Embeddings) else CollectionEmbeddings(self._source)
 
     @classmethod
     def from_texts(
@@ -97,6 +86,7 @@ class KVLinkVectorStore(VectorStore):
         metadatas: list[dict[str, Any]] | None = None,
         *,
         ids: list[str] | None = None,
+        show_progress: bool = False,
         **kwargs: Any,
     ) -> Self:
         """A store with `texts` added. embedding: another word for `embedder`; may be left out.
@@ -106,7 +96,7 @@ class KVLinkVectorStore(VectorStore):
         if embedding is not None:
             kwargs["embedder"] = embedding
         store = cls(**kwargs)
-        store.add_texts(texts, metadatas, ids=ids)
+        store.add_texts(texts, metadatas, ids=ids, show_progress=show_progress)
         return store
 
     @classmethod
@@ -114,9 +104,9 @@ class KVLinkVectorStore(VectorStore):
         cls, documents: list[Document], embedding: EmbedderLike = None, **kwargs: Any
     ) -> Self:
         """A store with `documents` added. See `from_texts`."""
-        ids = kwargs.pop("ids", None)
+        added = {word: kwargs.pop(word) for word in ("ids", "show_progress") if word in kwargs}
         store = cls.from_texts([], embedding, **kwargs)
-        store.add_documents(documents, ids=ids)
+        store.add_documents(documents, **added)
         return store
 
     @classmethod
@@ -150,22 +140,26 @@ class KVLinkVectorStore(VectorStore):
         *,
         ids: Sequence[str | None] | None = None,
         batch_size: int | None = None,
+        show_progress: bool = False,
         **kwargs: Any,
     ) -> list[str]:
         """Add texts; their ids, in order. batch_size: accepted, the engine has batches of its own.
 
-        Raises `ValueError` where there are not as many metadatas or ids as texts, `DocumentError`
-        for a text that is no string and metadata that is no mapping.
+        Raises `DocumentError` where there are not as many metadatas or ids as texts, for a text
+        that is no string and for metadata that is no mapping.
         """
         _refuse(kwargs)
-        found = [texts] if isinstance(texts, str) else list(texts)
-        given = [metadatas] if isinstance(metadatas, Mapping) else metadatas or [{} for _ in found]
+        found = [texts] if isinstance(texts, str) else listed(texts, "texts")
+        given = (
+            [metadatas] if isinstance(metadatas, Mapping) else listed(metadatas or (), "metadatas")
+        )
+        given = given or [{} for _ in found]
         if len(given) != len(found):
-            raise ValueError(
+            raise DocumentError(
                 f"found {len(given)} metadatas for {len(found)} texts, expected as many"
             )
         documents = [_document(t, m) for t, m in zip(found, given, strict=True)]
-        return self.add_documents(documents, ids=ids)
+        return self.add_documents(documents, ids=ids, show_progress=show_progress)
 
     def add_documents(
         self,
@@ -173,24 +167,29 @@ class KVLinkVectorStore(VectorStore):
         *,
         ids: Sequence[str | None] | None = None,
         batch_size: int | None = None,
+        show_progress: bool = False,
         **kwargs: Any,
     ) -> list[str]:
         """Add documents; their ids, in order. `ids` go before those of the documents."""
         _refuse(kwargs)
         passages = to_passages(documents, ids)
-        self._rag.add(passages)
+        self.collection.add(passages, show_progress=show_progress)
         return [str(passage.id) for passage in passages]
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """Delete by id; None deletes all. Ids that are not there are ignored."""
         _refuse(kwargs)
-        wanted = [str(d.id) for d in self._rag.documents()] if ids is None else ids
-        self._rag.delete(wanted, missing_ok=True)
+        every = ids is None
+        wanted = [str(d.id) for d in self.collection.documents()] if every else listed(ids, "ids")
+        self.collection.delete(wanted, missing_ok=True)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Documents by id; those that are not there are left out."""
-        return [from_passage(found) for found in self._rag.get(ids, missing_ok=True)]
+        return [
+            from_passage(found)
+            for found in self.collection.get(listed(ids, "ids"), missing_ok=True)
+        ]
 
     # Searches
 
@@ -205,7 +204,7 @@ class KVLinkVectorStore(VectorStore):
     ) -> list[tuple[Document, float]]:
         """The best `k` documents and their scores (inner products), best first."""
         _refuse(kwargs)
-        return _scored(self._rag.search(query, k, where=as_where(filter)))
+        return _scored(self.collection.search(query, k, where=once(as_where(filter))))
 
     def similarity_search_by_vector(
         self, embedding: list[float], k: int = 4, *, filter: Filter | None = None, **kwargs: Any
@@ -276,15 +275,15 @@ class KVLinkVectorStore(VectorStore):
         )
 
     def _embed(self, query: str) -> list[float]:
-        vector: list[float] = self._rag.embedder.embed_queries([query])[0].tolist()
-        return vector
+        return CollectionEmbeddings(self._source).embed_query(query)
 
     def _nearest(self, embedding: Sequence[float], k: int, filter: Filter | None) -> list[Hit]:
-        return self._rag.search_vector(_as_vector(embedding), k, where=as_where(filter))
+        where = once(as_where(filter))
+        return self.collection.search_vector(_as_vector(embedding), k, where=where)
 
     def _vectors(self, hits: Sequence[Hit]) -> Vector:
         """The hits' vectors, float32 [hits, dimension]."""
-        return self._rag.vectors([str(hit.document.id) for hit in hits])
+        return self.collection.vectors([str(hit.document.id) for hit in hits])
 
 
 def _scored(hits: Sequence[Hit]) -> list[tuple[Document, float]]:
@@ -292,7 +291,10 @@ def _scored(hits: Sequence[Hit]) -> list[tuple[Document, float]]:
 
 
 def _as_vector(embedding: Sequence[float]) -> Vector:
-    return np.asarray(embedding, dtype=np.float32)
+    try:
+        return np.asarray(embedding, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the embedding is no list of numbers: {error}") from error
 
 
 def _length(vector: Vector) -> float:
@@ -316,6 +318,6 @@ def _document(text: str, metadata: Mapping[str, Any] | None) -> Document:
 
 
 def _refuse(unknown: dict[str, Any]) -> None:
-    """Raise `TypeError` for arguments that would otherwise do nothing."""
+    """Raise `UnknownArgument` (a `TypeError`) for arguments that would otherwise do nothing."""
     if unknown:
-        raise TypeError(f"KVLinkVectorStore takes no argument {sorted(unknown)[0]!r} here")
+        raise UnknownArgument(f"KVLinkVectorStore takes no argument {sorted(unknown)[0]!r} here")

@@ -49,9 +49,9 @@ def llm(rag: KVLinkRAG) -> KVLink:
 @pytest.fixture(autouse=True)
 def _no_global_tokenizer() -> Iterator[None]:
     """LlamaIndex's one global that these tests touch."""
-    llama_index.core.global_tokenizer = None
+    llama_index.core.Settings._tokenizer = llama_index.core.global_tokenizer = None
     yield
-    llama_index.core.global_tokenizer = None
+    llama_index.core.Settings._tokenizer = llama_index.core.global_tokenizer = None
 
 
 @pytest.fixture

@@ -299,7 +299,7 @@ def test_a_codec_is_passed_on(
         assert made.collection is store.collection
     assert ChatKVLink(directory=tmp_path).collection is store.collection
     with pytest.raises(SettingsMismatch, match="found codec 'exact'"):
-        KVLinkVectorStore(directory=tmp_path, codec="exact")
+        KVLinkVectorStore(directory=tmp_path, codec="exact").add_texts(["x"])
     with pytest.raises(SettingsMismatch, match="found codec 'exact'"):
         ChatKVLink(directory=tmp_path, codec="exact").invoke("x")
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_classic.agents import create_tool_calling_agent
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
+from langchain_core.tools import tool
 from langchain_kvlink import ChatKVLink, KVLinkLLM, document_block, register_documents
 from langchain_kvlink.messages import to_conversation
+from pydantic import BaseModel
 
 from kvlink_rag import KVLinkModel, KVLinkRAG
-from kvlink_rag.errors import ConfigError, PromptError, PromptTooLong, TooManyPassages
+from kvlink_rag.errors import (
+    ConfigError,
+    KVLinkError,
+    PromptError,
+    PromptTooLong,
+    TooManyPassages,
+)
 
 
 class Tokens(BaseCallbackHandler):
@@ -197,6 +211,9 @@ def test_stop(kind: Any, rag: KVLinkRAG) -> None:
     assert text(kind(rag=rag, max_tokens=12).invoke("Hello", stop=[end])) == before
     assert text(kind(rag=rag, max_tokens=12).bind(stop=[end]).invoke("Hello")) == before
     assert text(kind(rag=rag, max_tokens=12, stop=[end]).invoke("Hello", stop=["\0\0"])) == whole
+    assert text(kind(rag=rag, max_tokens=12).invoke("Hello", stop=end)) == before
+    with pytest.raises(ConfigError, match="stop is 5, expected a list"):
+        kind(rag=rag).invoke("Hello", stop=5)
     streamed = [text(c) for c in kind(rag=rag, max_tokens=12, stop=[end]).stream("Hello")]
     assert "".join(streamed) == before
 
@@ -207,6 +224,8 @@ def test_sampling(rag: KVLinkRAG) -> None:
     assert warm.invoke("Hello").text == text
     assert warm.bind(seed=2).invoke("Hello").text != text
     assert warm.invoke("Hello", top_p=1e-6).text == warm.invoke("Hello", temperature=0).text
+    nothing = {"max_tokens": None, "top_p": None, "seed": None, "temperature": None}
+    assert warm.invoke("Hello", **nothing).text == text
     assert warm.invoke("Hello", max_tokens=3).usage_metadata["output_tokens"] == 3
     with pytest.raises(ConfigError, match="'temprature'"):
         warm.invoke("Hello", temprature=1)
@@ -287,3 +306,74 @@ def test_more_recognised_passages_than_slots_stay_text(llm: ChatKVLink) -> None:
     prompt = "\n\n".join(d.page_content for d in many) + "\n\nWhich house?"
     answer = llm.invoke(prompt)
     assert answer.response_metadata["trace"]["passages"] == 12
+
+
+def lookup(town: str) -> str:
+    """How many lighthouses a town has."""
+    return town
+
+
+class Town(BaseModel):
+    """A town."""
+
+    name: str
+
+
+def agent(llm: ChatKVLink) -> Any:
+    prompt = ChatPromptTemplate([("human", "{input}"), ("placeholder", "{agent_scratchpad}")])
+    return create_tool_calling_agent(llm, [tool(lookup)], prompt)
+
+
+@pytest.mark.parametrize(
+    ("ask", "instead"),
+    [
+        (lambda llm: llm.bind_tools([lookup]), "KVLinkDocumentsChain"),
+        (agent, "KVLinkDocumentsChain"),
+        (lambda llm: llm.invoke("Hello", tools=[lookup]), "KVLinkDocumentsChain"),
+        (lambda llm: llm.bind(functions=[{"name": "x"}]).invoke("Hello"), "KVLinkDocumentsChain"),
+        (lambda llm: llm.get_num_tokens_from_messages([], tools=[lookup]), "KVLinkDocumentsChain"),
+        (lambda llm: llm.with_structured_output(Town), "PydanticOutputParser"),
+        (lambda llm: llm.invoke("Hello", response_format=Town), "PydanticOutputParser"),
+        (lambda llm: KVLinkLLM(rag=llm.rag).with_structured_output(Town), "PydanticOutputParser"),
+        (lambda llm: KVLinkLLM(rag=llm.rag).invoke("Hello", tools=[lookup]), "DocumentsChain"),
+    ],
+)
+def test_tools_and_schemas_are_refused_with_what_to_use(
+    llm: ChatKVLink, ask: Any, instead: str
+) -> None:
+    with pytest.raises(NotImplementedError, match=instead) as found:
+        ask(llm)
+    assert isinstance(found.value, KVLinkError)
+
+
+def test_langchain_sees_that_models_of_this_class_call_no_tools() -> None:
+    """As its standard suite and `with_structured_output` ask."""
+    assert ChatKVLink.bind_tools is BaseChatModel.bind_tools
+    assert ChatKVLink.with_structured_output is BaseChatModel.with_structured_output
+
+
+def test_no_tools_are_no_fault(llm: ChatKVLink) -> None:
+    assert llm.invoke("Hello", tools=[]).text == llm.invoke("Hello").text
+
+
+def test_what_streaming_changes(rag: KVLinkRAG) -> None:
+    """Nothing of the answer, nor of what callbacks see."""
+    seen = {}
+    for given in ({}, {"streaming": True}, {"streaming": False}):
+        llm, tokens = ChatKVLink(rag=rag, max_tokens=8, **given), Tokens()
+        answer = llm.invoke("Hello", {"callbacks": [tokens]})
+        seen[str(given)] = answer.text, [token for token in tokens.tokens if token]
+        assert "".join(chunk.text for chunk in llm.stream("Hello")) == answer.text
+    assert len({str(found) for found in seen.values()}) == 1
+
+
+@pytest.mark.parametrize("kind", ["ChatKVLink", "KVLinkLLM"])
+def test_a_stream_left_open_at_exit_says_nothing(kind: str, tmp_path: Path) -> None:
+    code = (
+        f"from langchain_kvlink import {kind}\n"
+        f"stream = {kind}(directory={str(tmp_path)!r}, max_tokens=50).stream('Hello')\n"
+        "next(stream)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "langchain_kvlink" not in done.stderr  # old LangChain's own generator round it

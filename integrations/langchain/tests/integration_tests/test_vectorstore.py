@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Any
+from uuid import NAMESPACE_URL, uuid4, uuid5
 
 import numpy as np
 import pytest
@@ -11,7 +13,15 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kvlink import ContrieverEmbeddings, KVLinkRetriever, KVLinkVectorStore
+from langchain_kvlink import (
+    ChatKVLink,
+    ContrieverEmbeddings,
+    KVLinkDocumentsChain,
+    KVLinkRetriever,
+    KVLinkVectorStore,
+    aregister_documents,
+    register_documents,
+)
 
 from kvlink_rag import KVLinkModel, KVLinkRAG
 from kvlink_rag.errors import ConfigError, DocumentError
@@ -196,9 +206,9 @@ def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
             store.add_texts(["fine", blank])
     with pytest.raises(DocumentError, match="metadata"):
         store.add_texts(["x"], [{"when": datetime.date(1911, 5, 1)}])
-    with pytest.raises(ValueError, match="found 1 metadatas for 2"):
+    with pytest.raises(DocumentError, match="found 1 metadatas for 2"):
         store.add_texts(["a", "b"], [{}])
-    with pytest.raises(ValueError, match="found 1 ids for 2"):
+    with pytest.raises(DocumentError, match="found 1 ids for 2"):
         store.add_texts(["a", "b"], ids=["x"])
     for search in (
         store.similarity_search,
@@ -209,8 +219,9 @@ def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
         with pytest.raises(ConfigError, match="k is 0"):
             search("x", k=0)
         assert len(search("x", k=100)) == 8
-        with pytest.raises(TypeError, match="filtr"):
+        with pytest.raises(TypeError, match="filtr") as unknown:
             search("x", filtr={})
+        assert isinstance(unknown.value, ConfigError)
         for k in (2.5, True, "3", None):
             with pytest.raises(ConfigError, match="expected a whole number of at least 1"):
                 search("x", k=k)  # type: ignore[arg-type]
@@ -225,6 +236,25 @@ def test_bad_input(store: KVLinkVectorStore, embeddings: Embeddings) -> None:
     for wrong in ("x", Document("x"), ["x"]):
         with pytest.raises(DocumentError, match=r"expected a (list of )?langchain_core Document"):
             store.add_documents(wrong)  # type: ignore[arg-type]
+    for call in (
+        lambda: store.add_texts(None),  # type: ignore[arg-type]
+        lambda: store.add_texts(["x"], 5),  # type: ignore[arg-type]
+        lambda: store.add_texts(["x"], ids=5),  # type: ignore[arg-type]
+        lambda: store.get_by_ids(None),  # type: ignore[arg-type]
+        lambda: store.delete(5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(DocumentError, match="expected a list"):
+            call()
+    for call in (
+        lambda: store.similarity_search_with_relevance_scores(5),  # type: ignore[arg-type]
+        lambda: store.max_marginal_relevance_search(5),  # type: ignore[arg-type]
+        lambda: store.similarity_search_by_vector("abc"),  # type: ignore[arg-type]
+        lambda: ContrieverEmbeddings(embedder=store.collection.embedder).embed_documents("abc"),
+        lambda: KVLinkVectorStore(rag=store.collection).embeddings.embed_query(5),
+        lambda: KVLinkVectorStore(rag=5).add_texts(["x"]),
+    ):
+        with pytest.raises(ValueError, match=r"found|list of numbers|rag is a int"):
+            call()
     with pytest.raises(ConfigError, match="expected float32"):
         store.similarity_search_by_vector([1.0, 2.0])
     assert len(store.collection) == 8
@@ -291,6 +321,104 @@ async def test_the_event_loop_turns_meanwhile(
     ]
     for work in works:
         assert await responsive.turns(work) == 1
+
+
+async def test_it_is_opened_when_first_used(
+    tmp_path: Path, model: KVLinkModel, embeddings: Embeddings, responsive: Any
+) -> None:
+    """Also where an event loop runs: in another thread, whichever call comes first."""
+    responsive.meet(KVLinkRAG, "open")
+
+    def store(name: str) -> KVLinkVectorStore:
+        return KVLinkVectorStore(embeddings, model=model, directory=tmp_path / name)
+
+    calls = [
+        lambda s: s.aadd_texts(["The mill."]),
+        lambda s: s.asimilarity_search("x"),
+        lambda s: s.amax_marginal_relevance_search("x"),
+        lambda s: s.aget_by_ids(["x"]),
+        lambda s: s.adelete(["x"]),
+        lambda s: s.as_retriever().ainvoke("x"),
+        lambda s: aregister_documents(s, [Document("The gate.")]),
+    ]
+    for number, call in enumerate(calls):
+        made = store(str(number))
+        assert not (tmp_path / str(number)).exists()
+        assert await responsive.turns(call(made)) == 1
+    embedded = KVLinkVectorStore(model=model, directory=tmp_path / "own").as_retriever()
+    assert "CollectionEmbeddings" in embedded.tags  # LangChain asks for it; nothing is opened
+    assert not (tmp_path / "own").exists()
+
+
+def test_ids_made_anew_for_each_run(rag: KVLinkRAG, towns: list[Document]) -> None:
+    """Each id stays, as LangChain has it; no search finds one content twice."""
+    store, runs = KVLinkVectorStore(rag=rag), []
+    contents = [Document(t.page_content, metadata=t.metadata) for t in towns]
+    question = "the town of Teldon"
+    for _ in range(3):
+        runs.append([str(uuid4()) for _ in contents])
+        assert store.add_documents(contents, ids=runs[-1]) == runs[-1]
+        assert [d.id for d in store.get_by_ids(runs[-1])] == runs[-1]
+        for found in (
+            store.similarity_search(question, k=8),
+            [d for d, _ in store.similarity_search_with_score(question, k=8)],
+            [d for d, _ in store.similarity_search_with_relevance_scores(question, k=8)],
+            store.max_marginal_relevance_search(question, k=8),
+            store.similarity_search_by_vector(store.embeddings.embed_query(question), k=8),
+            KVLinkRetriever(rag=rag, k=8).invoke(question),
+            KVLinkRetriever(rag=rag, k=8, rounds=2).invoke(question),
+            store.as_retriever(search_kwargs={"k": 8}).invoke(question),
+        ):
+            assert sorted(d.page_content for d in found) == sorted(d.page_content for d in contents)
+    assert rag.stats().snapshots == len(towns)
+    odd = store.similarity_search(question, k=8, filter={"kind": ["odd", "none"]})
+    assert [d.metadata["kind"] for d in odd] == ["odd"] * 4
+    store.delete(runs[0] + runs[1])
+    assert {d.id for d in store.similarity_search(question, k=8)} == set(runs[2])
+
+
+def test_ids_of_the_applications_own_are_documents_of_their_own(rag: KVLinkRAG) -> None:
+    """Names and hashes, even of one content; only what a clock or chance made is no name."""
+    store, text = KVLinkVectorStore(rag=rag), "The mill stands at the river."
+    ids = ["one", "2", str(uuid5(NAMESPACE_URL, "a")), str(uuid5(NAMESPACE_URL, "b"))]
+    store.add_texts([text] * 4, ids=ids)
+    assert {d.id for d in store.similarity_search("mill", k=9)} == set(ids)
+
+
+def test_documents_with_random_ids_are_registered_once(
+    rag: KVLinkRAG, towns: list[Document]
+) -> None:
+    for _ in range(3):
+        fresh = [Document(t.page_content, metadata=t.metadata, id=str(uuid4())) for t in towns]
+        ids = register_documents(rag, fresh)
+        assert (len(rag), len(set(ids))) == (len(towns), len(towns))
+    assert rag.delete(ids) == len(towns)
+    kept = KVLinkVectorStore(rag=rag).add_documents(fresh)
+    assert register_documents(rag, fresh) == kept == [d.id for d in fresh]  # it holds these
+    assert len(rag) == len(towns)
+
+
+def test_progress_is_shown_where_it_is_asked_for(
+    rag: KVLinkRAG, towns: list[Document], capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = KVLinkVectorStore(rag=rag)
+    for shown in (False, True):
+        for add in (
+            lambda: register_documents(rag, towns, show_progress=shown),  # noqa: B023
+            lambda: store.add_documents(towns, show_progress=shown),  # noqa: B023
+            lambda: store.add_texts(["The mill."], show_progress=shown),  # noqa: B023
+            lambda: type(store).from_documents(towns, rag=rag, show_progress=shown),  # noqa: B023
+        ):
+            add()
+            assert ("passage" in capfd.readouterr().err) is shown
+
+
+def test_what_documents_are_registered_with(rag: KVLinkRAG, towns: list[Document]) -> None:
+    chain = KVLinkDocumentsChain(llm=ChatKVLink(rag=rag))
+    for target in (rag, chain, chain.llm, KVLinkRetriever(rag=rag), KVLinkVectorStore(rag=rag)):
+        assert register_documents(target, towns) == [town.id for town in towns]
+    with pytest.raises(ConfigError, match="found a str to register documents with"):
+        register_documents("my-collection", towns)  # type: ignore[arg-type]
 
 
 async def test_the_retriever(rag: KVLinkRAG, store: KVLinkVectorStore) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,23 @@ def test_importing_and_constructing_loads_no_torch() -> None:
         "theirs = set(sys.modules)\n"
         "import langchain_kvlink as k\n"
         "k.ChatKVLink(); k.KVLinkLLM(); k.KVLinkRetriever(); k.ContrieverEmbeddings()\n"
-        "k.KVLinkDocumentsChain()\n"
+        "k.KVLinkDocumentsChain(); k.KVLinkVectorStore().as_retriever()\n"
         "heavy = {'torch', 'transformers', 'faiss', 'kvlink_rag.model.model'}\n"
         "heavy.add('kvlink_rag.collection.rag')\n"
         "assert not heavy & (set(sys.modules) - theirs), heavy & (set(sys.modules) - theirs)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_imports_go_one_way() -> None:
+    """No circle of files, imports inside functions and for type checkers counted."""
+    folder = Path(langchain_kvlink.__file__).parent
+    imports = {}
+    for path in folder.glob("*.py"):
+        found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        names = [str(node.module) for node in found]
+        imports[path.stem] = {n.rpartition(".")[2] for n in names if n.startswith(folder.name)}
+    assert list(TopologicalSorter(imports).static_order())[-1] == "__init__"
 
 
 def test_without_langchain_the_error_names_the_install_line() -> None:

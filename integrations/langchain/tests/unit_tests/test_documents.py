@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from typing import Any
+from uuid import NAMESPACE_URL, uuid1, uuid4, uuid5
 
 import pytest
 from langchain_core.documents import Document
@@ -16,9 +17,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_kvlink import document_block
-from langchain_kvlink.documents import from_passage, to_passage, to_passages
+from langchain_kvlink.documents import from_passage, is_fresh, to_passage, to_passages
+from langchain_kvlink.filters import as_where
 from langchain_kvlink.messages import to_conversation
-from langchain_kvlink.retrievers import as_where
 
 from kvlink_rag.documents import Document as Passage
 from kvlink_rag.documents import Passage as PassagePart
@@ -55,6 +56,39 @@ def test_metadata_that_is_not_json(value: Any) -> None:
     assert kept == str(value)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["dict", "list", "deep"])
+def test_metadata_without_end(kind: str, strict: bool) -> None:
+    endless: Any = {} if kind == "dict" else []
+    if kind == "dict":
+        endless["self"] = endless
+    elif kind == "list":
+        endless.append(endless)
+    for _ in range(100_000 if kind == "deep" else 0):
+        endless = [endless]
+    document = Document("t", id="endless")
+    document.metadata["loop"] = endless
+    with pytest.raises(DocumentError, match=r"metadata of (the )?document .*endless"):
+        to_passage(document, strict=strict)
+
+
+@pytest.mark.parametrize(
+    ("id", "fresh"),
+    [
+        (str(uuid4()), True),
+        (uuid4().hex, True),
+        (str(uuid1()), True),
+        (str(uuid5(NAMESPACE_URL, "x")), False),
+        ("orvale", False),
+        ("", False),
+        (None, False),
+        ("0" * 32, False),
+    ],
+)
+def test_ids_that_are_new_each_time(id: str | None, fresh: bool) -> None:
+    assert is_fresh(id) is fresh
+
+
 def test_ids(towns: list[Document]) -> None:
     """Given ids go first, then the documents' own, then one from the content."""
     assert [p.id for p in to_passages(towns[:2])] == ["orvale", "marnik"]
@@ -73,7 +107,13 @@ def test_roles_and_contents() -> None:
     messages = [
         SystemMessage("s"),
         HumanMessage([document_block(Document("d", metadata={"title": "T"})), "and", " so"]),
-        AIMessage([{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "a"}]),
+        AIMessage(
+            [
+                {"type": "reasoning", "reasoning": "hm"},
+                {"type": "thinking", "thinking": "hm"},
+                {"type": "text", "text": "a"},
+            ]
+        ),
         ChatMessage("c", role="user"),
     ]
     assert to_conversation(messages) == [
@@ -105,6 +145,7 @@ def test_a_block_as_langchain_wrote_it_before_version_1() -> None:
         ),
         (HumanMessage([{"type": "image", "url": "x"}]), "'image'"),
         (ToolMessage("t", tool_call_id="1"), "calls no tools"),
+        (AIMessage("t", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "calls no tools"),
     ],
 )
 def test_what_cannot_be_asked(message: Any, match: str) -> None:
@@ -124,11 +165,17 @@ def test_filters(towns: list[Document]) -> None:
     assert found({"kind": "odd"}) == odd
     assert found({"kind": "odd", "n": 3}) == ["brisk"]
     assert found({"kind": None, "no": 1}) == []
+    assert found({"n": [1, 4, 99]}) == ["marnik", "quill"]
+    assert found({"n": [1, 4], "kind": ["odd"]}) == ["marnik"]
+    assert found({"n": []}) == found({"kind": [None]}) == []
     assert found({}) == [p.id for p in passages]
     assert found(lambda document: document.metadata["title"] == "Hux") == ["hux"]
     with pytest.raises(ConfigError, match="filter is a list"):
         as_where([("kind", "odd")])  # type: ignore[arg-type]
     assert found({"deep": {"on": True}}) == []
+    tagged = Passage("t", metadata={"tags": ["a", "b"]})
+    assert as_where({"tags": ["a", "b"]})(tagged)  # that very list
+    assert not as_where({"tags": ["a"]})(tagged)
 
 
 @pytest.mark.parametrize(
@@ -142,5 +189,7 @@ def test_filters(towns: list[Document]) -> None:
     ],
 )
 def test_filters_that_could_find_nothing(filter: Any, match: str) -> None:
-    with pytest.raises(ConfigError, match=match + ".*; supported are equality with a value"):
+    with pytest.raises(
+        ConfigError, match=match + ".*; supported are equality with a value, .*one of several"
+    ):
         as_where(filter)

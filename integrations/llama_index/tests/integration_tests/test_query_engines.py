@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import pytest
-from llama_index.core import PromptTemplate, VectorStoreIndex
+from llama_index.core import PromptTemplate, Settings, VectorStoreIndex
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.ingestion import IngestionPipeline
@@ -100,6 +100,7 @@ def test_overflow_is_refined_and_a_cut_node_is_computed(
     with KVLinkRAG.open(tmp_path / "small", model=small_window, embedder=embedder) as rag:
         KVLinkRegister(rag=rag)(nodes)
         llm = KVLink(rag=rag, max_new_tokens=8)
+        Settings.tokenizer = llm.tokenizer
         engine = VectorStoreIndex(nodes, embed_model=ContrieverEmbedding(embedder)).as_query_engine(
             llm=llm, similarity_top_k=8
         )
@@ -169,7 +170,7 @@ def test_a_prompt_beyond_the_window_is_an_error_not_an_empty_answer(llm: KVLink)
     """The refine synthesizers swallow every `ValueError`; here a helper packs too much."""
     synthesizer = CompactAndRefine(llm=llm, prompt_helper=PromptHelper(context_window=50_000))
     node = NodeWithScore(node=TextNode(text="word " * 2000), score=1.0)
-    with pytest.raises(KVLinkCallError, match="window"):
+    with pytest.raises(KVLinkCallError, match=r"window.* Settings.tokenizer = llm.tokenizer"):
         synthesizer.synthesize(QUESTION, [node])
     with pytest.raises(KVLinkCallError, match="window"):
         asyncio.run(synthesizer.asynthesize(QUESTION, [node]))

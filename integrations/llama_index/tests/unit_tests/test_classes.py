@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import llama_index.core
 import pytest
+from llama_index.core import Settings
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.llms import MockLLM
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import LLM
+from llama_index.core.node_parser import TokenTextSplitter
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.schema import TextNode, TransformComponent
+from llama_index.core.utils import get_tokenizer
+from llama_index.core.vector_stores.types import BasePydanticVectorStore
 from llama_index.embeddings.contriever import ContrieverEmbedding
-from llama_index.llms.kvlink import KVLink, KVLinkRegister
+from llama_index.llms.kvlink import KVLink, KVLinkRegister, KVLinkVectorStore
 from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
 from llama_index.retrievers.kvlink import KVLinkRetriever
 
@@ -36,6 +42,7 @@ ROOT = Path(__file__).parents[2] / "llama_index"
         (KVLinkSynthesizer, BaseSynthesizer),
         (ContrieverEmbedding, BaseEmbedding),
         (KVLinkRegister, TransformComponent),
+        (KVLinkVectorStore, BasePydanticVectorStore),
     ],
 )
 def test_bases(made: type, base: type) -> None:
@@ -87,11 +94,12 @@ def test_construction_opens_and_loads_nothing(tmp_path: Path) -> None:
     code = f"""
 import sys
 from llama_index.embeddings.contriever import ContrieverEmbedding
-from llama_index.llms.kvlink import KVLink, KVLinkRegister
+from llama_index.llms.kvlink import KVLink, KVLinkRegister, KVLinkVectorStore
 from llama_index.retrievers.kvlink import KVLinkRetriever
 where = {str(tmp_path / "new")!r}
 KVLink(), KVLinkRetriever(), KVLinkRegister(), ContrieverEmbedding()
 KVLink(directory=where), KVLinkRetriever(directory=where), KVLinkRegister(directory=where)
+KVLinkVectorStore(directory=where)
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -127,8 +135,10 @@ def test_unknown_arguments_are_refused() -> None:
         KVLink(temprature=1.0)
     with pytest.raises(TypeError, match="pooling"):
         ContrieverEmbedding(pooling="cls")
-    with pytest.raises(TypeError, match="similarity"):
-        KVLinkRetriever(similarity_top_k=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="similar"):
+        KVLinkRetriever(similar=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="which are one number"):
+        KVLinkRetriever(4, similarity_top_k=3)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +153,9 @@ def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
 def test_k_of_nothing_is_refused(k: int, rag: KVLinkRAG) -> None:
     with pytest.raises(ConfigError, match=f"k is {k!r}, expected a whole number of at least 1"):
         KVLinkRetriever(k)
+    if k is not None:
+        with pytest.raises(ConfigError, match=f"k is {k!r}"):
+            KVLinkRetriever(similarity_top_k=k)
     retriever = KVLinkRetriever(rag=rag)
     retriever.k = k
     with pytest.raises(ConfigError, match=f"k is {k!r}"):
@@ -154,6 +167,9 @@ def test_rag_goes_with_none_of_the_others(rag: KVLinkRAG) -> None:
         KVLink(rag=rag, model="a/b")
     with pytest.raises(ConfigError, match="give one"):
         KVLinkRetriever(rag=rag, codec="int8")
+    for made in (KVLink, KVLinkRetriever, KVLinkRegister, KVLinkVectorStore, KVLinkSynthesizer):
+        with pytest.raises(ConfigError, match="rag is a int, expected an open KVLinkRAG"):
+            made(rag=5)
     with pytest.raises(TypeError, match="give one"):
         KVLinkSynthesizer(KVLink(rag=rag), codec="int8")
     with pytest.raises(TypeError, match="give one"):
@@ -197,14 +213,33 @@ def test_context_window_and_tokenizer(rag: KVLinkRAG, model: KVLinkModel) -> Non
     assert len(llm.tokenizer("a<eos>é")) == 8
 
 
-def test_global_tokenizer_is_ours_unless_the_application_set_one(rag: KVLinkRAG) -> None:
-    from llama_index.core.utils import get_tokenizer
+def test_nothing_of_the_process_changes(rag: KVLinkRAG, tmp_path: Path) -> None:
+    """Whatever is made, in whatever order: splitters and other LLMs count as before."""
+    text = " ".join(f"The lighthouse keeper of pier {n} sleeps." for n in range(60))
+    splitter = TokenTextSplitter(chunk_size=100, chunk_overlap=0)
+    before = splitter.split_text(text)
+    theirs = get_tokenizer()
+    KVLink(rag=rag), KVLink(model="no/such-model", directory=tmp_path / "x")
+    KVLinkRegister(rag=rag), KVLinkRetriever(rag=rag), KVLinkSynthesizer(rag=rag)
+    KVLink.from_dict(KVLink(rag=rag).to_dict()), KVLinkVectorStore(rag=rag)
+    assert get_tokenizer() is theirs
+    assert TokenTextSplitter(chunk_size=100, chunk_overlap=0).split_text(text) == before
+    assert MockLLM().complete("Hello").text == "Hello"
 
-    get_tokenizer()  # LlamaIndex sets its own default by itself
-    KVLink(rag=rag, use_tokenizer=False)
-    assert len(get_tokenizer()("lighthouse keeper")) < 10
-    KVLink(rag=rag)
+
+def test_counting_as_the_model_does_is_one_line(rag: KVLinkRAG, model: KVLinkModel) -> None:
+    Settings.tokenizer = KVLink(rag=rag).tokenizer
     assert len(get_tokenizer()("lighthouse keeper")) == 17
-    llama_index.core.global_tokenizer = str.split
-    KVLink(rag=rag)
-    assert get_tokenizer() == str.split
+    assert len(get_tokenizer()("lighthouse keeper")) == 17  # by then without the collection
+
+
+def test_imports_go_one_way() -> None:
+    """No circle of files, imports inside functions and for type checkers counted."""
+    imports = {}
+    for path in ROOT.rglob("*.py"):
+        found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        names = {str(node.module) for node in found}
+        names |= {f"{node.module}.{name.name}" for node in found for name in node.names}
+        imports[".".join(path.relative_to(ROOT.parent).with_suffix("").parts)] = names
+    ours = set(imports)
+    list(TopologicalSorter({n: names & ours for n, names in imports.items()}).static_order())

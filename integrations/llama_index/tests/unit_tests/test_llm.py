@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
+from llama_index.core.base.llms import types
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+)
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.callbacks.token_counting import TokenCountingHandler
 from llama_index.llms.kvlink import KVLink
@@ -190,6 +198,11 @@ def test_sampling_of_the_llm_and_of_a_call(rag: KVLinkRAG) -> None:
     assert llm.complete("Hello", seed=2).text != one
     greedy = llm.complete("Hello", temperature=0.0).text
     assert llm.complete("Hello", temperature=1.0, top_p=1e-6).text == greedy
+    assert llm.complete("Hello", seed=1, max_tokens=None, stop=None, top_p=None).text == one
+    with pytest.raises(KVLinkCallError, match="stop is 5, expected a list"):
+        llm.complete("Hello", stop=5)
+    with pytest.raises(KVLinkCallError, match="the prompt is a NoneType"):
+        llm.complete(None)  # type: ignore[arg-type]
     assert llm.complete("Hello", max_tokens=3).raw["usage"]["completion_tokens"] == 3
     stop = greedy[4:6]
     before = greedy.partition(stop)[0]
@@ -345,3 +358,73 @@ def test_callbacks_and_token_counts(rag: KVLinkRAG) -> None:
     assert pairs[0][0].payload[EventPayload.PROMPT] == "Hello there!"
     assert pairs[1][1].payload[EventPayload.RESPONSE].raw["usage"]["completion_tokens"] == 5
     assert counter.completion_llm_token_count == 10
+
+
+def lookup(town: str) -> str:
+    """How many lighthouses a town has."""
+    return town
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda llm: llm.chat(HELLO, tools=[lookup]),
+        lambda llm: llm.complete("Hello", functions=[lookup]),
+        lambda llm: llm.chat(HELLO, tool_choice="auto"),
+        lambda llm: llm.chat_with_tools([lookup], "Hello"),
+        lambda llm: llm.stream_chat_with_tools([lookup], "Hello"),
+        lambda llm: llm.get_tool_calls_from_response(llm.chat(HELLO)),
+        lambda llm: llm.chat([*HELLO, ChatMessage(role="tool", content="3")]),
+    ],
+)
+def test_functions_are_refused_with_what_to_use(llm: KVLink, ask: Any) -> None:
+    with pytest.raises(NotImplementedError, match="QueryEngineTool") as found:
+        ask(llm)
+    assert isinstance(found.value, KVLinkError)
+    assert not isinstance(found.value, ValueError)  # which LlamaIndex would swallow
+
+
+def test_no_functions_are_no_fault(llm: KVLink) -> None:
+    assert llm.chat(HELLO, tools=[]).message.content == llm.chat(HELLO).message.content
+
+
+@pytest.mark.skipif(not hasattr(types, "ThinkingBlock"), reason="this LlamaIndex has none")
+def test_what_an_earlier_model_thought_is_not_repeated(llm: KVLink) -> None:
+    said = ChatMessage(role="assistant", content="Hi.")
+    thought = ChatMessage(
+        role="assistant", blocks=[types.ThinkingBlock(content="Hm."), TextBlock(text="Hi.")]
+    )
+    answers = [llm.chat([*HELLO, m, ChatMessage(content="Why?")]) for m in (said, thought)]
+    assert answers[0].message.content == answers[1].message.content
+    assert answers[0].raw["usage"]["prompt_tokens"] == answers[1].raw["usage"]["prompt_tokens"]
+
+
+def test_messages_to_prompt_makes_the_prompt(rag: KVLinkRAG, model: KVLinkModel) -> None:
+    """All four ways of a chat: one user message, as `complete` has it."""
+
+    def render(messages: Any) -> str:
+        return "\n".join(f"{m.role.value} says: {m.content}" for m in messages)
+
+    llm = KVLink(rag=rag, max_new_tokens=8, messages_to_prompt=render)
+    expected = oracle(model, render(HELLO))
+    assert llm.chat(HELLO).message.content == expected
+    assert "".join(p.delta or "" for p in llm.stream_chat(HELLO)) == expected
+    assert asyncio.run(llm.achat(HELLO)).message.content == expected
+    plain = KVLink(rag=rag, max_new_tokens=8, messages_to_prompt=None)
+    assert (
+        plain.chat(HELLO).message.content
+        == KVLink(rag=rag, max_new_tokens=8).chat(HELLO).message.content
+    )
+
+
+@pytest.mark.parametrize("call", ["stream_complete('Hello')", "stream_chat([ChatMessage('Hi')])"])
+def test_a_stream_left_open_at_exit_says_nothing(call: str, tmp_path: Path) -> None:
+    code = (
+        "from llama_index.core.llms import ChatMessage\n"
+        "from llama_index.llms.kvlink import KVLink\n"
+        f"stream = KVLink(directory={str(tmp_path)!r}, max_new_tokens=50).{call}\n"
+        "next(stream)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

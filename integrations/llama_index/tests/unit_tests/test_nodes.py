@@ -115,6 +115,26 @@ def test_metadata_that_would_not_come_back_is_an_error(
     assert len(rag) == 0
 
 
+@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize("deep", [0, 100_000])
+def test_metadata_without_end(rag: KVLinkRAG, embed: bool, deep: int) -> None:
+    node = TextNode(id_="endless", text="Some text.")
+    loop: list[object] = []
+    loop.append([] if deep else loop)
+    for _ in range(deep):
+        loop = [loop]
+    node.metadata["loop"] = loop
+    with pytest.raises(DocumentError, match=r"metadata of (node|document) 'endless'"):
+        KVLinkRegister(rag=rag, embed=embed)([node])
+    node.metadata = {}
+    node.relationships = {
+        NodeRelationship.SOURCE: RelatedNodeInfo(node_id="doc", metadata={"loop": loop})
+    }
+    with pytest.raises(DocumentError, match="metadata of node 'endless'"):
+        KVLinkRegister(rag=rag, embed=embed)([node])
+    assert len(rag) == 0
+
+
 @pytest.mark.parametrize("wrong", ["text", ["text"], TextNode(text="alone"), None, [3]])
 def test_what_is_no_list_of_nodes(rag: KVLinkRAG, wrong: object) -> None:
     synthesizer = KVLinkSynthesizer(KVLink(rag=rag))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager
+from llama_index.llms.kvlink.errors import ArgumentError
 
 if TYPE_CHECKING:
     from kvlink_rag import Embedder
@@ -49,7 +50,7 @@ class ContrieverEmbedding(BaseEmbedding):
     ) -> None:
         named = embedding_fields.pop("model_name", None)
         if unknown := sorted(set(embedding_fields) - set(type(self).model_fields)):
-            raise TypeError(f"ContrieverEmbedding takes no argument {unknown[0]!r}")
+            raise ArgumentError(f"ContrieverEmbedding takes no argument {unknown[0]!r}")
         if embedder is None and named not in (None, BUNDLED):
             embedder = str(named)
         name = None if embedder is None else _name(embedder)

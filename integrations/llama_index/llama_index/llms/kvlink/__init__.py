@@ -1,4 +1,4 @@
-"""KVLink for LlamaIndex: the LLM, and the transformation that registers nodes for it."""
+"""KVLink for LlamaIndex: the LLM, what registers nodes for it, and a vector store of its own."""
 
 from importlib.util import find_spec
 
@@ -9,5 +9,6 @@ if find_spec("llama_index.core") is None:
 
 from llama_index.llms.kvlink.base import KVLink
 from llama_index.llms.kvlink.register import KVLinkRegister
+from llama_index.llms.kvlink.vector_store import KVLinkVectorStore
 
-__all__ = ["KVLink", "KVLinkRegister"]
+__all__ = ["KVLink", "KVLinkRegister", "KVLinkVectorStore"]

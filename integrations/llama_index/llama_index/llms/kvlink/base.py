@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import llama_index.core
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as own_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -27,27 +27,40 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.callbacks import CallbackManager
+from llama_index.core.bridge.pydantic import Field, field_validator
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
-from llama_index.core.utils import set_global_tokenizer
-from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelLike
-from llama_index.llms.kvlink.errors import KVLinkCallError
-from llama_index.llms.kvlink.threads import in_thread
+from llama_index.llms.kvlink.collection import Collection, CollectionFields
+from llama_index.llms.kvlink.errors import KVLinkCallError, NotSupported
+from llama_index.llms.kvlink.threads import closed_at_exit, in_thread
 
 from kvlink_rag.arguments import check_question
 from kvlink_rag.documents import Document, Part, Passage, Text
-from kvlink_rag.errors import DocumentError, KVLinkError
+from kvlink_rag.errors import ConfigError, DocumentError, KVLinkError, PromptTooLong
 
 if TYPE_CHECKING:
-    from kvlink_rag import KVLinkRAG, TextStream, Trace
+    from typing_extensions import Never
+
+    from kvlink_rag import AnswerStream, TextStream, Trace
+
+    Stream: TypeAlias = AnswerStream | TextStream
 
 _ROLES = {"developer": "system", "model": "assistant", "chatbot": "assistant"}
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
+_SILENT = ("ThinkingBlock", "CachePoint")  # what a model thought, which is not repeated, and marks
+_TOOLS = ("tools", "tool_choice", "tool_required", "functions", "response_format")
+_PACKED = (
+    "Where LlamaIndex packed this prompt, it counted as GPT-3.5 does; Settings.tokenizer = "
+    "llm.tokenizer, set before the engine is made, lets it count as this model does"
+)
+_NO_TOOLS = (
+    "a KVLink model answers from passages: it calls no functions, and nothing binds its tokens to "
+    "a schema. Let an engine retrieve for it; for an agent take another LLM, with a "
+    "QueryEngineTool over this one's engine; structured_predict asks for JSON in the prompt"
+)
 
 
-class KVLink(CustomLLM):
+class KVLink(CollectionFields, CustomLLM):
     """A local LLM that reuses the keys and values of every passage its collection knows.
 
     Wherever a prompt holds, verbatim, the text of a registered node, that stretch is not computed
@@ -67,10 +80,13 @@ class KVLink(CustomLLM):
             remembers, else exact.
         max_new_tokens, temperature, top_p, stop, seed: how answers are generated; each may also
             be given to a call (`max_tokens` means `max_new_tokens`). temperature 0 is greedy.
-        use_tokenizer: whether LlamaIndex counts tokens as this model does, unless the application
-            has set `Settings.tokenizer`. Its own default counts as GPT-3.5 does, so that prompts
-            packed with it may not fit.
+        messages_to_prompt: makes one prompt, which is one user message, of a conversation; left
+            out, conversations go through the tokenizer's chat template.
         rag: an open `kvlink_rag.KVLinkRAG` instead of the first five.
+
+    Nothing of the process is changed. LlamaIndex counts tokens as GPT-3.5 does, so that prompts
+    that it packs may not fit the window: `Settings.tokenizer = llm.tokenizer` lets it count as this
+    model does.
 
     Recognised passages beyond the model's slots are computed as text: a warning says how many, and
     the trace counts them in `passages_as_text`. Passages that are handed over (`documents`,
@@ -88,72 +104,24 @@ class KVLink(CustomLLM):
 
     """
 
-    model: str | None = Field(default=None, description="Name or directory of the model.")
-    embedder: str | None = Field(default=None, description="Name or directory of the encoder.")
-    directory: str | None = Field(default=None, description="Where the collection is kept.")
-    device: str = Field(default="auto", description="Torch device.")
-    codec: str | None = Field(default=None, description="How snapshots are kept.")
     max_new_tokens: int = Field(default=256, gt=0, description="The most tokens of an answer.")
     temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling.")
     stop: list[str] = Field(default_factory=list, description="Strings that end an answer.")
     seed: int | None = Field(default=None, description="Seed for sampling.")
-    use_tokenizer: bool = Field(default=True, description="Count LlamaIndex's tokens as the model.")
 
-    _collection: Collection = PrivateAttr()
+    def __init__(self, **words: Any) -> None:
+        super().__init__(**words)
 
-    def __init__(
-        self,
-        *,
-        model: ModelLike = None,
-        embedder: Any = None,
-        directory: DirectoryLike = None,
-        device: str = "auto",
-        codec: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] | str | None = None,
-        seed: int | None = None,
-        use_tokenizer: bool = True,
-        rag: KVLinkRAG | None = None,
-        callback_manager: CallbackManager | None = None,
-        **llm_fields: Any,
-    ) -> None:
-        if unknown := sorted(set(llm_fields) - set(type(self).model_fields)):
-            raise TypeError(f"KVLink takes no argument {unknown[0]!r}")
-        collection = Collection(
-            model=model,
-            embedder=embedder,
-            directory=directory,
-            device=device,
-            codec=codec,
-            rag=rag,
-        )
-        super().__init__(
-            **collection.names(),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop=_strings(stop),
-            seed=seed,
-            use_tokenizer=use_tokenizer,
-            callback_manager=callback_manager or CallbackManager([]),
-            **llm_fields,
-        )
-        self._collection = collection
-        if use_tokenizer and _replaceable(llama_index.core.global_tokenizer):
-            set_global_tokenizer(TokenIds(collection))
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: Sequence[str] | str) -> list[str]:
+        return _strings(stop)
 
     @classmethod
     def class_name(cls) -> str:
         """Name in LlamaIndex's serialised form."""
         return "KVLink"
-
-    @property
-    def rag(self) -> KVLinkRAG:
-        """The collection, opened."""
-        return self._collection.rag()
 
     @property
     def tokenizer(self) -> Callable[[str], list[int]]:
@@ -194,6 +162,7 @@ class KVLink(CustomLLM):
         """
         return _last(self._completions(prompt, formatted, kwargs))
 
+    @closed_at_exit
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
@@ -222,6 +191,7 @@ class KVLink(CustomLLM):
         """The answer to a conversation, which goes through the tokenizer's chat template."""
         return _last(self._replies(messages, kwargs))
 
+    @closed_at_exit
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """As `chat`, as it comes; the last response has an empty delta and the trace."""
@@ -239,6 +209,14 @@ class KVLink(CustomLLM):
         """As `stream_chat`."""
         return in_thread(self._replies(messages, kwargs))
 
+    def _refuse(self, *arguments: Any, **named: Any) -> Never:
+        """Raises `NotSupported`, which says what to use instead."""
+        raise NotSupported(_NO_TOOLS)
+
+    chat_with_tools = achat_with_tools = _refuse
+    stream_chat_with_tools = astream_chat_with_tools = _refuse
+    get_tool_calls_from_response = _refuse
+
     # One way for all of them
 
     @property
@@ -248,6 +226,8 @@ class KVLink(CustomLLM):
     def _completions(
         self, prompt: str, formatted: bool, arguments: dict[str, Any]
     ) -> Generator[CompletionResponse, None, None]:
+        if not isinstance(prompt, str):
+            raise KVLinkCallError(f"the prompt is a {type(prompt).__name__}, expected a string")
         documents = arguments.get("documents")
         sampling = {name: value for name, value in arguments.items() if name != "documents"}
         if not formatted and self.completion_to_prompt is not None:
@@ -262,7 +242,10 @@ class KVLink(CustomLLM):
     def _replies(
         self, messages: Sequence[ChatMessage], sampling: dict[str, Any]
     ) -> Generator[ChatResponse, None, None]:
-        def start(**given: Any) -> TextStream:
+        def start(**given: Any) -> Stream:
+            render = self.messages_to_prompt
+            if render is not None and render is not own_messages_to_prompt:
+                return self.rag.complete(render(messages), **given)
             return self.rag.complete([_message(message) for message in messages], **given)
 
         for response in self._responses(start, sampling):
@@ -274,7 +257,7 @@ class KVLink(CustomLLM):
             )
 
     def _responses(
-        self, start: Callable[..., TextStream], sampling: dict[str, Any]
+        self, start: Callable[..., Stream], sampling: dict[str, Any]
     ) -> Generator[CompletionResponse, None, None]:
         """Text so far and what is new, one response a piece; then the trace. Lazy from the start.
 
@@ -307,7 +290,11 @@ class KVLink(CustomLLM):
 
     def _merged(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """This LLM's sampling with that of one call. Raises `KVLinkCallError` for other words."""
-        given = {{"max_tokens": "max_new_tokens"}.get(k, k): v for k, v in arguments.items()}
+        if tools := [name for name in _TOOLS if arguments.get(name)]:
+            raise NotSupported(f"found {tools[0]}=, but {_NO_TOOLS}")
+        words = {"max_tokens": "max_new_tokens"}
+        given = {words.get(k, k): v for k, v in arguments.items() if k not in _TOOLS}
+        given = {name: value for name, value in given.items() if value is not None}
         if unknown := sorted(set(given) - set(_SAMPLING)):
             raise KVLinkCallError(
                 f"found the argument {unknown[0]!r}, expected one of {', '.join(_SAMPLING)}"
@@ -329,27 +316,15 @@ class TokenIds:
     """Text to token ids as the model reads it. Holds the collection only until the first call."""
 
     def __init__(self, collection: Collection) -> None:
-        self._collection: Collection | None = collection
-        self._encode: Callable[[str], list[int]] | None = None
+        self._find: Callable[[], Callable[[str], list[int]]] = lambda: (
+            collection.outline().tokenizer.encode
+        )
 
     def __call__(self, text: str) -> list[int]:
         """Token ids of `text` alone, special-token strings spelled out."""
-        if self._encode is None and self._collection is not None:
-            self._encode, self._collection = self._collection.outline().tokenizer.encode, None
-        if self._encode is None:
-            raise RuntimeError("no tokenizer")
-        return self._encode(text)
-
-
-def _replaceable(tokenizer: Any) -> bool:
-    """Whether LlamaIndex's tokenizer is unset, ours, or the default that it sets by itself."""
-    if tokenizer is None or isinstance(tokenizer, TokenIds):
-        return True
-    return (
-        isinstance(tokenizer, partial)
-        and type(getattr(tokenizer.func, "__self__", None)).__module__.startswith("tiktoken")
-        and tokenizer.keywords == {"allowed_special": "all"}
-    )
+        encode = self._find()
+        self._find = lambda: encode
+        return encode(text)
 
 
 @contextmanager
@@ -358,6 +333,8 @@ def _unswallowed() -> Iterator[None]:
     try:
         yield
     except KVLinkError as error:
+        if isinstance(error, PromptTooLong):
+            raise KVLinkCallError(f"{error}. {_PACKED}") from error
         if isinstance(error, ValueError | TypeError):
             raise KVLinkCallError(str(error)) from error
         raise
@@ -384,11 +361,13 @@ def _check_documents(documents: Sequence[Document]) -> None:
 def _message(message: ChatMessage) -> dict[str, str]:
     """A message as kvlink_rag takes it. Raises `KVLinkCallError` for images and the like."""
     for block in message.blocks:
-        if not isinstance(block, TextBlock):
+        if not isinstance(block, TextBlock) and type(block).__name__ not in _SILENT:
             raise KVLinkCallError(
                 f"found a {type(block).__name__} in a message, expected text: this model reads text"
             )
     role = str(getattr(message.role, "value", message.role))
+    if role in ("tool", "function"):
+        raise NotSupported(f"found a message of the role {role!r}, but {_NO_TOOLS}")
     return {"role": _ROLES.get(role, role), "content": message.content or ""}
 
 
@@ -405,7 +384,12 @@ def _usage(trace: Trace) -> dict[str, int]:
 
 
 def _strings(stop: Sequence[str] | str | None) -> list[str]:
-    return [stop] if isinstance(stop, str) else list(stop or ())
+    """A list of strings. Raises `ConfigError` (a `ValueError`) for what is none."""
+    if isinstance(stop, str):
+        return [stop]
+    if not isinstance(stop, Iterable | None):
+        raise ConfigError(f"stop is {stop!r}, expected a list of strings")
+    return list(stop or ())
 
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)

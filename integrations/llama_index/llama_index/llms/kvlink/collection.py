@@ -1,14 +1,21 @@
 """What all classes of this integration share: `model`, `embedder`, `directory`, `device`, `codec`.
 
 A collection is opened on first use and once a process, so that the LLM, the retriever and the
-ingestion of one application share one model and one index. Knows no LlamaIndex.
+ingestion of one application share one model and one index. `OnCollection` is the base of every
+class, `CollectionFields` that of LlamaIndex's pydantic ones.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypedDict, Union
+
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
+from llama_index.core.storage.docstore.types import BaseDocumentStore
+from llama_index.llms.kvlink import sources
+from llama_index.llms.kvlink.errors import ArgumentError
 
 from kvlink_rag.errors import ConfigError
 
@@ -21,6 +28,17 @@ DirectoryLike = str | Path | None
 
 # The collection opened last: without it, `KVLinkRegister()(nodes)` would load weights for itself.
 _last: KVLinkRAG | None = None
+
+
+class Words(TypedDict, total=False):
+    """The words by which every class finds its collection; see `Collection`."""
+
+    model: ModelLike
+    embedder: Any
+    directory: DirectoryLike
+    device: str
+    codec: str | None
+    rag: KVLinkRAG | None
 
 
 class Collection:
@@ -48,6 +66,8 @@ class Collection:
             raise ConfigError(
                 "found rag and one of model, embedder, directory, device, codec; give one"
             )
+        if rag is not None and not hasattr(rag, "catalog"):
+            raise ConfigError(f"rag is a {type(rag).__name__}, expected an open KVLinkRAG")
         self.model, self.embedder, self.directory, self.device = model, embedder, directory, device
         self.codec = codec
         self._given = self._rag = rag
@@ -64,6 +84,11 @@ class Collection:
             "device": self.device,
             "codec": self.codec,
         }
+
+    @property
+    def opened(self) -> KVLinkRAG | None:
+        """The collection, if it is open already."""
+        return self._rag
 
     def rag(self) -> KVLinkRAG:
         """The open collection. Errors as in `KVLinkRAG.open`."""
@@ -89,11 +114,81 @@ class Collection:
 
     def __getstate__(self) -> dict[str, Any]:
         if not all(v is None or isinstance(v, str | Path) for v in (self.model, self.embedder)):
-            raise TypeError("found a model or embedder object, expected its name or directory")
+            raise ArgumentError(
+                "found a model or embedder object, expected its name or directory to pickle"
+            )
         return self.names()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Collection.__init__(self, **state)
+
+
+class OnCollection:
+    """What stands on a collection, and can take nodes out of it again."""
+
+    _collection: Collection
+
+    @property
+    def rag(self) -> KVLinkRAG:
+        """The collection, opened at the first call. Errors as in `KVLinkRAG.open`."""
+        return self._collection.rag()
+
+    def delete_ref_doc(self, ref_doc_id: str) -> int:
+        """Delete all nodes of a source document, and say how many.
+
+        The counterpart of `delete_ref_doc` of an index or a docstore: call it beside that.
+        """
+        return sources.delete_ref_doc(self.rag, ref_doc_id)
+
+    def delete_nodes(self, node_ids: Iterable[str]) -> int:
+        """Delete nodes by id, and say how many; those that are not there are ignored."""
+        return sources.delete_nodes(self.rag, node_ids)
+
+    def sync(self, docstore: BaseDocumentStore) -> int:
+        """Delete all nodes whose source document `docstore` no longer holds, and say how many.
+
+        For a collection that holds nodes of that docstore's documents only, after a run of its
+        pipeline, such as one with `DocstoreStrategy.UPSERTS_AND_DELETE`. Nodes without a source
+        stay.
+        """
+        return sources.sync(self.rag, docstore)
+
+
+class CollectionFields(OnCollection, BaseModel):
+    """The five words as fields of a LlamaIndex component. Raises `ArgumentError` for others."""
+
+    model: str | None = Field(default=None, description="Name or directory of the model.")
+    embedder: str | None = Field(default=None, description="Name or directory of the encoder.")
+    directory: str | None = Field(default=None, description="Where the collection is kept.")
+    device: str = Field(default="auto", description="Torch device.")
+    codec: str | None = Field(default=None, description="How snapshots are kept.")
+
+    _collection: Collection = PrivateAttr()
+
+    def __init__(
+        self,
+        *,
+        model: ModelLike = None,
+        embedder: Any = None,
+        directory: DirectoryLike = None,
+        device: str = "auto",
+        codec: str | None = None,
+        rag: KVLinkRAG | None = None,
+        **fields: Any,
+    ) -> None:
+        if unknown := sorted(set(fields) - set(type(self).model_fields)):
+            raise ArgumentError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
+        collection = Collection(
+            model=model,
+            embedder=embedder,
+            directory=directory,
+            device=device,
+            codec=codec,
+            rag=rag,
+        )
+        given = {name: value for name, value in fields.items() if value is not None}
+        super().__init__(**collection.names(), **given)
+        self._collection = collection
 
 
 def _bare(embedder: Any) -> Any:

@@ -17,13 +17,15 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryType
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.llms.kvlink import KVLink
-from llama_index.llms.kvlink.collection import DirectoryLike, ModelLike
+from llama_index.llms.kvlink.errors import ArgumentError
 from llama_index.llms.kvlink.nodes import bare_nodes, to_documents
 
 from kvlink_rag.documents import Document
+from kvlink_rag.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvlink_rag import KVLinkRAG
+    from llama_index.llms.kvlink.collection import Words
+    from typing_extensions import Unpack
 
 TRACE = "kvlink"  # where a response's metadata holds counts and times
 
@@ -56,34 +58,19 @@ class KVLinkSynthesizer(BaseSynthesizer):
         self,
         llm: KVLink | None = None,
         *,
-        model: ModelLike = None,
-        embedder: Any = None,
-        directory: DirectoryLike = None,
-        device: str = "auto",
-        codec: str | None = None,
-        rag: KVLinkRAG | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
+        **words: Unpack[Words],
     ) -> None:
-        if llm is None:
-            llm = KVLink(
-                model=model,
-                embedder=embedder,
-                directory=directory,
-                device=device,
-                codec=codec,
-                rag=rag,
-            )
-        elif device != "auto" or any(
-            v is not None for v in (model, embedder, directory, codec, rag)
-        ):
-            raise TypeError(
+        if llm is not None and set(words.values()) - {None, "auto"}:
+            raise ArgumentError(
                 "found llm and one of model, embedder, directory, device, codec, rag; give one"
             )
-        if not isinstance(llm, KVLink):
-            raise TypeError(
+        if not isinstance(llm, KVLink | None):
+            raise ArgumentError(
                 f"found llm {type(llm).__name__}, expected KVLink, which takes passages"
             )
+        llm = KVLink(**words) if llm is None else llm
         super().__init__(llm=llm, callback_manager=callback_manager, streaming=streaming)
         self._kvlink = llm
 
@@ -159,9 +146,9 @@ class KVLinkSynthesizer(BaseSynthesizer):
         return {}
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
-        """Raises `ValueError`: there is no template to replace."""
+        """Raises `ConfigError`: there is no template to replace."""
         if prompts:
-            raise ValueError(
+            raise ConfigError(
                 f"found prompts {sorted(prompts)}, but the prompt of a KVLinkSynthesizer is the "
                 "model's own; set system_prompt of KVLink, or use CompactAndRefine"
             )

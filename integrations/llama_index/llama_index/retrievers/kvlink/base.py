@@ -9,24 +9,36 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBundle
-from llama_index.llms.kvlink.collection import Collection, DirectoryLike, ModelLike
+from llama_index.core.vector_stores.types import MetadataFilters
+from llama_index.llms.kvlink.collection import Collection, OnCollection
+from llama_index.llms.kvlink.errors import ArgumentError
+from llama_index.llms.kvlink.filters import as_where
 from llama_index.llms.kvlink.nodes import to_documents, to_node
+from llama_index.llms.kvlink.sources import take
 
 from kvlink_rag.arguments import check_count
 from kvlink_rag.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvlink_rag import KVLinkRAG
+    from llama_index.llms.kvlink.collection import Words
+    from typing_extensions import Unpack
 
 
-class KVLinkRetriever(BaseRetriever):
+DEFAULT_K = 10
+
+
+class KVLinkRetriever(OnCollection, BaseRetriever):
     """Finds the `k` best nodes of a collection; fewer where there are fewer.
 
     Args:
-        k: nodes a query; an integer of at least 1.
+        k: nodes a query; an integer of at least 1. similarity_top_k: LlamaIndex's word for it.
+        filters: LlamaIndex's `MetadataFilters`, nested or not; applied to the whole ranking, so
+            that k are found where there are k.
         rounds: 2 searches again from the best first hits, for two-hop questions.
         model, embedder, directory, device, codec, rag: as everywhere in this integration, see
             `KVLink`.
+
+    `delete_ref_doc`, `delete_nodes` and `sync` take nodes out again.
 
     Examples:
         ```python
@@ -39,32 +51,26 @@ class KVLinkRetriever(BaseRetriever):
 
     def __init__(
         self,
-        k: int = 10,
+        k: int = DEFAULT_K,
         *,
+        similarity_top_k: int | None = None,
         rounds: int = 1,
-        model: ModelLike = None,
-        embedder: Any = None,
-        directory: DirectoryLike = None,
-        device: str = "auto",
-        codec: str | None = None,
-        rag: KVLinkRAG | None = None,
+        filters: MetadataFilters | None = None,
         callback_manager: CallbackManager | None = None,
         object_map: dict[str, Any] | None = None,
         objects: list[IndexNode] | None = None,
         verbose: bool = False,
+        **words: Unpack[Words],
     ) -> None:
-        check_count(k)
+        if similarity_top_k is not None and k not in (DEFAULT_K, similarity_top_k):
+            raise ArgumentError("found k and similarity_top_k, which are one number; give one")
         if rounds not in (1, 2):
             raise ConfigError(f"rounds is {rounds}, expected 1 or 2")
-        self.k, self.rounds = k, rounds
-        self._collection = Collection(
-            model=model,
-            embedder=embedder,
-            directory=directory,
-            device=device,
-            codec=codec,
-            rag=rag,
-        )
+        self.k = k if similarity_top_k is None else similarity_top_k
+        check_count(self.k)
+        self.rounds, self.filters = rounds, filters
+        as_where(filters)
+        self._collection = Collection(**words)
         super().__init__(
             callback_manager=callback_manager,
             object_map=object_map,
@@ -73,22 +79,30 @@ class KVLinkRetriever(BaseRetriever):
         )
 
     @property
-    def rag(self) -> KVLinkRAG:
-        """The collection, opened."""
-        return self._collection.rag()
+    def similarity_top_k(self) -> int:
+        """`k`, by LlamaIndex's name."""
+        return self.k
 
-    def add(self, nodes: Sequence[BaseNode]) -> None:
+    @similarity_top_k.setter
+    def similarity_top_k(self, k: int) -> None:
+        self.k = k
+
+    def add(self, nodes: Sequence[BaseNode], *, show_progress: bool = False) -> None:
         """Embed, index and encode nodes; what is there costs nothing.
 
-        Raises `kvlink_rag.errors.DocumentError`, and adds none, for a node without text and for
-        metadata that is not JSON, which would not come back as it was.
+        Nodes of another version of their source document go, and one whose id is a random UUID is
+        known by its content, as in `KVLinkRegister`. show_progress: a bar on stderr. Raises
+        `kvlink_rag.errors.DocumentError`, and adds none, for a node without text and for metadata
+        that is not JSON, which would not come back as it was.
         """
-        self.rag.add(to_documents(nodes, strict=True))
+        documents = to_documents(nodes, strict=True)
+        take(self.rag, documents, lambda: self.rag.add(documents, show_progress=show_progress))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """The best nodes for the bundle's embedding texts: the query, or what HyDE made of it."""
-        query = "\n".join(query_bundle.embedding_strs)
-        return [to_node(hit) for hit in self.rag.search(query, self.k, rounds=self.rounds)]
+        query, where = "\n".join(query_bundle.embedding_strs), as_where(self.filters)
+        hits = self.rag.search(query, self.k, rounds=self.rounds, where=where)
+        return [to_node(hit) for hit in hits]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
