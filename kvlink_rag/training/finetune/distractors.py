@@ -27,7 +27,8 @@ from kvlink_rag.datasets.rows import Source, rows
 from kvlink_rag.datasets.schemas import Example, question_answering
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, ExampleError, KVLinkError
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder, Embedder
+from kvlink_rag.retrieval.contriever import ContrieverEmbedder
+from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.retrieval.rounds import embedded_text
 
 BATCH = 256
