@@ -20,6 +20,7 @@ TITLE = "A title that is a good deal longer than the text " * 2
 def model(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> KVLinkModel:
     model = make_model("llama", torch.float32)
     monkeypatch.setattr(model, "format", replace(model.format, window=1000))
+    monkeypatch.setattr(model, "end_ids", frozenset())  # answers take all the room there is
     return model
 
 

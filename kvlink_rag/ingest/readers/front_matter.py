@@ -42,7 +42,7 @@ def _toml(fields: str) -> object:
 
 def _yaml(fields: str) -> object:
     try:
-        return yaml.load(fields, _Loader)
+        return _Loader(fields).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
 

@@ -116,13 +116,16 @@ class Recogniser:
             closed += occurrences(prompt, question)[-1:]
         matches = self._long_enough(prompt, _matches(prompt, table))
         found = select(matches, closed)
+        asked = closed[-1] if question is not None and closed else None
         if asks and question is None:
             asked = find_question(prompt, found)
             if inside := [s for s in found if asked.forbids(s.start, s.stop)]:
                 start = min(asked.start, *(s.start for s in inside))
                 found = select(matches, [*closed, Closed(start, asked.stop)])
         confirmed = self._confirmed(prompt, found, table)
-        trace.unrecognised_tokens += self._unrecognised(prompt, confirmed, table)
+        known = [(stretch.start, stretch.stop) for stretch, _ in confirmed]
+        known += [(asked.start, asked.stop)] if asked else []
+        trace.unrecognised_tokens += self._unrecognised(prompt, sorted(known), table)
         trace.passages_as_text += len(confirmed[most:]) if most is not None else 0
         return _cut(prompt, confirmed[:most])
 
@@ -200,21 +203,16 @@ class Recogniser:
         titles = table.titles[key]
         return titles[title_before(before, titles)]
 
-    def _unrecognised(
-        self, prompt: str, confirmed: Sequence[tuple[Stretch, Document]], table: Table
-    ) -> int:
-        """Tokens outside passages that look like known texts: begun like one, or one but for white
-        space and Unicode form."""
-        at, looks = 0, 0
-        for start, stop in (*((s.start, s.stop) for s, _ in confirmed), (len(prompt),) * 2):
+    def _unrecognised(self, prompt: str, known: Sequence[tuple[int, int]], table: Table) -> int:
+        """Tokens that begin like a known text, outside passages and the question (`known`)."""
+        at, tokens = 0, 0
+        for start, stop in (*known, (len(prompt), len(prompt))):
             outside = prompt[at:start]
             if len(outside) >= HEAD:
-                looks += self._looking_alike(outside, table)
-            at = stop
-        return looks
-
-    def _looking_alike(self, text: str, table: Table) -> int:
-        return sum(len(self._tokenizer.encode(text[a:b])) for a, b in table.begun(text))
+                alike = (self._tokenizer.encode(outside[a:b]) for a, b in table.begun(outside))
+                tokens += sum(len(ids) for ids in alike if len(ids) >= self.min_tokens)
+            at = max(at, stop)
+        return tokens
 
     def _entries(self, rows: Sequence[int]) -> Sequence[KnownEntry]:
         try:
