@@ -37,6 +37,12 @@ class Answering:
     """0 is greedy"""
     top_p: float = 1.0
     """sample from the likeliest tokens that together have this probability"""
+    top_k: int = 0
+    """sample from so many of the likeliest tokens; 0: from all"""
+    min_p: float = 0.0
+    """sample from tokens with at least this share of the likeliest one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1: what was said already becomes less likely"""
     seed: Seed | None = None
     """of sampling"""
 
@@ -85,6 +91,7 @@ def _fields(question: str, stream: AnswerStream) -> Mapping[str, Any]:
             "text": hit.document.text,
             "metadata": dict(hit.document.metadata),
             "score": hit.score,
+            "also": [{"id": each.id, "metadata": dict(each.metadata)} for each in hit.also],
         }
         for hit in stream.hits
     ]

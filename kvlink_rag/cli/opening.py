@@ -127,7 +127,7 @@ def opener(
         from kvlink_rag.model.model import KVLinkModel
         from kvlink_rag.pretrained.model_files import BUNDLED
     known: dict[str, str] = {}
-    if _has_collection(directory_of(options)):
+    if has_collection(options):
         with KVLinkRAG.open(directory_of(options), create=False) as rag:
             known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
             known["compression"] = rag.compression
@@ -150,8 +150,11 @@ def require_documents(rag: KVLinkRAG) -> None:
         raise ConfigError(f"{rag.directory} holds no documents; add some: kvlink-rag index PATH")
 
 
-def _has_collection(directory: Path) -> bool:
+def has_collection(options: Options) -> bool:
     """Whether a collection is there, or what is left of one that lost its catalog."""
+    directory = directory_of(options)
+    if not directory.exists():
+        return False
     from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
 
     parts = (directory / name for name in (CATALOG, INDEX, SNAPSHOTS))

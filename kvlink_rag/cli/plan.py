@@ -50,6 +50,8 @@ def plan(
             advance=bar.update,
             max_tokens=reading.passage_tokens,
             max_bytes=reading.max_file_size,
+            encoding=reading.encoding,
+            text_key=reading.text_key,
             seconds=seconds,
         )
     fields = {**made.to_dict(), "skipped": problems.skipped}

@@ -91,12 +91,18 @@ def progress(total: int, what: str) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
-def place(document: Document) -> str:
-    """Where a document is from, and its id."""
+def place(hit: Hit) -> str:
+    """Where a document is from, its id, and where else its text is."""
+    others = "".join(f"; also {_from(each) or f'id {each.id}'}" for each in hit.also)
+    own = ", ".join(filter(None, [_from(hit.document), f"id {hit.document.id}"]))
+    return visible(" ".join(f"{own}{others}".split()))
+
+
+def _from(document: Document) -> str:
+    """The source, and of a PDF the page; "" where none is known."""
     source, page = document.metadata.get("source"), document.metadata.get("page")
     where = [str(source)] if source else []
-    where += [f"page {page}"] if page is not None else []
-    return visible(" ".join(", ".join([*where, f"id {document.id}"]).split()))
+    return ", ".join([*where, *([f"page {page}"] if page is not None else [])])
 
 
 def sources(hits: Sequence[Hit], start: int = 1) -> Iterator[str]:
@@ -106,7 +112,7 @@ def sources(hits: Sequence[Hit], start: int = 1) -> Iterator[str]:
     """
     for rank, hit in enumerate(hits, start):
         head = f"[{rank}] {line(hit.document.title or hit.document.text, _TITLE)}"
-        where = place(hit.document)
+        where = place(hit)
         if sys.stdout.isatty() and len(head) + len(where) + 4 > _columns():
             yield from (head, f"    {where}")
         else:

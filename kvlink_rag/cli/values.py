@@ -9,6 +9,7 @@ from cyclopts import Parameter, Token
 
 from kvlink_rag.arguments import MAX_SEED, parse_size
 from kvlink_rag.evaluation.request import GROUPS, By
+from kvlink_rag.ingest.readers.encodings import check_encoding
 
 
 def shown_default(value: object) -> str | None:
@@ -64,6 +65,7 @@ def _groups(text: str) -> tuple[str, ...]:
 
 Count = Annotated[int, _of_text(_count)]
 Seed = Annotated[int, _of_text(_seed)]
+Encoding = Annotated[str, _of_text(check_encoding)]
 Sample = Annotated[int | None, _of_text(_sample)]
 Size = Annotated[int, _of_text(lambda text: parse_size(text, least=1))]
 Places = Annotated[tuple[int, ...], _of_text(_places)]
