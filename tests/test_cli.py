@@ -164,6 +164,21 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("[]\n")
 
 
+@pytest.mark.parametrize("command", [["list"], ["stats"], ["check"], ["delete", "one"]])
+def test_what_needs_no_model_does_not_wait_for_its_libraries(
+    command: list[str], collection: Path, tmp_path: Path
+) -> None:
+    """transformers costs more of start-up than all else, torch included."""
+    shutil.copytree(collection / "col", tmp_path / "col")
+    code = (
+        "import sys, kvlink_rag.cli.main as cli\n"
+        "assert cli.main(sys.argv[1:]) == 0\n"
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules"
+    )
+    call = [sys.executable, "-c", code, *command, "--dir", str(tmp_path / "col")]
+    subprocess.run(call, check=True, capture_output=True)
+
+
 def test_every_module_with_a_function_of_its_name_is_a_command(tmp_path: Path) -> None:
     assert tuple(sorted(find_commands())) == COMMANDS
     shown = here("--help", cwd=tmp_path).out
@@ -903,7 +918,7 @@ def test_sources_on_a_terminal_fit_it_and_ids_are_whole(
 def test_sources_name_the_other_places_of_a_text() -> None:
     other = Document("Text.", "", "g" * 32, {"source": "c.pdf", "page": 7})
     (shown,) = terminal.sources([replace(LONG, also=(other, Document("Text.", id="h")))])
-    assert shown.endswith(f"  (a/b.pdf, page 3, id {'f' * 32}; also c.pdf, page 7; also id h)")
+    assert shown.endswith(f"  (a/b.pdf, page 3, id {'f' * 32}; also c.pdf, page 7; id h)")
 
 
 def test_sources_in_a_pipe_are_a_line_each() -> None:

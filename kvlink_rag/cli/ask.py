@@ -68,7 +68,7 @@ def ask(
     text = (sys.stdin.read() if question == "-" else question).strip()
     if not text:
         raise ConfigError("the question is empty; give some text")
-    with collection(options) as rag:
+    with collection(options, models=True) as rag:
         require_documents(rag)
         load(rag)
         stream = rag.stream(text, k=k, **asdict(answering))

@@ -18,7 +18,7 @@ from kvlink_rag.ingest.splitter import MAX_TOKENS
 from kvlink_rag.quantities import number, size
 
 from . import terminal
-from .opening import OPTIONS, Options, collection, has_collection
+from .opening import OPTIONS, Options, collection, has_collection, load
 from .values import Count, Encoding, Json, Size
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ RESUMES = True  # an interrupted run is finished by repeating it
 SHOWN = 3  # files that are no more, or moved, by name
 
 Paths = Annotated[
-    tuple[str, ...], Parameter(name="PATH", help=f"files ({', '.join(SUFFIXES)}) and folders")
+    tuple[str, ...],
+    Parameter(name="PATH", help=f"files ({', '.join(SUFFIXES)}, programs) and folders"),
 ]
 
 
@@ -93,29 +94,26 @@ def index(
         "compression": reading.compression,
         "search": search,
     }
-    with (
-        _trial(options) if dry_run else collection(options, create=True, **settings) as rag,
-        terminal.progress(sum(file.size() for file in files), "indexing") as bar,
-    ):
+    opened = collection(options, create=True, models=True, **settings)
+    with _trial(options) if dry_run else opened as rag:
         from kvlink_rag.ingest.index_files import ingest
 
-        problems.write = bar.write
-        if notice := rag.model.spec.notice:
-            bar.write(terminal.visible(f"kvlink-rag: {notice}"), file=sys.stderr)
-        report = ingest(
-            rag,
-            files,
-            on_problem=problems,
-            advance=bar.update,
-            max_tokens=reading.passage_tokens,
-            max_bytes=reading.max_file_size,
-            encoding=reading.encoding,
-            text_key=reading.text_key,
-            roots=[path for path in paths if path],
-            sync=sync,
-            dry_run=dry_run,
-        )
-        bar.close()
+        load(rag, embedder=False)
+        with terminal.progress(sum(file.size() for file in files), "indexing") as bar:
+            problems.write = bar.write
+            report = ingest(
+                rag,
+                files,
+                on_problem=problems,
+                advance=bar.update,
+                max_tokens=reading.passage_tokens,
+                max_bytes=reading.max_file_size,
+                encoding=reading.encoding,
+                text_key=reading.text_key,
+                roots=[path for path in paths if path],
+                sync=sync,
+                dry_run=dry_run,
+            )
         if as_json:
             terminal.show_json(_fields(rag, report, problems.skipped))
         else:
@@ -132,7 +130,7 @@ def _trial(options: Options) -> Iterator[KVLinkRAG]:
     with TemporaryDirectory(prefix="kvlink-trial-") as empty:
         there = has_collection(options)
         directory = options if there else replace(options, dir=empty)
-        with collection(directory, create=not there) as rag:
+        with collection(directory, create=not there, models=True) as rag:
             yield rag
 
 

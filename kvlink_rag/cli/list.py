@@ -14,9 +14,10 @@ from .values import Json
 
 
 def list(*, as_json: Json = False, options: Options = OPTIONS) -> int:
-    """The files that passages are from, or what an application calls their source, with counts.
+    """The files that passages are from, with counts.
 
-    A passage that two files hold is counted for both, and once in all.
+    Of passages that an application added: what it calls their source. A passage that two files
+    hold is counted for both, and once in all.
 
     Args:
         as_json: print JSON
