@@ -171,9 +171,10 @@ def test_what_needs_no_model_does_not_wait_for_its_libraries(
     """transformers costs more of start-up than all else, torch included."""
     shutil.copytree(collection / "col", tmp_path / "col")
     code = (
-        "import sys, kvlink_rag.cli.main as cli\n"
+        "import gc, sys, kvlink_rag.cli.main as cli\n"
         "assert cli.main(sys.argv[1:]) == 0\n"
-        "assert 'torch' in sys.modules and 'transformers' not in sys.modules"
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000"
     )
     call = [sys.executable, "-c", code, *command, "--dir", str(tmp_path / "col")]
     subprocess.run(call, check=True, capture_output=True)
@@ -230,6 +231,8 @@ def test_version(tmp_path: Path) -> None:
         ["index", "x", "--size-limit", "-5GB"],
         ["index", "x", "--passage-tokens", "1.5"],
         ["ask", "x", "--seed", "-1"],
+        ["ask", "x", "--top-k", "-1"],
+        ["index", "x", "--encoding", "nope"],
         ["ask", "x", "--seed", str(2**64)],
         ["ask", "x", "--dtype", "foo"],
     ],

@@ -14,7 +14,7 @@ from kvlink_rag.errors import ConfigError
 
 from . import terminal
 from .opening import OPTIONS, Options, collection, load, require_documents
-from .values import Count, Json, Seed
+from .values import Count, CountOrAll, Json, Seed
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.answering import AnswerStream
@@ -37,7 +37,7 @@ class Answering:
     """0 is greedy"""
     top_p: float = 1.0
     """sample from the likeliest tokens that together have this probability"""
-    top_k: int = 0
+    top_k: CountOrAll = 0
     """sample from so many of the likeliest tokens; 0: from all"""
     min_p: float = 0.0
     """sample from tokens with at least this share of the likeliest one's probability"""

@@ -34,6 +34,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _or_all(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"found {text[:40]!r}, expected a whole number, 0 for all")
+    return int(text)
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) > MAX_SEED:
         raise ValueError(f"found {text[:40]!r}, expected a whole number from 0 to {MAX_SEED}")
@@ -64,6 +70,7 @@ def _groups(text: str) -> tuple[str, ...]:
 
 
 Count = Annotated[int, _of_text(_count)]
+CountOrAll = Annotated[int, _of_text(_or_all)]
 Seed = Annotated[int, _of_text(_seed)]
 Encoding = Annotated[str, _of_text(check_encoding)]
 Sample = Annotated[int | None, _of_text(_sample)]
