@@ -7,7 +7,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo notebooks test test-oldest test-newest lint format bench stress soak fuzz audit train-small clean
+.PHONY: help setup demo notebooks test test-oldest test-newest lint format bench stress soak fuzz audit dist train-small clean
 MINUTES ?= 5
 
 help: ## List the tasks
@@ -81,6 +81,9 @@ fuzz: setup ## Fuzz every reader of foreign bytes, a minute each
 audit: setup ## Known advisories of what is installed (asks PyPI)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
 	$(BIN)/python -m pip_audit --skip-editable
+
+dist: setup ## Build the three distributions into dist, check them, and try them in a new environment
+	VENV=$(VENV) tests/install_by_hand.sh
 
 train-small: setup ## Train a small pair from a seed, into runs (see docs/experiments_small_model.md)
 	$(BIN)/python -m kvlink_rag.training.small --out runs/small

@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel
 
 from kvlink_rag import KVLinkRAG
 from kvlink_rag.arguments import CODECS
-from kvlink_rag.cli import chat, check, delete, terminal
+from kvlink_rag.cli import chat, check, terminal
 from kvlink_rag.cli.main import find_commands, main
 from kvlink_rag.documents import Document, Hit
 from kvlink_rag.quantities import size
@@ -144,8 +144,8 @@ def the_error(ran: Ran, code: int = 1) -> str:
 
 
 COMMANDS = (
-    *("ask", "bench", "chat", "check", "delete", "demo", "eval", "index", "list", "plan", "stats"),
-    *("train", "verify"),
+    *("ask", "bench", "chat", "check", "delete", "demo", "eval", "index", "list", "models"),
+    *("plan", "stats", "train", "verify"),
 )
 # Each costs more than all of help may: these three and what they bring are seconds of start-up.
 HEAVY = {"torch", "transformers", "numpy", "faiss", "sqlite3", "tqdm", "huggingface_hub"}
@@ -162,6 +162,22 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     done = subprocess.run(call, capture_output=True, text=True, check=True)
     assert done.stdout.count("Usage: kvlink-rag ") == 1 + len(COMMANDS)
     assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", [["list"], ["stats"], ["check"], ["delete", "one"]])
+def test_what_needs_no_model_does_not_wait_for_its_libraries(
+    command: list[str], collection: Path, tmp_path: Path
+) -> None:
+    """transformers costs more of start-up than all else, torch included."""
+    shutil.copytree(collection / "col", tmp_path / "col")
+    code = (
+        "import gc, sys, kvlink_rag.cli.main as cli\n"
+        "assert cli.main(sys.argv[1:]) == 0\n"
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000"
+    )
+    call = [sys.executable, "-c", code, *command, "--dir", str(tmp_path / "col")]
+    subprocess.run(call, check=True, capture_output=True)
 
 
 def test_every_module_with_a_function_of_its_name_is_a_command(tmp_path: Path) -> None:
@@ -215,6 +231,8 @@ def test_version(tmp_path: Path) -> None:
         ["index", "x", "--size-limit", "-5GB"],
         ["index", "x", "--passage-tokens", "1.5"],
         ["ask", "x", "--seed", "-1"],
+        ["ask", "x", "--top-k", "-1"],
+        ["index", "x", "--encoding", "nope"],
         ["ask", "x", "--seed", str(2**64)],
         ["ask", "x", "--dtype", "foo"],
     ],
@@ -461,6 +479,72 @@ def test_two_texts_under_one_id_are_told(pair: list[str], tmp_path: Path) -> Non
     assert "b.jsonl: id '1' stands for another text in a.jsonl" in done.err
 
 
+def test_sync_removes_what_is_gone_and_moves_what_moved(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    (tmp_path / "docs/page.html").rename(tmp_path / "docs/moved.html")
+    (tmp_path / "docs/sub/tarn.txt").unlink()
+    tried = here("--dir", "col", "index", "docs", "--sync", "--dry-run", cwd=tmp_path)
+    assert (tried.code, "1 added, 0 replaced, 4 unchanged, 5 removed" in tried.out) == (0, True)
+    assert tried.out.endswith("nothing was changed: this is what would be done\n")
+    assert sources_in(tmp_path) == sorted(FILES)
+    told = here("--dir", "col", "index", "docs", cwd=tmp_path)
+    assert "warning: docs/page.html: moved to docs/moved.html" in told.err
+    assert "passages of 1 file that is no more (docs/sub/tarn.txt) stay" in told.err
+    assert sources_in(tmp_path) == sorted([*FILES, "docs/moved.html"])
+    done = here("--dir", "col", "index", "docs", "--sync", cwd=tmp_path)
+    assert (done.code, "0 added, 0 replaced, 5 unchanged, 5 removed" in done.out) == (0, True)
+    assert done.err.splitlines() == [
+        "kvlink-rag: passages of 1 file that is no more (docs/sub/tarn.txt) are removed",
+        "kvlink-rag: moved: docs/page.html to docs/moved.html; passages of the old are removed",
+    ]
+    assert sources_in(tmp_path) == ["docs/lines.jsonl", "docs/moved.html", "docs/orvale.md"]
+
+
+def test_an_emptied_folder_is_brought_up_to_date(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
+    for name in FILES:
+        (tmp_path / name).unlink()
+    told = here("--dir", "col", "index", "docs", cwd=tmp_path)
+    assert "passages of 4 files that are no more (docs/lines.jsonl, " in told.err
+    here("--dir", "col", "index", "", "--sync", cwd=tmp_path)  # a name of nothing: not this folder
+    assert sources_in(tmp_path) == sorted(FILES)
+    here("--dir", "col", "index", "docs", "--sync", cwd=tmp_path)
+    assert sources_in(tmp_path) == []
+
+
+def test_a_dry_run_makes_and_changes_nothing(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    ran = here("--dir", "col", *pair, "index", "docs", "--dry-run", cwd=tmp_path)
+    assert (ran.code, ": 9 added, 0 replaced, 0 unchanged, 0 removed\n" in ran.out) == (0, True)
+    assert not (tmp_path / "col").exists()
+    refused = here("--dir", "col", "--reencode", "index", "docs", "--dry-run", cwd=tmp_path)
+    assert "--dry-run changes nothing" in the_error(refused)
+
+
+def test_the_encoding_and_the_key_of_texts_are_given(pair: list[str], tmp_path: Path) -> None:
+    text = "Die Brücke über die Spree wurde 1896 gebaut."
+    (tmp_path / "a.txt").write_text(text, "cp850")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "The mill was built in 1820."}))
+    hinted = here("--dir", "col", *pair, "index", "b.jsonl", cwd=tmp_path)
+    assert "give text_key='body' (kvlink-rag: --text-key)\n" in hinted.err
+    options = ["--encoding", "cp850", "--text-key", "body"]
+    for command in ("plan", "index"):
+        ran = here("--dir", "col", *pair, command, "a.txt", "b.jsonl", *options, cwd=tmp_path)
+        assert (ran.code, ran.err, "2 passages" in ran.out) == (0, "", True)
+    found = here("--dir", "col", "ask", "?", "--json", "--max-new-tokens", "1", cwd=tmp_path)
+    assert text in [source["text"] for source in found.json["sources"]]
+    wrong = here("--dir", "col", "index", "a.txt", "--encoding", "nope", cwd=tmp_path)
+    assert "no encoding 'nope'" in the_error(wrong, code=2)
+
+
+def sources_in(folder: Path) -> list[str]:
+    """What `list` names, of the collection `col`."""
+    rows = here("--dir", "col", "list", "--json", cwd=folder).json["sources"]
+    return [row["source"] for row in rows]
+
+
 def test_index_of_nothing_is_1_and_makes_no_collection(tmp_path: Path) -> None:
     ran = here("--dir", "col", "index", "gone", cwd=tmp_path)
     assert ran == Ran(1, "", "kvlink-rag: skipped: gone: no such file or folder\n")
@@ -482,9 +566,25 @@ def test_ask_json_is_the_same_from_snapshots_and_from_a_masked_prefill(collectio
     assert reuse["answer"] == masked["answer"] != ""
     assert [s["id"] for s in reuse["sources"]] == [s["id"] for s in masked["sources"]]
     assert len(reuse["sources"]) == 4
-    assert {"id", "title", "text", "metadata", "score"} == set(reuse["sources"][0])
+    assert {"id", "title", "text", "metadata", "score", "also"} == set(reuse["sources"][0])
     assert all(s["metadata"]["source"] in FILES for s in reuse["sources"])
     assert reuse["trace"]["reused_tokens"] > 0 == masked["trace"]["reused_tokens"]
+
+
+def test_ask_samples_as_it_is_told(collection: Path) -> None:
+    def ask(*options: str) -> Ran:
+        words = ["ask", "Which?", "--json", "--max-new-tokens", "12", "--temperature", "5"]
+        return here("--dir", "col", *words, "--seed", "1", *options, cwd=collection)
+
+    greedy = here(
+        *("--dir", "col", "ask", "Which?", "--json", "--max-new-tokens", "12"), cwd=collection
+    ).json["answer"]
+    assert ask().json["answer"] != greedy
+    assert ask("--top-k", "1").json["answer"] == greedy
+    assert ask("--min-p", "1").json["answer"] == greedy
+    again = ask("--top-k", "1", "--repetition-penalty", "9").json["answer"]
+    assert again != greedy
+    assert "min_p is 2.0" in the_error(ask("--min-p", "2"))
 
 
 def test_the_question_may_come_from_standard_input(collection: Path) -> None:
@@ -501,6 +601,17 @@ def test_stats(collection: Path) -> None:
     shown = here("--dir", "col", "stats", cwd=collection).out
     assert f"tokens           {fields['tokens']:,}\n" in shown
     assert f"snapshots        {fields['snapshots']}\n" in shown
+
+
+def test_list_names_the_file_of_lines_with_a_source_of_their_own(
+    pair: list[str], tmp_path: Path
+) -> None:
+    row = {"id": "1", "text": "The ferry costs 12 crowns.", "source": "https://ex.org/ferry"}
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row))
+    here("--dir", "col", *pair, "index", ".", cwd=tmp_path)
+    shown = here("--dir", "col", "list", cwd=tmp_path).out
+    assert shown == "1  a.jsonl\n1  b.jsonl\n1 passage from 2 sources\n"
 
 
 def test_list_counts_passages_by_source(collection: Path) -> None:
@@ -585,30 +696,23 @@ def test_delete(pair: list[str], tmp_path: Path) -> None:
     assert "holds no documents" in the_error(here("--dir", "col", "ask", "x", cwd=tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ("docs/a.md", {"docs/a.md"}),
-        ("./docs//a.md", {"docs/a.md"}),
-        ("docs", {"docs/a.md", "docs/a[1].md", "docs/sub/b.txt"}),
-        ("docs/sub/", {"docs/sub/b.txt"}),
-        ("doc", set()),  # no folder
-        ("docs/*.md", {"docs/a.md", "docs/a[1].md"}),
-        ("docs/a[1].md", {"docs/a[1].md"}),  # a file of that name, no pattern
-        ("*.txt", {"docs/sub/b.txt"}),
-        ("/docs", {"/docs/a.md"}),
-    ],
-)
-def test_files_folders_and_patterns_are_deleted(given: str, wanted: set[str]) -> None:
-    sources = ["docs/a.md", "docs/a[1].md", "docs/sub/b.txt", "docs2/a", "/docs/a.md", ""]
-    assert delete.meant(given, sources) == wanted
+def test_a_file_whose_name_reads_like_a_pattern(pair: list[str], tmp_path: Path) -> None:
+    for name in ("a[1].md", "a1.md", "b.md"):
+        (tmp_path / name).write_text(f"The lamp of {name} is lit.")
+    here("--dir", "col", *pair, "index", ".", cwd=tmp_path)
+    for given, left in (("a[1].md", ["a1.md", "b.md"]), ("a[1].md", ["b.md"])):
+        ran = here("--dir", "col", "delete", "--source", given, cwd=tmp_path)
+        assert ran == Ran(0, "deleted 1 passage\n", "")
+        (tmp_path / "a[1].md").unlink(missing_ok=True)
+        rows = here("--dir", "col", "list", "--json", cwd=tmp_path).json["sources"]
+        assert [row["source"] for row in rows] == left
 
 
 def test_delete_of_a_folder(pair: list[str], tmp_path: Path) -> None:
     write(tmp_path)
     here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)
     ran = here("--dir", "col", "delete", "--source", "docs/sub", "--source", "*.md", cwd=tmp_path)
-    assert ran == Ran(0, "deleted 6 passages of 2 files\n", "")
+    assert ran == Ran(0, "deleted 6 passages\n", "")
     left = here("--dir", "col", "list", "--json", cwd=tmp_path).json["sources"]
     assert [row["source"] for row in left] == ["docs/lines.jsonl", "docs/page.html"]
 
@@ -812,6 +916,12 @@ def test_sources_on_a_terminal_fit_it_and_ids_are_whole(
     assert len(shown) == (2 if columns == 80 else 1)
     assert shown[0].startswith("[7] A title of some length")
     assert f"a/b.pdf, page 3, id {'f' * 32}" in shown[-1]
+
+
+def test_sources_name_the_other_places_of_a_text() -> None:
+    other = Document("Text.", "", "g" * 32, {"source": "c.pdf", "page": 7})
+    (shown,) = terminal.sources([replace(LONG, also=(other, Document("Text.", id="h")))])
+    assert shown.endswith(f"  (a/b.pdf, page 3, id {'f' * 32}; also c.pdf, page 7; id h)")
 
 
 def test_sources_in_a_pipe_are_a_line_each() -> None:

@@ -439,7 +439,7 @@ def test_the_text_may_be_under_another_key():
     (document,) = read_paths(["a.jsonl"], text_key="page_content")
     assert document == Document("one two", metadata={"source": "a.jsonl", "text": "three", "k": 1})
     write("b.jsonl", '{"page_content": "one two"}')
-    assert only_problem("b.jsonl").endswith("give text_key='page_content' if the text is there")
+    assert only_problem("b.jsonl").endswith("text_key='page_content' (kvlink-rag: --text-key)")
 
 
 BROKEN = {

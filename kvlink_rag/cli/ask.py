@@ -14,7 +14,7 @@ from kvlink_rag.errors import ConfigError
 
 from . import terminal
 from .opening import OPTIONS, Options, collection, load, require_documents
-from .values import Count, Json, Seed
+from .values import Count, CountOrAll, Json, Seed
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.answering import AnswerStream
@@ -37,6 +37,12 @@ class Answering:
     """0 is greedy"""
     top_p: float = 1.0
     """sample from the likeliest tokens that together have this probability"""
+    top_k: CountOrAll = 0
+    """sample from so many of the likeliest tokens; 0: from all"""
+    min_p: float = 0.0
+    """sample from tokens with at least this share of the likeliest one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1: what was said already becomes less likely"""
     seed: Seed | None = None
     """of sampling"""
 
@@ -62,7 +68,7 @@ def ask(
     text = (sys.stdin.read() if question == "-" else question).strip()
     if not text:
         raise ConfigError("the question is empty; give some text")
-    with collection(options) as rag:
+    with collection(options, models=True) as rag:
         require_documents(rag)
         load(rag)
         stream = rag.stream(text, k=k, **asdict(answering))
@@ -85,6 +91,7 @@ def _fields(question: str, stream: AnswerStream) -> Mapping[str, Any]:
             "text": hit.document.text,
             "metadata": dict(hit.document.metadata),
             "score": hit.score,
+            "also": [{"id": each.id, "metadata": dict(each.metadata)} for each in hit.also],
         }
         for hit in stream.hits
     ]

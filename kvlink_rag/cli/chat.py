@@ -48,7 +48,7 @@ def chat(
     """
     with ExitStack() as stack:
         file = stack.enter_context(save.open("a", encoding="utf-8")) if save else None
-        rag = stack.enter_context(collection(options))
+        rag = stack.enter_context(collection(options, models=True))
         require_documents(rag)
         load(rag)
         from kvlink_rag.collection.conversation import Conversation

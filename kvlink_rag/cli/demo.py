@@ -30,7 +30,9 @@ def demo(
     say = terminal.above(as_json)
     with ExitStack() as stack:
         directory = options.dir or stack.enter_context(TemporaryDirectory(prefix="kvlink-demo-"))
-        rag = stack.enter_context(collection(replace(options, dir=directory), create=True))
+        rag = stack.enter_context(
+            collection(replace(options, dir=directory), create=True, models=True)
+        )
         import torch
 
         from kvlink_rag.evaluation.demonstration import run

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from kvlink_rag.arguments import Bf16, Codec, Compression, Search
+from kvlink_rag.errors import ConfigError
 from kvlink_rag.ingest.readers import MAX_BYTES, SUFFIXES, Problem, find, raise_or_log
 from kvlink_rag.ingest.splitter import MAX_TOKENS
 from kvlink_rag.quantities import number, size
 
 from . import terminal
-from .opening import OPTIONS, Options, collection
-from .values import Count, Json, Size
+from .opening import OPTIONS, Options, collection, has_collection, load
+from .values import Count, Encoding, Json, Size
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.index_files import IngestReport
 
 RESUMES = True  # an interrupted run is finished by repeating it
-GONE_SHOWN = 3
+SHOWN = 3  # files that are no more, or moved, by name
 
 Paths = Annotated[
-    tuple[str, ...], Parameter(name="PATH", help=f"files ({', '.join(SUFFIXES)}) and folders")
+    tuple[str, ...],
+    Parameter(name="PATH", help=f"files ({', '.join(SUFFIXES)}, programs) and folders"),
 ]
 
 
@@ -38,6 +43,10 @@ class Reading:
     """the most tokens of a passage"""
     max_file_size: Annotated[Size, Parameter(show_default=lambda value: "64MB")] = MAX_BYTES
     """of a file, or of a line of a .jsonl file"""
+    encoding: Encoding | None = None
+    """of all text: cp1252, shift_jis, utf-16-le, … (what each file says or looks like)"""
+    text_key: str = "text"
+    """where the lines of .jsonl files have their text"""
     codec: Codec | Bf16 | None = None
     """of snapshots: exact (bf16 too), or smaller at a price, see verify (the collection's)"""
     compression: Compression | None = None
@@ -51,6 +60,8 @@ def index(
     reading: Reading = Reading(),
     size_limit: Size | None = None,
     search: Search | None = None,
+    sync: bool = False,
+    dry_run: bool = False,
     strict: bool = False,
     as_json: Json = False,
     options: Options = OPTIONS,
@@ -58,11 +69,15 @@ def index(
     """Take files into the collection.
 
     Reads files and folders, splits them into passages, encodes each. A file that was indexed
-    before (a file is known by its path as given) is brought up to date; what is unchanged costs
-    nothing. An interrupted run is finished by repeating it. What cannot be read is reported,
-    counted and skipped. Exit code 1: nothing could be read, or, with --strict, not everything.
+    before, by whatever path, is brought up to date; what is unchanged costs nothing. An
+    interrupted run is finished by repeating it. What cannot be read is reported, counted and
+    skipped. Passages of files that are no more, or that moved, are told, and stay unless --sync is
+    given. Exit code 1: nothing could be read, or, with --strict, not everything.
 
     Args:
+        sync: also remove passages of files in these folders that are no more, or that moved (what
+            they say is not encoded again)
+        dry_run: only say what would be done
         size_limit: most bytes of snapshots to keep: 20GB
         search: how passages are found: exact, in lists (ivf: sooner, may miss one), or by size
             (the collection's, else auto)
@@ -71,37 +86,52 @@ def index(
     """
     problems = Problems(strict=strict)
     files = find(paths, problems)
-    if not files:
+    if not files and not has_collection(options):
         return 1
-    with (
-        collection(
-            options,
-            create=True,
-            size_limit=size_limit,
-            codec=reading.codec,
-            compression=reading.compression,
-            search=search,
-        ) as rag,
-        terminal.progress(sum(file.size() for file in files), "indexing") as bar,
-    ):
-        from kvlink_rag.ingest.index_files import gone, ingest
+    settings = {
+        "size_limit": size_limit,
+        "codec": reading.codec,
+        "compression": reading.compression,
+        "search": search,
+    }
+    opened = collection(options, create=True, models=True, **settings)
+    with _trial(options) if dry_run else opened as rag:
+        from kvlink_rag.ingest.index_files import ingest
 
-        problems.write = bar.write
-        if notice := rag.model.spec.notice:
-            bar.write(terminal.visible(f"kvlink-rag: {notice}"), file=sys.stderr)
-        report = ingest(
-            rag,
-            files,
-            on_problem=problems,
-            advance=bar.update,
-            max_tokens=reading.passage_tokens,
-            max_bytes=reading.max_file_size,
-        )
-        bar.close()
-        read = {file.source for file in files}  # of a name that is no Unicode, not its path
-        report.gone = [source for source in gone(rag, paths) if source not in read]
-        _show(rag, report, problems.skipped, as_json=as_json)
+        load(rag, embedder=False)
+        with terminal.progress(sum(file.size() for file in files), "indexing") as bar:
+            problems.write = bar.write
+            report = ingest(
+                rag,
+                files,
+                on_problem=problems,
+                advance=bar.update,
+                max_tokens=reading.passage_tokens,
+                max_bytes=reading.max_file_size,
+                encoding=reading.encoding,
+                text_key=reading.text_key,
+                roots=[path for path in paths if path],
+                sync=sync,
+                dry_run=dry_run,
+            )
+        if as_json:
+            terminal.show_json(_fields(rag, report, problems.skipped))
+        else:
+            terminal.show(_lines(rag, report, problems.skipped, dry_run=dry_run))
+            _tell_gone(report, sync=sync, dry_run=dry_run)
     return 1 if problems.skipped and not report.documents else 0
+
+
+@contextmanager
+def _trial(options: Options) -> Iterator[KVLinkRAG]:
+    """The collection as it is, or an empty one for a while where there is none yet."""
+    if options.reencode:
+        raise ConfigError("--dry-run changes nothing, and --reencode does; leave one of them out")
+    with TemporaryDirectory(prefix="kvlink-trial-") as empty:
+        there = has_collection(options)
+        directory = options if there else replace(options, dir=empty)
+        with collection(directory, create=not there, models=True) as rag:
+            yield rag
 
 
 class Problems:
@@ -125,31 +155,54 @@ def told_skipped(skipped: int) -> list[str]:
     return [f"{number(skipped, 'file, line or page', 'files, lines or pages')} skipped"][:skipped]
 
 
-def _show(rag: KVLinkRAG, report: IngestReport, skipped: int, *, as_json: bool) -> None:
+def _fields(rag: KVLinkRAG, report: IngestReport, skipped: int) -> dict[str, Any]:
     seen = rag.stats()
-    if as_json:
-        keys = ("documents", "snapshots", "snapshot_bytes", "bytes_per_token")
-        held = {key: getattr(seen, key) for key in keys}
-        terminal.show_json({**report.to_dict(), "skipped": skipped, "collection": held})
-        return
+    keys = ("documents", "snapshots", "snapshot_bytes", "bytes_per_token")
+    held = {key: getattr(seen, key) for key in keys}
+    return {**report.to_dict(), "skipped": skipped, "collection": held}
+
+
+def _lines(rag: KVLinkRAG, report: IngestReport, skipped: int, *, dry_run: bool) -> Iterator[str]:
+    """A report for people."""
     repeated = f" ({report.repeated:,} repeated)" if report.repeated else ""
-    rate = f", {report.tokens / report.seconds:,.0f} a second" if report.tokens else ""
-    terminal.show(
-        [
-            f"{number(report.files, 'file')}, {number(report.documents, 'document')}, "
-            f"{number(report.passages, 'passage')}{repeated}: {report.added:,} added, "
-            f"{report.replaced:,} replaced, {report.unchanged:,} unchanged, "
-            f"{report.removed:,} removed",
-            *told_skipped(skipped),
-            f"{number(report.encoded, 'snapshot')} encoded: {number(report.tokens, 'token')} in "
-            f"{report.seconds:.1f} s{rate}",
-            f"{rag.directory} holds {number(seen.documents, 'passage')}; snapshots "
-            f"{size(seen.snapshot_bytes)}, {size(seen.bytes_per_token)} a token",
-        ]
+    yield (
+        f"{number(report.files, 'file')}, {number(report.documents, 'document')}, "
+        f"{number(report.passages, 'passage')}{repeated}: {report.added:,} added, "
+        f"{report.replaced:,} replaced, {report.unchanged:,} unchanged, "
+        f"{report.removed:,} removed"
     )
+    yield from told_skipped(skipped)
+    if dry_run:
+        yield "nothing was changed: this is what would be done"
+        return
+    seen = rag.stats()
+    rate = f", {report.tokens / report.seconds:,.0f} a second" if report.tokens else ""
+    yield (
+        f"{number(report.encoded, 'snapshot')} encoded: {number(report.tokens, 'token')} in "
+        f"{report.seconds:.1f} s{rate}"
+    )
+    yield (
+        f"{rag.directory} holds {number(seen.documents, 'passage')}; snapshots "
+        f"{size(seen.snapshot_bytes)}, {size(seen.bytes_per_token)} a token"
+    )
+
+
+def _tell_gone(report: IngestReport, *, sync: bool, dry_run: bool) -> None:
+    """Files that are no more, and with `sync` those that moved; without it, `ingest` warned."""
+    verb = "would be removed" if dry_run else "are removed"
     if report.gone:
-        shown = [*report.gone[:GONE_SHOWN], *["…"][: len(report.gone) - GONE_SHOWN]]
-        terminal.note(
-            f"passages of {number(len(report.gone), 'file')} that are no more are kept: "
-            f"{', '.join(shown)}; drop them with: kvlink-rag delete --source PATH"
-        )
+        what = f"passages of {number(len(report.gone), 'file')} that {_are(report.gone)} no more"
+        stay = "stay; drop them with --sync, or with: kvlink-rag delete --source PATH"
+        terminal.note(f"{what} ({_some(report.gone)}) {verb if sync else stay}")
+    if report.moved and sync:
+        moves = [f"{old} to {new}" for old, new in report.moved]
+        terminal.note(f"moved: {_some(moves)}; passages of the old {verb}")
+
+
+def _are(things: Sequence[str]) -> str:
+    return "is" if len(things) == 1 else "are"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of `names`."""
+    return ", ".join([*names[:SHOWN], *["…"][: len(names) - SHOWN]])

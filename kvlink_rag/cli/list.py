@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
+from kvlink_rag.documents import Document
 from kvlink_rag.quantities import number
 
 from . import terminal
@@ -12,22 +14,34 @@ from .values import Json
 
 
 def list(*, as_json: Json = False, options: Options = OPTIONS) -> int:
-    """The sources of passages, with counts.
+    """The files that passages are from, with counts.
+
+    Of passages that an application added: what it calls their source. A passage that two files
+    hold is counted for both, and once in all.
 
     Args:
         as_json: print JSON
     """
     with collection(options) as rag:
-        named = (document.metadata.get("source") for document in rag.documents())
-        found = Counter(each if isinstance(each, str) else None for each in named)
-    sources = sorted(found.items(), key=lambda each: str(each[0] or ""))
+        found: Counter[str | None] = Counter()
+        for document in rag.documents():
+            found.update(_places(document))
+        total = len(rag)
+    sources = sorted(found.items(), key=lambda each: each[0] or "")
     if as_json:
         rows = [{"source": source, "passages": count} for source, count in sources]
-        terminal.show_json({"sources": rows, "passages": found.total()})
+        terminal.show_json({"sources": rows, "passages": total})
         return 0
     width = len(f"{max(found.values(), default=0):,}")
-    shown = ((count, "(no source)" if source is None else str(source)) for source, count in sources)
+    shown = ((count, "(no source)" if source is None else source) for source, count in sources)
     terminal.show(f"{count:{width},}  {' '.join(name.splitlines())}" for count, name in shown)
-    from_sources = number(len(sources), "source")
-    terminal.show([f"{number(found.total(), 'passage')} from {from_sources}"])
+    terminal.show([f"{number(total, 'passage')} from {number(len(sources), 'source')}"])
     return 0
+
+
+def _places(document: Document) -> Iterable[str | None]:
+    """Its files, else its source."""
+    from kvlink_rag.ingest.sources import files_of, shown
+
+    source = document.metadata.get("source")
+    return [*map(shown, files_of(document))] or [source if isinstance(source, str) else None]

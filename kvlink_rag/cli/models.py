@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from kvlink_rag.quantities import size
 
 from . import terminal
-from .opening import OPTIONS, Options, hush
+from .opening import OPTIONS, Options, importing
 from .values import Json
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def models(
         name: of the pair to get
         as_json: print JSON
     """
-    with terminal.doing("loading libraries"):
-        hush(options)
+    with importing(options):
         from kvlink_rag.pretrained import fetch
     if action == "get":
         fetch.get(name)

@@ -5,6 +5,9 @@ Imports nothing heavy before something is opened, so that help is instant.
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ class Options:
     dir: str | None = None
     """the collection's directory"""
     model: str | None = None
-    """a model directory, hub id or 'bundled' (the collection's)"""
+    """a directory, GGUF file, hub id, or a name of `models` (the collection's, else bundled)"""
     embedder: str | None = None
     """likewise for the embedder"""
     device: str = "auto"
@@ -41,7 +44,7 @@ class Options:
     dtype: Dtype = "auto"
     """of the model; auto: its own"""
     reencode: bool = False
-    """take another --model or --embedder than the collection's and encode it again"""
+    """take another model, embedder or codec than the collection's and encode it again"""
     offline: bool = False
     """use no network"""
     debug: bool = False
@@ -65,19 +68,25 @@ def directory_of(options: Options) -> Path:
 
 
 @contextmanager
-def collection(options: Options, *, create: bool = False, **settings: Any) -> Iterator[KVLinkRAG]:
+def collection(
+    options: Options, *, create: bool = False, models: bool = False, **settings: Any
+) -> Iterator[KVLinkRAG]:
     """The collection, open; one that is not there yet is made only if `create`.
 
-    settings: more arguments of `KVLinkRAG.open`. Raises `ConfigError` where there is none.
+    models: whether they will be needed; their libraries, which are slow to start, are imported only
+    then. settings: more arguments of `KVLinkRAG.open`. Raises `ConfigError` where there is none.
     """
     directory = directory_of(options)
     if not create and not directory.exists():
         raise ConfigError(
             f"no collection in {directory}; make one with: kvlink-rag index PATH (or give --dir)"
         )
-    with terminal.doing("loading libraries"):
-        hush(options)
+    with importing(options):
         from kvlink_rag.collection.rag import KVLinkRAG
+
+        if models:
+            import kvlink_rag.model.model
+            import kvlink_rag.retrieval.embedder_kinds  # noqa: F401 (both are needed by `load`)
     with terminal.doing("opening the collection"):
         rag = KVLinkRAG.open(
             directory,
@@ -93,23 +102,24 @@ def collection(options: Options, *, create: bool = False, **settings: Any) -> It
         yield rag
 
 
-def load(rag: KVLinkRAG) -> None:
+def load(rag: KVLinkRAG, *, embedder: bool = True) -> None:
     """Load model and embedder, and say so: what makes the first answer wait.
 
     Also tells what the model's spec wants people to know, such as that it is a demonstration.
+    embedder: False leaves it until it is needed.
     """
     with terminal.doing(f"loading the model {rag.model_name!r}"):
         notice = rag.model.spec.notice
-    with terminal.doing(f"loading the embedder {rag.embedder_name!r}"):
-        _ = rag.embedder
+    if embedder:
+        with terminal.doing(f"loading the embedder {rag.embedder_name!r}"):
+            _ = rag.embedder
     if notice:
         terminal.note(notice)
 
 
 def load_model(options: Options) -> KVLinkModel:
     """The model alone, the bundled one unless named."""
-    with terminal.doing("loading libraries"):
-        hush(options)
+    with importing(options):
         from kvlink_rag.model.model import KVLinkModel
         from kvlink_rag.pretrained.model_files import BUNDLED
     name = options.model or BUNDLED
@@ -121,13 +131,12 @@ def opener(
     options: Options, *, codec: str | None, compression: str | None
 ) -> Callable[[Path], KVLinkRAG]:
     """Opens empty collections like the one that `index` would make; the model is loaded once."""
-    with terminal.doing("loading libraries"):
-        hush(options)
+    with importing(options):
         from kvlink_rag.collection.rag import KVLinkRAG
         from kvlink_rag.model.model import KVLinkModel
         from kvlink_rag.pretrained.model_files import BUNDLED
     known: dict[str, str] = {}
-    if _has_collection(directory_of(options)):
+    if has_collection(options):
         with KVLinkRAG.open(directory_of(options), create=False) as rag:
             known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
             known["compression"] = rag.compression
@@ -150,17 +159,44 @@ def require_documents(rag: KVLinkRAG) -> None:
         raise ConfigError(f"{rag.directory} holds no documents; add some: kvlink-rag index PATH")
 
 
-def _has_collection(directory: Path) -> bool:
+def has_collection(options: Options) -> bool:
     """Whether a collection is there, or what is left of one that lost its catalog."""
+    directory = directory_of(options)
+    if not directory.exists():
+        return False
     from kvlink_rag.collection.opening import CATALOG, INDEX, SNAPSHOTS
 
     parts = (directory / name for name in (CATALOG, INDEX, SNAPSHOTS))
     return directory.is_file() or any(part.exists() for part in parts)
 
 
-def hush(options: Options) -> None:
+@contextmanager
+def importing(options: Options) -> Iterator[None]:
+    """Imports of large libraries, said on a terminal.
+
+    What they make stays to the end of the process, so the garbage collector leaves it alone: to
+    walk over it, while it grew and at the end, took a third of the time of `ask`.
+    """
+    first = gc.isenabled() and "torch" not in sys.modules
+    if first:
+        gc.disable()
+    try:
+        with terminal.doing("loading libraries"):
+            _hush(options)
+            yield
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()
+
+
+def _hush(options: Options) -> None:
     """No bars and remarks of transformers around our output, unless asked for."""
     if options.verbose:
+        return
+    if "transformers" not in sys.modules:  # it looks there once it is imported, by who needs it
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         return
     from transformers.utils import logging
 

@@ -50,6 +50,8 @@ def plan(
             advance=bar.update,
             max_tokens=reading.passage_tokens,
             max_bytes=reading.max_file_size,
+            encoding=reading.encoding,
+            text_key=reading.text_key,
             seconds=seconds,
         )
     fields = {**made.to_dict(), "skipped": problems.skipped}
@@ -65,7 +67,7 @@ def lines(fields: Mapping[str, Any]) -> list[str]:
     exact = "" if fields["codec"] == "exact" else f" as {fields['codec']}"
     most = "up to " if fields["compression"] != "none" else ""
     seconds = fields["seconds"]
-    long = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:,.0f} s"
+    long = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):,.0f} s"
     return [
         f"{number(fields['files'], 'file')}, {number(fields['documents'], 'document')}, "
         f"{number(fields['passages'], 'passage')}: {number(fields['snapshots'], 'snapshot')} of "

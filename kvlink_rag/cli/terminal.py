@@ -93,24 +93,33 @@ def progress(total: int, what: str) -> Any:
 
 def place(document: Document) -> str:
     """Where a document is from, and its id."""
-    source, page = document.metadata.get("source"), document.metadata.get("page")
-    where = [str(source)] if source else []
+    return ", ".join(filter(None, [source(document), f"id {document.id}"]))
+
+
+def source(document: Document) -> str:
+    """The source that a document names, and of a PDF the page; "" where it names none."""
+    named, page = document.metadata.get("source"), document.metadata.get("page")
+    where = [str(named)] if named else []
     where += [f"page {page}"] if page is not None else []
-    return visible(" ".join(", ".join([*where, f"id {document.id}"]).split()))
+    return visible(" ".join(", ".join(where).split()))
 
 
 def sources(hits: Sequence[Hit], start: int = 1) -> Iterator[str]:
-    """For each hit its number, title and place: one line, or two where a terminal is too narrow.
+    """For each hit its number, title and place, then where else its text is.
 
-    Ids and sources are whole. No scores: inner products of an embedder have no scale of their own.
+    One line, or more where a terminal is too narrow. Ids and sources are whole. No scores: inner
+    products of an embedder have no scale of their own.
     """
     for rank, hit in enumerate(hits, start):
         head = f"[{rank}] {line(hit.document.title or hit.document.text, _TITLE)}"
-        where = place(hit.document)
-        if sys.stdout.isatty() and len(head) + len(where) + 4 > _columns():
-            yield from (head, f"    {where}")
+        where = [place(hit.document)]
+        if hit.also:
+            where.append(f"also {'; '.join(source(d) or f'id {d.id}' for d in hit.also)}")
+        whole = f"{head}  ({'; '.join(where)})"
+        if sys.stdout.isatty() and len(whole) > _columns():
+            yield from (head, *(f"    {each}" for each in where))
         else:
-            yield f"{head}  ({where})"
+            yield whole
 
 
 def trace(fields: Mapping[str, Any]) -> list[str]:

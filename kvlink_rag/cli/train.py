@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import terminal
-from .opening import OPTIONS, Options, hush
+from .opening import OPTIONS, Options, importing
 from .values import Json
 
 RESUMES = True  # an interrupted run goes on when repeated
@@ -34,8 +34,7 @@ def train(
         merge: write the whole model, not the adapter alone
         as_json: print JSON (--dry-run)
     """
-    with terminal.doing("loading libraries"):
-        hush(options)
+    with importing(options):
         from kvlink_rag.training.finetune.config import load
         from kvlink_rag.training.finetune.dry_run import estimate, lines
         from kvlink_rag.training.finetune.trainer import ADAPTER, finetune

@@ -9,6 +9,7 @@ from cyclopts import Parameter, Token
 
 from kvlink_rag.arguments import MAX_SEED, parse_size
 from kvlink_rag.evaluation.request import GROUPS, By
+from kvlink_rag.ingest.readers.encodings import check_encoding
 
 
 def shown_default(value: object) -> str | None:
@@ -30,6 +31,12 @@ def _of_text(parse: Callable[[str], Any]) -> Parameter:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"found {text[:40]!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _or_all(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"found {text[:40]!r}, expected a whole number, 0 for all")
     return int(text)
 
 
@@ -63,7 +70,9 @@ def _groups(text: str) -> tuple[str, ...]:
 
 
 Count = Annotated[int, _of_text(_count)]
+CountOrAll = Annotated[int, _of_text(_or_all)]
 Seed = Annotated[int, _of_text(_seed)]
+Encoding = Annotated[str, _of_text(check_encoding)]
 Sample = Annotated[int | None, _of_text(_sample)]
 Size = Annotated[int, _of_text(lambda text: parse_size(text, least=1))]
 Places = Annotated[tuple[int, ...], _of_text(_places)]

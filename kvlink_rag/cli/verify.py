@@ -41,7 +41,7 @@ def verify(
     """
     wanted: dict[str, Any] = {"sample": None} if every else {}
     if directory_of(options).exists():
-        with collection(options) as rag:
+        with collection(options, models=True) as rag:
             name, found = rag.model_name, rag.verify(k=k, **wanted)
     else:
         model = load_model(options)

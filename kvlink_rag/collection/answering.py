@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvlink_rag.documents import Hit, Part
-from kvlink_rag.model.text_stream import TextStream
 from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
 
 from .parts import Parts
 from .searching import search_distinct
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.text_stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvlink_rag.errors import StorageError
-from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.snapshots.device_cache import DeviceMemory, default_budget
 from kvlink_rag.snapshots.kept_runs import PrefixCache
@@ -21,6 +21,9 @@ from .catalog import Catalog
 from .parts import Loaded, Once, Parts
 from .search_index import SearchIndex
 from .settings import Asked, Settings
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.model import KVLinkModel
 
 CATALOG, INDEX, SNAPSHOTS, LOCK = "catalog.sqlite", "index.faiss", "snapshots", "write.lock"
 

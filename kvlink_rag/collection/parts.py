@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvlink_rag.disk.forks import ForkSafeLock
-from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.snapshots.kept_runs import PrefixCache
@@ -21,6 +20,9 @@ from kvlink_rag.snapshots.store import SnapshotStore
 from .catalog import Catalog
 from .search_index import SearchIndex
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.model import KVLinkModel
 
 Thing = TypeVar("Thing")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvlink_rag.arguments import check_count
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.model.verify import TOLERANCE, Verification
 from kvlink_rag.snapshots.codecs import in_codec
 from kvlink_rag.snapshots.encode import encode_many
 from kvlink_rag.snapshots.snapshot import EXACT, AnySnapshot, Snapshot
@@ -24,6 +24,9 @@ from .adding import BATCH
 from .catalog import Entry
 from .parts import Parts
 from .passages import batched
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.verify import Verification
 
 QUANTISED_TOLERANCE = 0.1  # a number may fall on the next step of its scale
 
@@ -91,6 +94,8 @@ def wrongly_encoded(parts: Parts, entries: Sequence[Entry]) -> tuple[int, list[E
 def _same(stored: AnySnapshot, made: Snapshot) -> bool:
     """Whether two snapshots of one passage differ by no more than rounding."""
     dtype = made.keys.dtype
+    from kvlink_rag.model.verify import TOLERANCE
+
     tolerance = TOLERANCE.get(dtype, 6e-2) if stored.codec == EXACT else QUANTISED_TOLERANCE
     found, expected = stored.exact(dtype), in_codec(made, stored.codec).exact(dtype)
     return all(_far(a, b) <= tolerance for a, b in zip(found, expected, strict=True))

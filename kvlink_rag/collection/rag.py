@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -25,8 +25,6 @@ from kvlink_rag.arguments import check_question, parse_size
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, Hit, Part
 from kvlink_rag.errors import ConfigError, DocumentNotFound, StorageError
-from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.model.verify import Verification
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.recognition import MIN_TOKENS
 from kvlink_rag.prompt.spec import Spec
@@ -47,6 +45,10 @@ from .opening import LOCK, open_parts
 from .parts import Parts
 from .settings import Asked
 from .stats import Stats, stats
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.model import KVLinkModel
+    from kvlink_rag.model.verify import Verification
 
 PREFIX_BUDGET = 256 << 20  # bytes
 VERIFIED = 32  # snapshots that `verify` encodes again

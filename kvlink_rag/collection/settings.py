@@ -1,7 +1,9 @@
 """What a collection remembers of its model and embedder, and loading them.
 
 A directory's snapshots fit one model and one way to render passages, its vectors one embedder.
-Names are remembered for convenience, identities (fingerprints) for safety.
+Names are remembered for convenience, identities (fingerprints) for safety. What loads them brings
+transformers, seconds of start-up, so it is imported here, when something is loaded, and nowhere
+above: a collection opens without.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,17 +23,17 @@ from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.errors import ConfigError, SettingsMismatch, StorageError
-from kvlink_rag.model.loading import find_model
-from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.pretrained.model_files import BUNDLED
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.retrieval.embedder import Embedder
-from kvlink_rag.retrieval.embedder_kinds import load_embedder
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder
 from kvlink_rag.snapshots.snapshot import EXACT
 
 from .catalog import Catalog
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.model import KVLinkModel
 
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
 
@@ -85,7 +87,7 @@ class Settings:
         self._remembered = catalog.settings()
         self._unfinished: set[str] = set()
         self._model_lock, self._embedder_lock = ForkSafeLock(), ForkSafeLock()
-        self._model = asked.model if isinstance(asked.model, KVLinkModel) else None
+        self._model = _loaded(asked.model)
         self._embedder = None if isinstance(asked.embedder, str | Path) else asked.embedder
         self._needs_bf16 = asked.codec == BF16
         self._codec = EXACT if self._needs_bf16 else asked.codec
@@ -137,6 +139,8 @@ class Settings:
         """How the model's prompts are written, without its weights."""
         if self._model is not None:
             return self._model.format
+        from kvlink_rag.model.loading import find_model
+
         return find_model(self.model_name, self._asked.spec).format
 
     def settle_model(self, allow: bool) -> bool:
@@ -195,6 +199,8 @@ class Settings:
         with self._model_lock:
             if self._model is None:
                 asked = self._asked
+                from kvlink_rag.model.model import KVLinkModel
+
                 with self._where_it_moved("model"):
                     self._model = KVLinkModel.from_pretrained(
                         self.model_name, device=asked.device, dtype=asked.dtype, spec=asked.spec
@@ -204,6 +210,8 @@ class Settings:
     def _load_embedder(self) -> Embedder:
         with self._embedder_lock:
             if self._embedder is None:
+                from kvlink_rag.retrieval.embedder_kinds import load_embedder
+
                 with self._where_it_moved("embedder"):
                     self._embedder = load_embedder(self.embedder_name, device=self._asked.device)
             return self._embedder
@@ -296,6 +304,15 @@ class Settings:
         self._catalog.set_settings(values)
         self._remembered.update(values)
         self._unfinished.discard(what)
+
+
+def _loaded(model: object) -> KVLinkModel | None:
+    """`model`, if it is one."""
+    if model is None or isinstance(model, str | Path):
+        return None
+    from kvlink_rag.model.model import KVLinkModel
+
+    return model if isinstance(model, KVLinkModel) else None
 
 
 def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:

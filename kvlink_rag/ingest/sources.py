@@ -106,19 +106,21 @@ def _stem(source: str) -> str:
 def matching(rag: KVLinkRAG, wanted: str) -> set[str]:
     """Ids of the passages of a file, of all files in a folder, or of those that a pattern takes.
 
-    Where no file is meant, of those whose `source` is `wanted`.
+    Where no file is meant, of those whose `source` is `wanted`. A name that is there is no pattern.
     """
     path, pattern = identity(wanted), _pattern(wanted)
-    found: set[str] = set()
-    named: set[str] = set()
+    found: list[set[str]] = [set(), set(), set()]
     for document in rag.documents():
         source = document.metadata.get("source")
         files = files_of(document)
-        if any(is_below(file, [path]) or pattern(file) for file in files):
-            found.add(str(document.id))
-        elif isinstance(source, str) and (source == wanted or pattern(source)):
-            named.add(str(document.id))
-    return found or named
+        meant = (
+            any(is_below(file, [path]) for file in files),
+            any(map(pattern, files)),
+            isinstance(source, str) and (source == wanted or pattern(source)),
+        )
+        if any(meant):
+            found[meant.index(True)].add(str(document.id))
+    return next(filter(None, found), set())
 
 
 def _pattern(wanted: str) -> Callable[[str], bool]:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvlink_rag.engine.backbone import Backbone, pad_batch
 from kvlink_rag.errors import DeviceMemoryError
 
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from kvlink_rag.engine.backbone import Backbone
 
 TOKENS_A_BATCH = 4096
 
@@ -68,6 +71,8 @@ def batches(lengths: Sequence[int], tokens_a_batch: int) -> Iterator[list[int]]:
 
 def encode_batch(backbone: Backbone, passages: Sequence[Sequence[int]]) -> list[Snapshot]:
     """Snapshots of passages that fit one batch, on the CPU, in the model's dtype."""
+    from kvlink_rag.engine.backbone import pad_batch  # what has a backbone has transformers loaded
+
     keys, values = backbone.capture(pad_batch(passages))
     return [
         Snapshot(

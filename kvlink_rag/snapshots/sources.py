@@ -10,10 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvlink_rag.arguments import check_codec
-from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.errors import ConfigError, StorageError
 from kvlink_rag.trace import Trace
 
@@ -24,6 +23,9 @@ from .file_format import snapshot_key
 from .kept_runs import PrefixCache
 from .snapshot import EXACT, AnySnapshot, Snapshot, Source
 from .store import SnapshotStore
+
+if TYPE_CHECKING:
+    from kvlink_rag.engine.backbone import Backbone
 
 TokenIds = tuple[int, ...]
 

@@ -163,7 +163,9 @@ def _document(fields: object, path: str, text_key: str) -> Document:
 def _other_key(fields: dict[str, Any]) -> str:
     """A hint at the key that the text seems to be under."""
     long = [key for key, value in fields.items() if isinstance(value, str) and " " in value]
-    return f"; give text_key={long[0]!r} if the text is there"[:100] if long else ""
+    if not long:
+        return ""
+    return f"; if the text is there, give text_key={long[0]!r:.60} (kvlink-rag: --text-key)"
 
 
 def _string(fields: dict[str, Any], key: str, *, optional: bool = False) -> str:

@@ -22,7 +22,6 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
-from transformers import AutoTokenizer
 
 from kvlink_rag.errors import ConfigError, ModelNotSupported
 
@@ -70,6 +69,8 @@ def check_loaded(tokenizer: Tokenizer, directory: Path) -> None:
 
     For some architectures it takes a class of its own, whatever the files say.
     """
+    from transformers import AutoTokenizer  # seconds of start-up that other commands need not pay
+
     loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if loaded(_PROBE).input_ids != tokenizer.encode(_PROBE).ids:
         raise ModelNotSupported(
