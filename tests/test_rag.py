@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import kvlink_rag.collection.adding
 import kvlink_rag.retrieval.vector_index
 from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage, PromptPreset
 from kvlink_rag.collection.conversation import Conversation
+from kvlink_rag.documents import MAX_DEPTH, as_json, jsonable
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -392,6 +394,30 @@ def test_questions_about_an_empty_collection(rag: KVLinkRAG) -> None:
     assert answer.trace.passages == 0
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """Metadata of so many levels, lists and mappings in turn."""
+    value: Any = "end"
+    for level in range(levels, 1, -1):
+        value = [value] if level % 2 else {"in": value}
+    return {"in": value}
+
+
+def test_metadata_of_many_levels_come_back(rag: KVLinkRAG) -> None:
+    rag.add([Document("A deep one.", id="deep", metadata=nested(MAX_DEPTH))])
+    assert rag.search("A deep one.", 1)[0].document.metadata == nested(MAX_DEPTH)
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 50_000])
+def test_what_is_made_json_of_has_an_end(levels: int) -> None:
+    loop: list[object] = [object()]
+    loop.append({"self": loop})
+    for endless in ({**nested(levels), "odd": {1}}, {"loop": loop}):
+        for make in (as_json, jsonable):
+            with pytest.raises(DocumentError, match="holds itself, or is nested more than 100"):
+                make(endless)
+    assert jsonable({"odd": nested(MAX_DEPTH - 1)}) == {"odd": nested(MAX_DEPTH - 1)}
+
+
 def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
     rag.add(towns(3))
     with pytest.raises(PassageTooLong, match="split_document"):
@@ -404,6 +430,12 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         for id in (None, "x"):
             with pytest.raises(DocumentError, match=match):
                 rag.add([Document("x", id=id, metadata=odd)])
+    loop: dict[str, Any] = {}
+    loop["self"] = [loop]
+    for endless in (nested(MAX_DEPTH + 1), nested(600), nested(50_000), loop):
+        for id in (None, "x"):
+            with pytest.raises(DocumentError, match="holds itself, or is nested more than 100"):
+                rag.add([Document("x", id=id, metadata=endless)])
     with pytest.raises(DocumentError, match="surrogate"):
         rag.add([Document("lone \ud800 surrogate", id="u")])
     with pytest.raises(ConfigError, match="iterable"):
