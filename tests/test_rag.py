@@ -479,6 +479,26 @@ def test_arguments_of_a_wrong_type_are_told(rag: KVLinkRAG) -> None:
         rag.verify(k=0)
 
 
+def test_other_metadata_cost_no_vector_and_no_snapshot(
+    rag: KVLinkRAG, embedder: WordEmbedder
+) -> None:
+    rag.add(towns(3))
+    embedder.texts = 0
+    before = rag.vectors([d.id for d in towns(3)])
+    noted = [replace(d, metadata={"n": n}) for n, d in enumerate(towns(3))]
+    report = rag.add([noted[0], noted[1], replace(noted[2], text="Teldon has a mint.")])
+    assert (report.replaced, report.encoded, embedder.texts) == (3, 1, 1)
+    assert [d.metadata for d in rag.documents()] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert rag.vectors(["orvale", "marnik"]).tolist() == before[:2].tolist()
+    hit = rag.search("The town of Marnik has a harbour.", 1)[0]
+    assert (hit.document.id, hit.document.metadata) == ("marnik", {"n": 1})
+    embedder.texts = 0
+    rag.add([replace(noted[0], title="Orvale, the old")])
+    assert embedder.texts == 1
+    rag.register([replace(noted[1], metadata={"n": 9})])  # search finds it still
+    assert rag.search("The town of Marnik", 1)[0].document.metadata == {"n": 9}
+
+
 def test_registered_documents_are_encoded_but_not_found(rag: KVLinkRAG) -> None:
     report = rag.register(towns(3))
     assert (report.added, report.encoded) == (3, 3)

@@ -74,10 +74,11 @@ def add_batch(
     fresh = [d for id, d in batch.items() if not _is_indexed(parts, known.get(id), d, embed=embed)]
     # 3. token ids; too long a passage stops the batch before anything of it is stored
     passages = [encodable(parts, document) for document in fresh]
-    # 4. vector
-    vectors = parts.embedder().embed([embedded_text(d) for d in fresh]) if embed and fresh else None
+    # 4. vector; that of the same title and text stays
+    unread = [d for d in fresh if embed and not _is_embedded(parts, known.get(str(d.id)), d)]
+    vectors = _embedded(parts, unread)
     # 5. catalog: acknowledged from here on; vector index
-    done = parts.catalog.upsert([_record(p, vectors, i) for i, p in enumerate(passages)])
+    done = parts.catalog.upsert([_record(p, vectors.get(str(p.document.id))) for p in passages])
     parts.index.current()
     report.added += len(done.added)
     report.replaced += len(done.replaced)
@@ -98,11 +99,26 @@ def _is_indexed(parts: Parts, entry: Entry | None, document: Document, *, embed:
     return not embed or entry.row in parts.index.current()
 
 
-def _record(passage: Encodable, vectors: Vectors | None, index: int) -> Record:
+def _is_embedded(parts: Parts, entry: Entry | None, document: Document) -> bool:
+    """Whether `entry` has the embedding of this title and text."""
+    if entry is None or entry.document.text != document.text:
+        return False
+    return entry.document.title == document.title and entry.row in parts.index.current()
+
+
+def _embedded(parts: Parts, documents: Sequence[Document]) -> dict[str, Vectors]:
+    """The vector of each document, float32 [dimension], by id."""
+    if not documents:
+        return {}
+    vectors = parts.embedder().embed([embedded_text(document) for document in documents])
+    return {str(document.id): vector for document, vector in zip(documents, vectors, strict=True)}
+
+
+def _record(passage: Encodable, vector: Vectors | None) -> Record:
     """What the catalog keeps of a passage."""
     return Record(
         document=passage.document,
         snapshot_key=passage.key,
         tokens=len(passage.token_ids),
-        embedding=None if vectors is None else vectors[index],
+        embedding=vector,
     )
