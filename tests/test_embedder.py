@@ -18,7 +18,7 @@ from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.disk.digests import tokenizer_digest
 from kvlink_rag.errors import ConfigError, SettingsMismatch
 from kvlink_rag.retrieval.contriever import ContrieverEmbedder, mean_pooling
-from kvlink_rag.retrieval.embedder import Embedder
+from kvlink_rag.retrieval.embedder import Embedder, Windowed, count_cut
 
 WINDOW = 24
 WORDS = ["the", "harbour", "of", "orvale", "was", "built", "in", "1911", "[", "]", "cls", "sep"]
@@ -271,6 +271,19 @@ def test_what_is_not_there_is_told(
     if local:
         with pytest.raises(ConfigError, match="not on this machine"):
             ContrieverEmbedder.from_pretrained("nobody/no-such-encoder", local_files_only=True)
+
+
+def test_it_says_what_it_cuts_off(capfd: pytest.CaptureFixture[str]) -> None:
+    encoder = embedder()
+    assert isinstance(encoder, Windowed)
+    assert encoder.window == WINDOW
+    found = encoder.count_tokens(TEXTS)
+    plain = [make_tokenizer().tokenize(text, split_special_tokens=True) for text in TEXTS]
+    assert found == [len(tokens) + 2 for tokens in plain]  # [CLS] and [SEP]
+    more = encoder.embed([f"{text} harbour" for text in TEXTS])
+    unread = np.isclose(encoder.embed(TEXTS), more).all(axis=1)  # what is at the end changes none
+    assert unread.sum() == count_cut(encoder, TEXTS) == 1
+    assert capfd.readouterr().err == ""
 
 
 # Fingerprints.

@@ -418,6 +418,33 @@ def test_what_is_made_json_of_has_an_end(levels: int) -> None:
     assert jsonable({"odd": nested(MAX_DEPTH - 1)}) == {"odd": nested(MAX_DEPTH - 1)}
 
 
+class Narrow(WordEmbedder):
+    """Reads eight words of a text, and says so."""
+
+    window = 8
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+
+def test_text_that_the_embedder_does_not_read_is_told_once(
+    tmp_path: Path, model: KVLinkModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = [Document(f"Town {n} has a harbour.", id=f"s{n}") for n in range(300)]
+    long = [Document(f"Town {n} has a harbour and one light more.", id=f"l{n}") for n in (1, 2)]
+    fits = Document("Town 9 has a harbour and light.", title="Nine", id="nine")  # eight words
+    with KVLinkRAG.open(tmp_path / "narrow", model=model, embedder=Narrow()) as rag:
+        report = rag.add([long[0], *short, long[1], replace(fits, id="t", title="Town Nine"), fits])
+        assert report.cut == 3  # nine words each, in two batches
+        (told,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert "3 passages are longer than the embedder's window of 8 tokens" in told
+        caplog.clear()
+        assert rag.add([*long, *short]).cut == 0
+    with KVLinkRAG.open(tmp_path / "plain", model=model, embedder=WordEmbedder()) as rag:
+        assert rag.add(long).cut == 0
+    assert not caplog.records
+
+
 def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
     rag.add(towns(3))
     with pytest.raises(PassageTooLong, match="split_document"):

@@ -65,7 +65,7 @@ class TextEncoder(ABC):
         self._tokenizer_lock = ForkSafeLock()
         self.batch_size = batch_size
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
-        self.max_length = min(max_length, positions, tokenizer.model_max_length)
+        self.max_length: int = min(max_length, positions, tokenizer.model_max_length)
         self._weights, self._weights_lock = LoadedWeights(self.model, source), ForkSafeLock()
         self._known: tuple[Look, list[str]] | None = None
         self._tokenizer_digest = tokenizer_digest(tokenizer)
@@ -109,6 +109,15 @@ class TextEncoder(ABC):
                 self._known = look, [self._weights.digest(look), *adapters]
             return self._known[1]
 
+    @property
+    def window(self) -> int:
+        """The most tokens of a text that are read, special tokens included: `max_length`."""
+        return self.max_length
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as a passage, uncut, special tokens included."""
+        return [len(ids) for ids in self._token_ids(texts, cut=False)]
+
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Vectors of passages: float32 [texts, dimension], in order.
 
@@ -124,7 +133,7 @@ class TextEncoder(ABC):
             raise ConfigError("found a vector that is not finite; load the encoder in float32")
         return vectors
 
-    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _token_ids(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Token ids of each text with the encoder's special tokens, cut to the window."""
         if not texts:
             return []
@@ -132,8 +141,9 @@ class TextEncoder(ABC):
         with self._tokenizer_lock:
             found = self._tokenizer(
                 clean,
-                truncation=True,
-                max_length=self.max_length,
+                truncation=cut,
+                max_length=self.max_length if cut else None,
+                verbose=False,  # about texts that are longer than the window
                 split_special_tokens=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
