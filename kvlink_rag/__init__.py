@@ -19,6 +19,9 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.answering import Answer, AnswerStream
+    from kvlink_rag.collection.conversation import Conversation
+    from kvlink_rag.collection.opened import shared_collection
+    from kvlink_rag.collection.prometheus import CollectionMetrics
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.splitter import split_document
     from kvlink_rag.model.model import KVLinkModel, Prefill
@@ -37,7 +40,9 @@ if TYPE_CHECKING:
 _HOME = {
     "Answer": "collection.answering",
     "AnswerStream": "collection.answering",
+    "CollectionMetrics": "collection.prometheus",
     "ContrieverEmbedder": "retrieval.contriever",
+    "Conversation": "collection.conversation",
     "Document": "documents",
     "Embedder": "retrieval.embedder",
     "Hit": "documents",
@@ -55,13 +60,16 @@ _HOME = {
     "Trace": "trace",
     "Verification": "model.verify",
     "load_embedder": "retrieval.embedder_kinds",
+    "shared_collection": "collection.opened",
     "split_document": "ingest.splitter",
 }
 
 __all__ = [
     "Answer",
     "AnswerStream",
+    "CollectionMetrics",
     "ContrieverEmbedder",
+    "Conversation",
     "Document",
     "Embedder",
     "Hit",
@@ -80,6 +88,7 @@ __all__ = [
     "Verification",
     "__version__",
     "load_embedder",
+    "shared_collection",
     "split_document",
 ]
 

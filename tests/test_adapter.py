@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
-from kvlink_rag.model.outline import outline
 from safetensors.torch import load_file, save_file
 
 from kvlink_rag import Document, KVLinkModel
 from kvlink_rag.disk.digests import tokenizer_digest, weights_digest
 from kvlink_rag.errors import ConfigError, SpecError
+from kvlink_rag.model.loading import find_model
 from kvlink_rag.prompt.spec import SPEC_FILE, Base, PromptPreset, Spec
 
 pytest.importorskip("peft", reason="peft makes the adapters of these tests")
@@ -110,7 +110,7 @@ def test_an_adapter_alone_opens_with_the_base_it_names(base: Path, adapter: Path
     assert model.fingerprint == other.fingerprint
     parts = model.prompt(DOCUMENTS, "Which?")
     assert torch.equal(model.prefill(parts).logits, other.prefill(parts).logits)
-    seen = outline(adapter)
+    seen = find_model(adapter).format
     assert (seen.spec, seen.window) == (model.spec, model.window)
     assert model.stream(parts, max_new_tokens=1).trace.notice == ""
 

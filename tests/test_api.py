@@ -10,7 +10,9 @@ import kvlink_rag
 PUBLIC = {
     "Answer",
     "AnswerStream",
+    "CollectionMetrics",
     "ContrieverEmbedder",
+    "Conversation",
     "Document",
     "Embedder",
     "Hit",
@@ -29,6 +31,7 @@ PUBLIC = {
     "Verification",
     "__version__",
     "load_embedder",
+    "shared_collection",
     "split_document",
 }
 

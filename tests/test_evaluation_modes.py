@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,15 +98,13 @@ def test_modes_cost_what_they_should(make_model: ModelMaker) -> None:
     assert reuse.first_token_ms > reuse.prefill_ms > 0
 
 
-def test_the_window_ends_an_answer(make_model: ModelMaker) -> None:
+def test_the_window_ends_an_answer(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     first = started(model, "reuse")[0]
     room = 3
-    window, model.backbone.window = model.backbone.window, first.position + room
-    try:
-        (found,) = decode(model, [first], MOST)
-    finally:
-        model.backbone.window = window
+    window = first.position + room
+    monkeypatch.setattr(model, "format", replace(model.format, window=window))
+    (found,) = decode(model, [first], MOST)
     assert len(found.tokens) == room
 
 

@@ -11,8 +11,8 @@ from test_oracle import F32, difference, fresh, prompt
 
 from kvlink_rag import Trace
 from kvlink_rag.engine.live_cache import LiveCache, LiveLayer, as_argument
-from kvlink_rag.model.model import TOLERANCE
 from kvlink_rag.model.prompt_run import PromptRun
+from kvlink_rag.model.verify import TOLERANCE
 
 
 def states(tokens: int, value: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from kvlink_rag import KVLinkRAG
 from kvlink_rag.collection.prometheus import CollectionMetrics
 from kvlink_rag.errors import DeviceMemoryError, MissingExtra
 from kvlink_rag.snapshots.encode import encode_many
-from kvlink_rag.snapshots.snapshot import read_snapshot
+from kvlink_rag.snapshots.file_format import read_snapshot
 
 ROWS = [(f"id{n}", f"Town {n}", f"Town {n} has a harbour.") for n in range(4)]
 

@@ -112,7 +112,10 @@ def add_batch(
     made = encode_missing(parts, [*passages, *(encodable(parts, e.document) for e in lost)])
     report.encoded += len(made)
     report.tokens += sum(made)
-    remove_unused(parts, done.replaced)
+    # 7. what was replaced leaves nothing behind
+    if done.replaced:
+        parts.index.forget_file()
+        remove_unused(parts, done.replaced)
 
 
 def _is_indexed(parts: Parts, entry: Entry | None, document: Document, *, embed: bool) -> bool:

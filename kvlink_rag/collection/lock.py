@@ -31,6 +31,11 @@ class WriteLock:
                 processes.acquire()
             except OSError as error:
                 raise StorageError(f"{self.path} cannot be locked for writing: {error}") from error
+            except RuntimeError as error:  # filelock's, where this thread holds it elsewhere
+                raise StorageError(
+                    f"{self.path.parent} is being written by this very thread, through another "
+                    "open collection; use one object for a directory"
+                ) from error
             try:
                 yield
             finally:

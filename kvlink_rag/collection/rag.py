@@ -38,14 +38,13 @@ from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 from kvlink_rag.trace import Trace
 
-from . import adding, checking, proving, recognising, reencoding, searching
+from . import adding, checking, erasing, proving, recognising, reencoding, searching
 from .adding import AddReport
 from .answering import Answer, AnswerStream, from_question
 from .catalog import Catalog
 from .lock import WriteLock
 from .opening import LOCK, open_parts
 from .parts import Parts
-from .passages import remove_unused
 from .settings import Asked
 from .stats import Stats, stats
 
@@ -167,20 +166,18 @@ class KVLinkRAG:
         self._require([document.identified().id or "" for document in batch])
         return self.add(batch, show_progress=show_progress)
 
-    def delete(self, ids: Iterable[str], *, missing_ok: bool = False) -> int:
-        """Delete documents by id and return how many.
+    def delete(self, ids: Iterable[str], *, missing_ok: bool = False, now: bool = False) -> int:
+        """Delete documents by id, with all that was derived from them, and return how many.
 
-        Raises `DocumentNotFound`, and deletes none, where one of them is not there, unless
-        `missing_ok`.
+        now: also empty the catalog's log and free pages and drop snapshots of no document, which
+        takes longer; see "Erasure" in docs/security.md. Raises `DocumentNotFound`, and deletes
+        none, where one of them is not there, unless `missing_ok`.
         """
         wanted = [ids] if isinstance(ids, str) else list(ids)
         with self.writing():
             if not missing_ok:
                 self._require(wanted)
-            gone = self.catalog.delete(wanted)
-            self.parts.index.current()
-            remove_unused(self.parts, gone)
-        return len(gone)
+            return erasing.erase(self.parts, wanted, now=now)
 
     def get(self, ids: Iterable[str], *, missing_ok: bool = False) -> list[Document]:
         """Documents by id, in order.

@@ -89,6 +89,14 @@ class SearchIndex:
             if changed and os.path.isdir(self.path.parent):
                 self.save()
 
+    def forget_file(self) -> None:
+        """Remove the file, as what it holds is about to be erased; it is made again when saved."""
+        with undivided(), self._lock:
+            if self._catalog.index_version() is not None:
+                self._catalog.forget_index()
+            self.path.unlink(missing_ok=True)
+            self._saved = -1
+
     def reset(self) -> None:
         """Make the index anew from the catalog, and its file."""
         with undivided(), self._lock:

@@ -1,14 +1,18 @@
 """What a collection remembers of its model and embedder, and loading them.
 
 A directory's snapshots fit one model and one way to render passages, its vectors one embedder.
-Names are remembered for convenience, identities (fingerprints) for safety.
+Names are remembered for convenience, identities (fingerprints, and the vectors of a few probes) for
+safety.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,9 @@ import numpy as np
 import torch
 
 from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
-from kvlink_rag.disk.atomic_files import is_read_only
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.disk.forks import ForkSafeLock
-from kvlink_rag.errors import ConfigError, SettingsMismatch
+from kvlink_rag.errors import ConfigError, SettingsMismatch, StorageError
 from kvlink_rag.model.loading import find_model
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.pretrained.model_files import BUNDLED
@@ -152,11 +155,9 @@ class Settings:
             return False
         if not allow:
             self._check_codec()
-        unfinished = self._remembered["model_identity"] == UNFINISHED
-        if self._asked.model is None and not (allow and (self._codec or unfinished)):
-            return False
         if not allow:
-            self.model()
+            if self._asked.model is not None:
+                self.model()
             return False
         return self._begin("model", model_identity(self._load_model(), self.codec))
 
@@ -165,13 +166,14 @@ class Settings:
 
         What a framework's object computes is asked when it is first used.
         """
-        if self._asked.embedder is None or "embedder_identity" not in self._remembered:
+        if "embedder_identity" not in self._remembered:
             return False
-        embedder = self._load_embedder()
         if allow:
-            return self._begin("embedder", embedder.fingerprint)
-        if not isinstance(embedder, ForeignEmbedder):
-            self.embedder()
+            return self._begin("embedder", self._load_embedder().fingerprint)
+        if self._asked.embedder is not None:
+            embedder = self._load_embedder()
+            if not isinstance(embedder, ForeignEmbedder):
+                self.embedder()
         return False
 
     def finish_model(self) -> None:
@@ -203,16 +205,32 @@ class Settings:
         with self._model_lock:
             if self._model is None:
                 asked = self._asked
-                self._model = KVLinkModel.from_pretrained(
-                    self.model_name, device=asked.device, dtype=asked.dtype, spec=asked.spec
-                )
+                with self._where_it_moved("model"):
+                    self._model = KVLinkModel.from_pretrained(
+                        self.model_name, device=asked.device, dtype=asked.dtype, spec=asked.spec
+                    )
             return self._model
 
     def _load_embedder(self) -> Embedder:
         with self._embedder_lock:
             if self._embedder is None:
-                self._embedder = load_embedder(self.embedder_name, device=self._asked.device)
+                with self._where_it_moved("embedder"):
+                    self._embedder = load_embedder(self.embedder_name, device=self._asked.device)
             return self._embedder
+
+    @contextlib.contextmanager
+    def _where_it_moved(self, what: str) -> Iterator[None]:
+        """Where a remembered path is no more, say what to do."""
+        name = getattr(self, f"{what}_name")
+        try:
+            yield
+        except ConfigError as error:
+            if self._remembered.get(what) != name or not os.path.isabs(name) or Path(name).exists():
+                raise
+            raise ConfigError(
+                f"this collection was made with the {what} at {name}, where nothing is now; if it "
+                f"moved, name its place once: {what}=… (kvlink-rag: --{what} …)"
+            ) from error
 
     def _check(self, what: str, identity: str) -> None:
         """Compare with what is remembered now, by whichever process; the first to come is it."""
@@ -232,6 +250,15 @@ class Settings:
                 f"weights or settings; open it with that {what}, in another directory, or with "
                 "reencode=True (kvlink-rag: --reencode) to encode it again"
             )
+        self._remember_place(what)
+
+    def _remember_place(self, what: str) -> None:
+        """Of what was named anew, as it moved, remember where it is now."""
+        name, asked = getattr(self, f"{what}_name"), getattr(self._asked, what)
+        if isinstance(asked, str | Path) and self._remembered.get(what) != name:
+            with contextlib.suppress(StorageError):  # one that is only read stays as it is
+                self._catalog.set_settings({what: name})
+                self._remembered[what] = name
 
     def _is_remembered(self, what: str, identity: str) -> bool:
         """Whether what is in use is what is remembered; by its vectors where those are known."""
@@ -258,7 +285,7 @@ class Settings:
     def _remember_probes(self, embedder: ForeignEmbedder) -> None:
         """Of an embedder that a collection older than probes knows by name."""
         values = _probes(embedder, str(self._remembered["embedder_identity"]))
-        if not is_read_only(self._catalog.path.parent):
+        with contextlib.suppress(StorageError):  # one that is only read stays as it is
             self._catalog.set_settings(values)
         self._remembered.update(values)
 

@@ -69,12 +69,14 @@ def likelihood(model: KVLinkModel, started: Started, text: str) -> float:
     ids = model.tokenizer.encode(text)
     if (end := model.tokenizer.hf.eos_token_id) is not None:
         ids = [*ids, end]
-    tokens, first = torch.tensor(ids[:-1], dtype=torch.int64), started.position
-    positions = torch.arange(first, first + len(tokens))
-    rest = model.backbone.forward(
-        tokens, positions, torch.zeros_like(tokens), started.cache, keep=len(tokens)
-    )
-    logits = torch.cat([started.logits[None].float().cpu(), rest.float().cpu()])
+    logits = started.logits[None].float().cpu()
+    if len(ids) > 1:  # the first token's are there
+        tokens, first = torch.tensor(ids[:-1], dtype=torch.int64), started.position
+        positions = torch.arange(first, first + len(tokens))
+        rest = model.backbone.forward(
+            tokens, positions, torch.zeros_like(tokens), started.cache, keep=len(tokens)
+        )
+        logits = torch.cat([logits, rest.float().cpu()])
     if model.never_ids:
         logits = logits.index_fill(-1, torch.tensor(model.never_ids), -torch.inf)
     return float(cross_entropy(logits, torch.tensor(ids)))

@@ -125,7 +125,7 @@ class KVLinkModel:
         _check_ids(spec, self.backbone)
         other = copy.copy(self)
         other.format = replace(self.format, spec=spec)
-        other.__dict__.pop("never_ids", None)
+        other.never_ids = sorted({*self.never_ids, *spec.special_ids()})  # whatever it leaves out
         return other
 
     @property

@@ -129,6 +129,17 @@ class Catalog:
         if self.has_had(version):
             self.set_setting(reading.INDEX_VERSION, version)
 
+    def forget_index(self) -> None:
+        """Note that no index is saved."""
+        self.set_setting(reading.INDEX_VERSION, None)
+
+    def purge(self) -> None:
+        """Empty the log and the free pages of what was deleted; takes time with the size.
+
+        Raises `CatalogError` where another process reads the log for too long.
+        """
+        self._database.purge()
+
     def changes_since(self, version: int) -> Changes:
         """What changed after `version` (0: everything), up to one consistent point.
 

@@ -77,6 +77,18 @@ class Database:
         """The one number of a SELECT."""
         return integer(self.one(statement, *values))
 
+    def purge(self) -> None:
+        """Empty log and free pages. Raises `CatalogError` where others read for too long."""
+        with undivided(), errors(self.path), self._connection() as sql:
+            (busy, _, _) = sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise CatalogError(
+                    f"the log of {self.path} is being read by another process and still holds what "
+                    "was deleted; try again when it has ended"
+                )
+            sql.execute("VACUUM")
+            sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def close(self) -> None:
         """Close the connections that are not in use."""
         with undivided(), contextlib.suppress(IndexError):

@@ -7,7 +7,8 @@ what the model computes. Sources: llama.cpp's `convert_hf_to_gguf.py` and `llama
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class Family:
     """One architecture. model_type: transformers' name; biases, norms: which weights it has more.
 
     interleaved: llama.cpp stores the rows of its q and k with the two halves of each head
-    interleaved, for RoPE over neighbouring pairs.
+    interleaved, for RoPE over neighbouring pairs. slides: whether there may be a sliding window.
+    settings: of the configuration, besides those that the file says.
     """
 
     model_type: str
@@ -58,14 +60,17 @@ class Family:
     biases: bool = False
     norms: bool = False
     interleaved: bool = False
+    slides: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+_UNBIASED = {"attention_bias": False}
 FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", interleaved=True),
+    "llama": Family("llama", "LlamaForCausalLM", interleaved=True, settings=_UNBIASED),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", biases=True),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", norms=True),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", norms=True, settings=_UNBIASED),
 }
-_MISTRAL = Family("mistral", "MistralForCausalLM", interleaved=True)
+_MISTRAL = Family("mistral", "MistralForCausalLM", interleaved=True, slides=True)
 
 
 def family_of(file: GGUFFile) -> Family:
@@ -184,13 +189,13 @@ def _head_dim(file: GGUFFile, name: str, default: int) -> int:
 
 def _window(file: GGUFFile, name: str, family: Family) -> dict[str, Any]:
     window = file.get(f"{name}.attention.sliding_window", int, 0)
-    if family.model_type == "mistral":
-        return {"sliding_window": window or None}
+    if family.slides:
+        return {**family.settings, "sliding_window": window or None}
     if window:
         raise ModelNotSupported(
             f"{file.path} is a {name} with a sliding window, which is not known"
         )
-    return {"attention_bias": False} if family.model_type != "qwen2" else {}
+    return dict(family.settings)
 
 
 def _rope(file: GGUFFile, name: str, head_dim: int) -> dict[str, Any]:
