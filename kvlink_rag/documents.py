@@ -10,9 +10,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import DocumentError, PromptError
+
+MAX_DEPTH = 100  # mappings and lists inside each other, the outermost counted
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,8 @@ class Document:
     """One passage of text: the unit of retrieval and of encoding.
 
     `metadata` must be JSON (string keys; strings, finite numbers, booleans, None, lists and
-    mappings), so that it comes back as it was; `canonical` raises where it is not. A document
+    mappings, at most `MAX_DEPTH` deep), so that it comes back as it was; `canonical` raises where
+    it is not, and adding where it is deeper. A document
     without an `id` gets one derived from title, text and metadata when it is added (`identified`).
     Raises `DocumentError` where a field has another type.
     """
@@ -77,17 +81,42 @@ def odd_keys(metadata: Mapping[Any, Any]) -> list[Any]:
 
 
 def as_json(metadata: Mapping[Any, Any]) -> dict[str, Any]:
-    """`metadata`, with what is not JSON as `jsonable` has it."""
-    odd = odd_keys(metadata)
-    return {str(k): jsonable(value) if k in odd else value for k, value in metadata.items()}
+    """`metadata`, with what is not JSON as `jsonable` has it. Raises `DocumentError` likewise."""
+    odd = odd_keys(bounded(metadata))
+    return {str(k): _jsonable(value) if k in odd else value for k, value in metadata.items()}
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as JSON takes it: other objects, keys and numbers that are not finite as text."""
+    """`value` as JSON takes it: other objects, keys and numbers that are not finite as text.
+
+    Raises `DocumentError` where it is more than `MAX_DEPTH` deep.
+    """
+    return _jsonable(bounded(value))
+
+
+def bounded(value: Value, what: str = "metadata") -> Value:
+    """`value`. Raises `DocumentError` where it holds itself, or is more than `MAX_DEPTH` deep."""
+    if not _is_within(value, MAX_DEPTH):
+        raise DocumentError(
+            f"{what} holds itself, or is nested more than {MAX_DEPTH} levels deep; flatten it"
+        )
+    return value
+
+
+def _is_within(value: object, levels: int) -> bool:
+    """Whether mappings and lists in `value` stand inside each other at most `levels` deep."""
     if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return True
+    return levels > 0 and all(_is_within(item, levels - 1) for item in value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
+        return [_jsonable(item) for item in value]
     if value is None or type(value) in (str, bool, int):
         return value
     if type(value) is float and math.isfinite(value):

@@ -96,9 +96,7 @@ def test_unchanged_content_is_not_touched(catalog: Catalog) -> None:
     assert catalog.version() == version
 
 
-@pytest.mark.parametrize(
-    "change", [{"text": "other"}, {"title": "other"}, {"metadata": {"n": 3, "more": None}}]
-)
+@pytest.mark.parametrize("change", [{"text": "other"}, {"title": "other"}])
 def test_changed_content_replaces_in_its_row(catalog: Catalog, change: dict[str, Any]) -> None:
     catalog.upsert([replace(record("a", "one"), snapshot_key="a" * 64, tokens=3)])
     (before,) = catalog.get(["a"])
@@ -111,6 +109,21 @@ def test_changed_content_replaces_in_its_row(catalog: Catalog, change: dict[str,
     assert after.version > before.version
     # what was derived from the old content does not belong to the new
     assert (after.snapshot_key, after.tokens, after.embedded) == (None, None, False)
+
+
+def test_an_embedding_stays_with_its_title_and_text(catalog: Catalog) -> None:
+    catalog.upsert([replace(record("a", "one"), snapshot_key="a" * 64, tokens=3)])
+    (before,) = catalog.get(["a"])
+    vectors, version = catalog.changes_since(0).vectors, catalog.version()
+    changed = Record(replace(before.document, metadata={"n": 3, "more": None}))
+    assert catalog.upsert([changed]).replaced == [before]
+    (after,) = catalog.get(["a"])
+    assert after.document == changed.document
+    assert (after.row, after.snapshot_key, after.embedded) == (before.row, None, True)
+    assert catalog.changes_since(0).vectors.tolist() == vectors.tolist()
+    assert catalog.changes_since(version).rows.tolist() == [after.row]
+    catalog.upsert([replace(record("a", "one"), embedding=np.ones(3, dtype=np.float32))])
+    assert catalog.changes_since(0).vectors.tolist() == [[1, 1, 1]]
 
 
 def test_of_one_id_twice_the_last_counts(catalog: Catalog) -> None:

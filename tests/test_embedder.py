@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ModelMaker
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.disk.digests import tokenizer_digest
-from kvlink_rag.errors import ConfigError
+from kvlink_rag.errors import ConfigError, SettingsMismatch
 from kvlink_rag.retrieval.contriever import ContrieverEmbedder, mean_pooling
-from kvlink_rag.retrieval.embedder import Embedder
+from kvlink_rag.retrieval.embedder import Embedder, Windowed, count_cut
 
 WINDOW = 24
 WORDS = ["the", "harbour", "of", "orvale", "was", "built", "in", "1911", "[", "]", "cls", "sep"]
@@ -271,6 +273,19 @@ def test_what_is_not_there_is_told(
             ContrieverEmbedder.from_pretrained("nobody/no-such-encoder", local_files_only=True)
 
 
+def test_it_says_what_it_cuts_off(capfd: pytest.CaptureFixture[str]) -> None:
+    encoder = embedder()
+    assert isinstance(encoder, Windowed)
+    assert encoder.window == WINDOW
+    found = encoder.count_tokens(TEXTS)
+    plain = [make_tokenizer().tokenize(text, split_special_tokens=True) for text in TEXTS]
+    assert found == [len(tokens) + 2 for tokens in plain]  # [CLS] and [SEP]
+    more = encoder.embed([f"{text} harbour" for text in TEXTS])
+    unread = np.isclose(encoder.embed(TEXTS), more).all(axis=1)  # what is at the end changes none
+    assert unread.sum() == count_cut(encoder, TEXTS) == 1
+    assert capfd.readouterr().err == ""
+
+
 # Fingerprints.
 
 
@@ -297,6 +312,35 @@ def test_anything_that_changes_vectors_changes_the_fingerprint() -> None:
         ContrieverEmbedder(model, tokenizer, max_length=8),
     ]
     assert len({other.fingerprint for other in others}) == len(others)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_weights_that_change_in_memory_change_the_fingerprint(saved: Path, stored: bool) -> None:
+    encoder = ContrieverEmbedder.from_pretrained(saved, device="cpu") if stored else embedder()
+    prints, weight = {encoder.fingerprint}, encoder.model.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight.add_(0.1)
+    prints.add(encoder.fingerprint)
+    weight.data.mul_(1.5)  # which torch does not count
+    prints.add(encoder.fingerprint)
+    encoder.model.encoder.layer[1] = make_model(seed=5).encoder.layer[1]
+    prints.add(encoder.fingerprint)
+    assert len(prints) == 4
+    handed_over = ContrieverEmbedder(encoder.model, make_tokenizer())
+    assert encoder.fingerprint == handed_over.fingerprint  # the same weights, however they came
+
+
+def test_a_collection_notices_its_encoder_tuned_in_memory(
+    tmp_path: Path, make_model: ModelMaker
+) -> None:
+    encoder, model = embedder(), make_model("llama", torch.float32)
+    with KVLinkRAG.open(tmp_path, model=model, embedder=encoder) as rag:
+        rag.add([Document("The harbour of Orvale.")])
+        assert rag.search("harbour", 1)
+        with torch.no_grad():
+            encoder.model.encoder.layer[0].output.dense.weight.add_(0.1)
+        with pytest.raises(SettingsMismatch, match="embedder"):
+            rag.search("harbour", 1)
 
 
 def test_an_unused_pooler_does_not_show() -> None:

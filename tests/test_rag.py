@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import kvlink_rag.collection.adding
 import kvlink_rag.retrieval.vector_index
 from kvlink_rag import Document, Hit, KVLinkModel, KVLinkRAG, Passage, PromptPreset
 from kvlink_rag.collection.conversation import Conversation
+from kvlink_rag.documents import MAX_DEPTH, as_json, jsonable
 from kvlink_rag.errors import (
     CatalogError,
     ConfigError,
@@ -392,6 +394,57 @@ def test_questions_about_an_empty_collection(rag: KVLinkRAG) -> None:
     assert answer.trace.passages == 0
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """Metadata of so many levels, lists and mappings in turn."""
+    value: Any = "end"
+    for level in range(levels, 1, -1):
+        value = [value] if level % 2 else {"in": value}
+    return {"in": value}
+
+
+def test_metadata_of_many_levels_come_back(rag: KVLinkRAG) -> None:
+    rag.add([Document("A deep one.", id="deep", metadata=nested(MAX_DEPTH))])
+    assert rag.search("A deep one.", 1)[0].document.metadata == nested(MAX_DEPTH)
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 50_000])
+def test_what_is_made_json_of_has_an_end(levels: int) -> None:
+    loop: list[object] = [object()]
+    loop.append({"self": loop})
+    for endless in ({**nested(levels), "odd": {1}}, {"loop": loop}):
+        for make in (as_json, jsonable):
+            with pytest.raises(DocumentError, match="holds itself, or is nested more than 100"):
+                make(endless)
+    assert jsonable({"odd": nested(MAX_DEPTH - 1)}) == {"odd": nested(MAX_DEPTH - 1)}
+
+
+class Narrow(WordEmbedder):
+    """Reads eight words of a text, and says so."""
+
+    window = 8
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+
+def test_text_that_the_embedder_does_not_read_is_told_once(
+    tmp_path: Path, model: KVLinkModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = [Document(f"Town {n} has a harbour.", id=f"s{n}") for n in range(300)]
+    long = [Document(f"Town {n} has a harbour and one light more.", id=f"l{n}") for n in (1, 2)]
+    fits = Document("Town 9 has a harbour and light.", title="Nine", id="nine")  # eight words
+    with KVLinkRAG.open(tmp_path / "narrow", model=model, embedder=Narrow()) as rag:
+        report = rag.add([long[0], *short, long[1], replace(fits, id="t", title="Town Nine"), fits])
+        assert report.cut == 3  # nine words each, in two batches
+        (told,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert "3 passages are longer than the embedder's window of 8 tokens" in told
+        caplog.clear()
+        assert rag.add([*long, *short]).cut == 0
+    with KVLinkRAG.open(tmp_path / "plain", model=model, embedder=WordEmbedder()) as rag:
+        assert rag.add(long).cut == 0
+    assert not caplog.records
+
+
 def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
     rag.add(towns(3))
     with pytest.raises(PassageTooLong, match="split_document"):
@@ -404,6 +457,12 @@ def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
         for id in (None, "x"):
             with pytest.raises(DocumentError, match=match):
                 rag.add([Document("x", id=id, metadata=odd)])
+    loop: dict[str, Any] = {}
+    loop["self"] = [loop]
+    for endless in (nested(MAX_DEPTH + 1), nested(600), nested(50_000), loop):
+        for id in (None, "x"):
+            with pytest.raises(DocumentError, match="holds itself, or is nested more than 100"):
+                rag.add([Document("x", id=id, metadata=endless)])
     with pytest.raises(DocumentError, match="surrogate"):
         rag.add([Document("lone \ud800 surrogate", id="u")])
     with pytest.raises(ConfigError, match="iterable"):
@@ -445,6 +504,26 @@ def test_arguments_of_a_wrong_type_are_told(rag: KVLinkRAG) -> None:
     assert rag.ask("Which town?", k=np.int64(1), max_new_tokens=1).hits  # a whole number, too
     with pytest.raises(ConfigError, match="k is 0"):
         rag.verify(k=0)
+
+
+def test_other_metadata_cost_no_vector_and_no_snapshot(
+    rag: KVLinkRAG, embedder: WordEmbedder
+) -> None:
+    rag.add(towns(3))
+    embedder.texts = 0
+    before = rag.vectors([d.id for d in towns(3)])
+    noted = [replace(d, metadata={"n": n}) for n, d in enumerate(towns(3))]
+    report = rag.add([noted[0], noted[1], replace(noted[2], text="Teldon has a mint.")])
+    assert (report.replaced, report.encoded, embedder.texts) == (3, 1, 1)
+    assert [d.metadata for d in rag.documents()] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert rag.vectors(["orvale", "marnik"]).tolist() == before[:2].tolist()
+    hit = rag.search("The town of Marnik has a harbour.", 1)[0]
+    assert (hit.document.id, hit.document.metadata) == ("marnik", {"n": 1})
+    embedder.texts = 0
+    rag.add([replace(noted[0], title="Orvale, the old")])
+    assert embedder.texts == 1
+    rag.register([replace(noted[1], metadata={"n": 9})])  # search finds it still
+    assert rag.search("The town of Marnik", 1)[0].document.metadata == {"n": 9}
 
 
 def test_registered_documents_are_encoded_but_not_found(rag: KVLinkRAG) -> None:

@@ -362,6 +362,7 @@ def test_front_matter_is_metadata(matter, title, fields):
         "Text.\n---\ntitle: later\n---\nMore.",
         "---\na: &x [1]\nb: [*x, *x]\n---\nMore.",
         "---\n" + "[" * 5000 + "\n---\nMore.",
+        "---\na: " + "[" * 100 + "]" * 100 + "\n---\nMore.",
     ],
 )
 def test_what_only_looks_like_front_matter_is_text(text):
@@ -462,7 +463,7 @@ BROKEN = {
     '{"text": "x", "n": 1e999}': "not JSON",
     '{"text": "x", "n": ' + "9" * 5000 + "}": "a number has too many digits",
     '{"text": "x", "n": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deeply",
-    '{"text": "x", "n": ' + '{"a":' * 900 + "1" + "}" * 900 + "}": "",
+    '{"text": "x", "n": ' + '{"a":' * 200 + "1" + "}" * 200 + "}": "more than 100 levels deep",
     '{"text": "x", "title": "' + "t" * 2000 + '"}': '"title" has 2000 characters',
     "\0\0\0": "not a text file",
 }
@@ -474,8 +475,7 @@ def test_broken_lines_are_told_with_their_number_and_skipped(line):
     documents, problems = read("d.jsonl")
     texts = [d.text for d in documents]
     assert (texts[0], texts[-1]) == ("before", "after")
-    if BROKEN[line]:
-        assert len(texts) == 2
+    assert len(texts) == 2
     for problem in problems:
         assert problem.source == "d.jsonl:2"
         assert BROKEN[line] in problem.message

@@ -77,6 +77,21 @@ def test_it_is_closed_when_the_process_ends(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_one_whose_directory_is_gone_is_closed_without_a_word(tmp_path: Path) -> None:
+    code = (
+        "import logging, shutil; logging.basicConfig()\n"
+        "from kvlink_rag import Document\n"
+        "from kvlink_rag.collection.opened import shared_collection\n"
+        f"rag = shared_collection({str(tmp_path / 'c')!r}, device='cpu')\n"
+        "rag.add([Document('The harbour of Orvale.')])\n"
+        f"shutil.rmtree({str(tmp_path / 'c')!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_outline_says_what_the_model_says(tmp_path: Path, model: KVLinkModel) -> None:
     outline = shared_collection(tmp_path, model=model).outline()
     assert (outline.name, outline.window) == (model.name, model.window)

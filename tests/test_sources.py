@@ -44,6 +44,34 @@ def texts(rag: KVLinkRAG) -> list[str]:
     return sorted(document.text for document in rag.documents())
 
 
+class Narrow(WordEmbedder):
+    """Reads 16 words of a text, and says so."""
+
+    window = 16
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+
+@pytest.mark.parametrize("most", [60, 200, 1000])
+def test_passages_fit_model_and_embedder(
+    make_model: ModelMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    """A byte is a token of the model, a word one of the embedder."""
+    said = " ".join(f"Town {n} has a harbour." if n % 3 else f"O{'h' * n}!" for n in range(60))
+    path = write(str(tmp_path / "a.txt"), said)
+    model, embedder = make_model("llama", torch.float32), Narrow()
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        index(rag, path, max_tokens=most)
+        passages = [document.text for document in rag.documents()]
+    assert " ".join(passages).split() == said.split()
+    assert max(len(text) for text in passages) <= most
+    assert max(len(text.split()) for text in passages) <= 14  # two are left to the title
+    full = [text for text in passages if len(text) > most // 2 or len(text.split()) > 6]
+    assert len(full) >= len(passages) - 1
+    assert "window" not in caplog.text
+
+
 def counts(report: IngestReport) -> tuple[int, int, int, int]:
     return report.added, report.replaced, report.unchanged, report.removed
 

@@ -10,11 +10,12 @@ the parts of a collection; knows no files of people.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvlink_rag.documents import Document
-from kvlink_rag.retrieval.embedder import Vectors
+from kvlink_rag.retrieval.embedder import Vectors, Windowed, count_cut
 from kvlink_rag.retrieval.rounds import embedded_text
 
 from .catalog import Entry, Record
@@ -31,16 +32,23 @@ from .passages import (
 
 BATCH = 256  # documents of one transaction
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class AddReport:
-    """What an `add` or `update` did. encoded, tokens: of newly encoded snapshots."""
+    """What an `add` or `update` did.
+
+    encoded, tokens: of newly encoded snapshots. cut: passages of which the embedder did not read
+    the end, as far as it says.
+    """
 
     added: int = 0
     replaced: int = 0
     unchanged: int = 0
     encoded: int = 0
     tokens: int = 0
+    cut: int = 0
 
 
 def add(
@@ -60,7 +68,22 @@ def add(
     for batch in batched(documents, BATCH):
         add_batch(parts, batch, report, embed=embed)
         advance(len(batch))
+    _tell_cut(parts, report)
     return report
+
+
+def _tell_cut(parts: Parts, report: AddReport) -> None:
+    """Warn of text that search cannot find."""
+    if not report.cut:
+        return
+    embedder = parts.embedder()
+    most = f" of {embedder.window} tokens" if isinstance(embedder, Windowed) else ""
+    logger.warning(
+        "%d passages are longer than the embedder's window%s: search does not know what stands at "
+        "their ends; add them in smaller passages (kvlink_rag.split_document)",
+        report.cut,
+        most,
+    )
 
 
 def add_batch(
@@ -74,10 +97,11 @@ def add_batch(
     fresh = [d for id, d in batch.items() if not _is_indexed(parts, known.get(id), d, embed=embed)]
     # 3. token ids; too long a passage stops the batch before anything of it is stored
     passages = [encodable(parts, document) for document in fresh]
-    # 4. vector
-    vectors = parts.embedder().embed([embedded_text(d) for d in fresh]) if embed and fresh else None
+    # 4. vector; that of the same title and text stays
+    unread = [d for d in fresh if embed and not _is_embedded(parts, known.get(str(d.id)), d)]
+    vectors = _embedded(parts, unread, report)
     # 5. catalog: acknowledged from here on; vector index
-    done = parts.catalog.upsert([_record(p, vectors, i) for i, p in enumerate(passages)])
+    done = parts.catalog.upsert([_record(p, vectors.get(str(p.document.id))) for p in passages])
     parts.index.current()
     report.added += len(done.added)
     report.replaced += len(done.replaced)
@@ -101,11 +125,28 @@ def _is_indexed(parts: Parts, entry: Entry | None, document: Document, *, embed:
     return not embed or entry.row in parts.index.current()
 
 
-def _record(passage: Encodable, vectors: Vectors | None, index: int) -> Record:
+def _is_embedded(parts: Parts, entry: Entry | None, document: Document) -> bool:
+    """Whether `entry` has the embedding of this title and text."""
+    if entry is None or entry.document.text != document.text:
+        return False
+    return entry.document.title == document.title and entry.row in parts.index.current()
+
+
+def _embedded(parts: Parts, documents: Sequence[Document], report: AddReport) -> dict[str, Vectors]:
+    """The vector of each document, float32 [dimension], by id."""
+    if not documents:
+        return {}
+    embedder, texts = parts.embedder(), [embedded_text(document) for document in documents]
+    vectors = embedder.embed(texts)
+    report.cut += count_cut(embedder, texts)
+    return {str(document.id): vector for document, vector in zip(documents, vectors, strict=True)}
+
+
+def _record(passage: Encodable, vector: Vectors | None) -> Record:
     """What the catalog keeps of a passage."""
     return Record(
         document=passage.document,
         snapshot_key=passage.key,
         tokens=len(passage.token_ids),
-        embedding=None if vectors is None else vectors[index],
+        embedding=vector,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from kvlink_rag.documents import Document
+from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError, PassageTooLong
 from kvlink_rag.snapshots.encode import encode_many
 
@@ -31,12 +31,16 @@ class Encodable:
 
 
 def checked(document: Document) -> Document:
-    """`document` with an id. Raises `DocumentError` where it is none or has no text."""
+    """`document` with an id.
+
+    Raises `DocumentError` where it is none, has no text or metadata nested without end.
+    """
     if not isinstance(document, Document):
         raise DocumentError(f"found a {type(document).__name__}, expected a kvlink_rag.Document")
+    name = document.id or document.title or "(no id)"
     if not document.text.strip():
-        name = document.id or document.title or "(no id)"
         raise DocumentError(f"document {name!r} has no text; leave it out")
+    bounded(document.metadata, f"the metadata of document {name!r}")
     return document.identified()
 
 

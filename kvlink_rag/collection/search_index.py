@@ -7,6 +7,7 @@ whatever is wrong with it, it is made again from the catalog.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,10 @@ class SearchIndex:
             logger.warning("the index is not saved and will be rebuilt: %s", error)
 
     def close(self) -> None:
-        """Save what changed since the file was written."""
+        """Save what changed since the file was written; nothing where the directory is gone."""
         with undivided(), self._lock:
-            if self._index is not None and self._version != self._saved:
+            changed = self._index is not None and self._version != self._saved
+            if changed and os.path.isdir(self.path.parent):
                 self.save()
 
     def forget_file(self) -> None:

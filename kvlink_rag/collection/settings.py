@@ -1,13 +1,14 @@
 """What a collection remembers of its model and embedder, and loading them.
 
 A directory's snapshots fit one model and one way to render passages, its vectors one embedder.
-Names are remembered for convenience, identities (fingerprints) for safety. What loads them brings
-transformers, seconds of start-up, so it is imported here, when something is loaded, and nowhere
-above: a collection opens without.
+Names are remembered for convenience, identities (fingerprints, and the vectors of a few probes) for
+safety. What loads them brings transformers, seconds of start-up, so it is imported here, when
+something is loaded, and nowhere above: a collection opens without.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
@@ -26,8 +28,8 @@ from kvlink_rag.errors import ConfigError, SettingsMismatch, StorageError
 from kvlink_rag.pretrained.model_files import BUNDLED
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec
-from kvlink_rag.retrieval.embedder import Embedder
-from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder
+from kvlink_rag.retrieval.embedder import Embedder, Vectors
+from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder, same_vectors
 from kvlink_rag.snapshots.snapshot import EXACT
 
 from .catalog import Catalog
@@ -118,6 +120,8 @@ class Settings:
         """The embedder. Raises `SettingsMismatch` where it is not the one remembered."""
         embedder = self._load_embedder()
         self._check("embedder", embedder.fingerprint)
+        if isinstance(embedder, ForeignEmbedder) and self._known_probes() is None:
+            self._remember_probes(embedder)
         return embedder
 
     def uses(
@@ -161,14 +165,19 @@ class Settings:
         return self._begin("model", model_identity(self._load_model(), self.codec))
 
     def settle_embedder(self, allow: bool) -> bool:
-        """Check an embedder that was asked for; True where it is new and `allow` takes it."""
+        """Check an embedder that was asked for; True where it is new and `allow` takes it.
+
+        What a framework's object computes is asked when it is first used.
+        """
         if "embedder_identity" not in self._remembered:
             return False
-        if not allow:
-            if self._asked.embedder is not None:
+        if allow:
+            return self._begin("embedder", self._load_embedder().fingerprint)
+        if self._asked.embedder is not None:
+            embedder = self._load_embedder()
+            if not isinstance(embedder, ForeignEmbedder):
                 self.embedder()
-            return False
-        return self._begin("embedder", self._load_embedder().fingerprint)
+        return False
 
     def finish_model(self) -> None:
         """Remember the model now set: every document is encoded for it."""
@@ -235,9 +244,8 @@ class Settings:
         self._remembered = self._catalog.settings()
         if f"{what}_identity" not in self._remembered:
             self._remembered = self._catalog.set_first(self._facts(what, identity))
-        remembered = self._remembered[f"{what}_identity"]
-        if remembered != identity and what not in self._unfinished:
-            if remembered == UNFINISHED:
+        if what not in self._unfinished and not self._is_remembered(what, identity):
+            if self._remembered[f"{what}_identity"] == UNFINISHED:
                 raise SettingsMismatch(
                     "encoding this collection again was interrupted; open it with reencode=True "
                     "(kvlink-rag: --reencode) to finish it"
@@ -258,6 +266,35 @@ class Settings:
             with contextlib.suppress(StorageError):  # one that is only read stays as it is
                 self._catalog.set_settings({what: name})
                 self._remembered[what] = name
+
+    def _is_remembered(self, what: str, identity: str) -> bool:
+        """Whether what is in use is what is remembered; by its vectors where those are known."""
+        embedder = self._embedder
+        if what == "embedder" and isinstance(embedder, ForeignEmbedder):
+            known = self._known_probes()
+            if known is not None:
+                return same_vectors(embedder.probes(), known)
+        return bool(self._remembered[f"{what}_identity"] == identity)
+
+    def _known_probes(self) -> Vectors | None:
+        """The probes of the embedder that is remembered, float32 [texts, dimension].
+
+        None where there are none, or of another, which an older release left there.
+        """
+        try:
+            found = self._remembered["embedder_probes"]
+            vectors = np.frombuffer(base64.b64decode(found["vectors"]), dtype="<f4")
+            shaped = vectors.reshape(-1, int(self._remembered["dimension"])).astype(np.float32)
+        except (KeyError, TypeError, ValueError):
+            return None
+        return shaped if found.get("of") == self._remembered.get("embedder_identity") else None
+
+    def _remember_probes(self, embedder: ForeignEmbedder) -> None:
+        """Of an embedder that a collection older than probes knows by name."""
+        values = _probes(embedder, str(self._remembered["embedder_identity"]))
+        with contextlib.suppress(StorageError):  # one that is only read stays as it is
+            self._catalog.set_settings(values)
+        self._remembered.update(values)
 
     def _check_dtype(self, what: str) -> None:
         """Of a model that is another one, raise where it already differs in its dtype."""
@@ -285,7 +322,7 @@ class Settings:
 
     def _begin(self, what: str, identity: str) -> bool:
         """Whether `identity` is new; if so, nothing matches until `finish` has been called."""
-        if self._remembered.get(f"{what}_identity") == identity:
+        if self._is_remembered(what, identity):
             return False
         self._remember(what, UNFINISHED)
         self._unfinished.add(what)
@@ -296,7 +333,10 @@ class Settings:
         if what == "model":
             values |= {"codec": self.codec, "dtype": self._dtype_name()}
         if what == "embedder":
-            values["dimension"] = self._load_embedder().dimension
+            embedder = self._load_embedder()
+            values["dimension"] = embedder.dimension
+            if isinstance(embedder, ForeignEmbedder) and identity != UNFINISHED:
+                values |= _probes(embedder, identity)
         return values
 
     def _remember(self, what: str, identity: str) -> None:
@@ -313,6 +353,12 @@ def _loaded(model: object) -> KVLinkModel | None:
     from kvlink_rag.model.model import KVLinkModel
 
     return model if isinstance(model, KVLinkModel) else None
+
+
+def _probes(embedder: ForeignEmbedder, identity: str) -> dict[str, Any]:
+    """The setting that remembers what an embedder computes."""
+    data = embedder.probes().astype("<f4").tobytes()
+    return {"embedder_probes": {"of": identity, "vectors": base64.b64encode(data).decode()}}
 
 
 def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:

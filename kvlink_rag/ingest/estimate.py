@@ -22,7 +22,7 @@ from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
 from kvlink_rag.snapshots.file_format import planned_size
 
-from .index_files import Intake
+from .index_files import Intake, splitting_encoder
 from .readers import MAX_BYTES, OnProblem, ReadOptions, SourceFile
 from .splitter import MAX_TOKENS
 
@@ -86,7 +86,7 @@ def plan(
     with TemporaryDirectory(prefix="kvlink-plan-") as scratch:
         with open_empty(Path(scratch) / "sample") as rag:
             # 1. files → passages → tokens, and bytes of their snapshots
-            encoder = rag.model.tokenizer
+            encoder = splitting_encoder(rag, max_tokens)
             options = ReadOptions(max_bytes, encoding, text_key)
             intake = Intake(encoder, files, on_problem, advance, max_tokens, options)
             count = _Count(rag)

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
+from kvlink_rag.retrieval.embedder import Windowed
 
 from .readers import MAX_BYTES, OnProblem, Problem, ReadOptions, SourceFile, read_file
 from .sources import (
@@ -82,14 +83,16 @@ def ingest(
     Passages are durable batch by batch: what an interruption leaves out, the next call adds. Old
     passages of a file are dropped once all of it is in, unless a part of it could not be read: then
     they are kept, and told. A passage that other files hold too stays.
-    encoding, text_key: as in `read_paths`. roots: folders to look in for files that are no more.
-    sync: also remove their passages, and those of files that moved (what they say is not encoded
-    again). dry_run: only say what would be done.
+    max_tokens: of a passage, in the model's tokens; fewer where the embedder says its window and
+    would not read all of it. encoding, text_key: as in `read_paths`. roots: folders to look in for
+    files that are no more. sync: also remove their passages, and those of files that moved (what
+    they say is not encoded again). dry_run: only say what would be done.
     """
     start = time.perf_counter()
     options = ReadOptions(max_bytes, encoding, text_key)
     known = known_passages(rag)
-    intake = Intake(rag.model.tokenizer, files, on_problem, advance, max_tokens, options, known)
+    encoder = splitting_encoder(rag, max_tokens)
+    intake = Intake(encoder, files, on_problem, advance, max_tokens, options, known)
     report = intake.report
     if dry_run:
         for _ in intake.passages():
@@ -172,6 +175,31 @@ def gone(rag: KVLinkRAG, paths: Iterable[str | PathLike[str]]) -> list[str]:
 def ids_from(rag: KVLinkRAG, sources: Iterable[str]) -> set[str]:
     """Ids of all passages of `sources`: files, folders, patterns such as `docs/*.md`."""
     return {id for source in sources for id in matching(rag, source)}
+
+
+def splitting_encoder(rag: KVLinkRAG, max_tokens: int) -> Encoder:
+    """What passages of at most `max_tokens` are counted with, so that model and embedder fit."""
+    embedder, reader = rag.embedder, rag.model.tokenizer
+    return _Both(reader, embedder, max_tokens) if isinstance(embedder, Windowed) else reader
+
+
+class _Both:
+    """Tokens of the model, or of the embedder, in units of which both fit as many.
+
+    An eighth of the embedder's window is left to the passage's title.
+    """
+
+    def __init__(self, reader: Encoder, embedder: Windowed, max_tokens: int) -> None:
+        self._reader, self._embedder, self._most = reader, embedder, max_tokens
+
+    def encode(self, text: str) -> list[int]:
+        """The model's token ids, and more of them where the embedder is the fuller one."""
+        ids = self._reader.encode(text)
+        if len(ids) > self._most:
+            return ids
+        window = self._embedder.window
+        (count,) = self._embedder.count_tokens([text])
+        return ids + [0] * (-(-count * self._most // (window - window // 8)) - len(ids))
 
 
 class Intake:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -31,3 +31,24 @@ class Embedder(Protocol):
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
         """Vectors of questions, compared with those of passages by inner product."""
         ...
+
+
+@runtime_checkable
+class Windowed(Protocol):
+    """What an `Embedder` may say besides: how much of a passage it reads."""
+
+    @property
+    def window(self) -> int:
+        """The most tokens of a passage that it reads; what is beyond them is cut off."""
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as a passage, uncut, all that it adds to a text included."""
+        ...
+
+
+def count_cut(embedder: Embedder, texts: Sequence[str]) -> int:
+    """How many of `texts` the embedder cuts off; 0 where it does not say."""
+    if not isinstance(embedder, Windowed):
+        return 0
+    return sum(count > embedder.window for count in embedder.count_tokens(texts))

@@ -77,6 +77,10 @@ class SentenceEmbedder(TextEncoder):
         """Vectors of passages: float32 [texts, dimension], in order, after the files' prompt."""
         return super().embed([self.recipe.passage + text for text in texts])
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as a passage, uncut, prompt and special tokens included."""
+        return super().count_tokens([self.recipe.passage + text for text in texts])
+
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
         """Vectors of questions: float32 [texts, dimension], in order, after the files' prompt."""
         return super().embed([self.recipe.query + text for text in texts])

@@ -12,7 +12,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from kvlink_rag.disk.digests import module_digest, tokenizer_digest, weights_digest
+from kvlink_rag.disk.digests import tokenizer_digest
 from kvlink_rag.disk.forks import ForkSafeLock
+from kvlink_rag.disk.loaded_weights import LoadedWeights, Look
 from kvlink_rag.errors import ConfigError, first_line
 from kvlink_rag.pretrained.known import PAIRS
 from kvlink_rag.pretrained.model_files import resolve
@@ -65,8 +65,9 @@ class TextEncoder(ABC):
         self._tokenizer_lock = ForkSafeLock()
         self.batch_size = batch_size
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
-        self.max_length = min(max_length, positions, tokenizer.model_max_length)
-        self._source = source
+        self.max_length: int = min(max_length, positions, tokenizer.model_max_length)
+        self._weights, self._weights_lock = LoadedWeights(self.model, source), ForkSafeLock()
+        self._known: tuple[Look, list[str]] | None = None
         self._tokenizer_digest = tokenizer_digest(tokenizer)
 
     @abstractmethod
@@ -85,17 +86,37 @@ class TextEncoder(ABC):
         """Length of a vector."""
         return int(self.model.config.hidden_size)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over weights, configuration, tokenizer, recipe and `max_length`.
 
         A loaded directory and the same model handed over have different ones. Device, dtype and
-        batch size do not enter.
+        batch size do not enter. The weights are read once, and again where they look otherwise (or
+        were moved since, which makes them those of a model handed over).
         """
-        weights = weights_digest(self._source) if self._source else module_digest(self.model)
         config = [str(getattr(self.model.config, name, None)) for name in _SHAPING]
-        facts = [*self._recipe_facts(), self.max_length, weights, self._tokenizer_digest, *config]
+        recipe = [*self._recipe_facts(), self.max_length]
+        weights, *adapters = self._weights_facts()
+        facts = [*recipe, weights, self._tokenizer_digest, *config, *adapters]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _weights_facts(self) -> list[str]:
+        """A digest of the weights as they are now, and the state of adapters where there are."""
+        with self._weights_lock:
+            look = self._weights.look()
+            if self._known is None or self._known[0] != look:
+                adapters = [look.adapters] if look.adapters else []
+                self._known = look, [self._weights.digest(look), *adapters]
+            return self._known[1]
+
+    @property
+    def window(self) -> int:
+        """The most tokens of a text that are read, special tokens included: `max_length`."""
+        return self.max_length
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as a passage, uncut, special tokens included."""
+        return [len(ids) for ids in self._token_ids(texts, cut=False)]
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Vectors of passages: float32 [texts, dimension], in order.
@@ -112,7 +133,7 @@ class TextEncoder(ABC):
             raise ConfigError("found a vector that is not finite; load the encoder in float32")
         return vectors
 
-    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _token_ids(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Token ids of each text with the encoder's special tokens, cut to the window."""
         if not texts:
             return []
@@ -120,8 +141,9 @@ class TextEncoder(ABC):
         with self._tokenizer_lock:
             found = self._tokenizer(
                 clean,
-                truncation=True,
-                max_length=self.max_length,
+                truncation=cut,
+                max_length=self.max_length if cut else None,
+                verbose=False,  # about texts that are longer than the window
                 split_special_tokens=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,

@@ -72,7 +72,8 @@ class ChatKVLink(GenerationFields, BaseChatModel):
     model, embedder, directory, device, codec: as everywhere in this package; None is the bundled
     pair and the directory of the `kvlink-rag` command line. rag: an open `kvlink_rag.KVLinkRAG`
     instead.
-    temperature, top_p, max_tokens, seed, stop: fields, and arguments of a call (`bind`).
+    temperature, top_k, top_p, min_p, repetition_penalty, max_tokens, seed, stop: fields, and
+    arguments of a call (`bind`).
 
     Messages go through the tokenizer's chat template. A content block of type "text-plain" is a
     passage (`document_block`). Answers carry `usage_metadata`, whose `cache_read` counts the input

@@ -13,7 +13,7 @@ from uuid import RFC_4122, UUID
 from langchain_core.documents import Document
 
 from kvlink_rag.documents import Document as Passage
-from kvlink_rag.documents import as_json, odd_keys
+from kvlink_rag.documents import as_json, bounded, odd_keys
 from kvlink_rag.errors import DocumentError
 
 TITLE = "title"
@@ -98,7 +98,8 @@ def check_document(document: Document, place: str = "") -> None:
 
 def to_passage(document: Document, id: str | None = None, *, strict: bool = True) -> Passage:
     """The passage of a document. With `strict`, metadata must be JSON. Raises `DocumentError`."""
-    metadata = document.metadata if strict else _lenient(document)
+    whole = bounded(document.metadata, f"the metadata of the document (id {document.id!r})")
+    metadata = whole if strict else as_json(whole)
     found = Passage(
         document.page_content,
         title=title_of(metadata),
@@ -107,17 +108,6 @@ def to_passage(document: Document, id: str | None = None, *, strict: bool = True
     )
     found.canonical()  # DocumentError where the metadata is not JSON
     return found
-
-
-def _lenient(document: Document) -> dict[str, Any]:
-    """The metadata as JSON. Raises `DocumentError` where it holds itself, or is without end."""
-    try:
-        return as_json(document.metadata)
-    except RecursionError as error:
-        raise DocumentError(
-            f"the metadata of the document (id {document.id!r}, title "
-            f"{title_of(document.metadata)!r}) holds itself, or is nested too deeply; flatten it"
-        ) from error
 
 
 def from_passage(passage: Passage) -> Document:

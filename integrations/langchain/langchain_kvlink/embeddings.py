@@ -1,4 +1,4 @@
-"""`ContrieverEmbeddings`: Contriever for any LangChain vector store.
+"""`ContrieverEmbeddings`: Contriever, or another encoder, for any LangChain vector store.
 
 Knows texts and vectors; knows no collection.
 """
@@ -27,9 +27,10 @@ _loading = threading.Lock()
 
 
 class ContrieverEmbeddings(BaseModel, Embeddings):
-    """Vectors of texts by mean pooling, compared by inner product; not of length 1.
+    """Vectors of texts, compared by inner product; Contriever's are not of length 1.
 
-    embedder: a name, a directory or a `kvlink_rag` embedder; None: the bundled small encoder.
+    embedder: a name, a directory (whose files say how it pools, else by the mean) or a `kvlink_rag`
+    embedder; None: the bundled small encoder.
     device: as everywhere in this package. The encoder is loaded at the first call. Calls from any
     number of threads are safe; the async methods work in a thread of the executor.
 
@@ -45,13 +46,13 @@ class ContrieverEmbeddings(BaseModel, Embeddings):
 
     def encoder(self) -> Embedder:
         """The encoder, loaded at the first call. Raises `kvlink_rag.errors.ConfigError`."""
-        from kvlink_rag import ContrieverEmbedder
+        from kvlink_rag import load_embedder
 
         with _loading:
             if self._encoder is None:
                 asked = "bundled" if self.embedder is None else self.embedder
                 self._encoder = (
-                    ContrieverEmbedder.from_pretrained(asked, device=self.device)
+                    load_embedder(asked, device=self.device)
                     if isinstance(asked, str | Path)
                     else asked
                 )

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
     Stream: TypeAlias = AnswerStream | TextStream
 
-SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("max_tokens", "seed"),
+)
 # LangChain's standard arguments that mean nothing to a model in this process, and those that
 # LangChain itself passes along with a call.
 _REMOTE = ("timeout", "max_retries", "api_key", "base_url")
@@ -52,14 +55,20 @@ _open_streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class GenerationFields(CollectionFields):
-    """The fields of a model that answers. Each of the first five may be given to a call, too."""
+    """The fields of a model that answers. Those above `streaming` may be given to a call, too."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from so many of the likeliest tokens; 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this probability."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample from tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Above 1, what stands in the prompt or the answer already becomes less likely."""
     max_tokens: int = Field(default=256, ge=1)
     """The most tokens of an answer."""
     seed: int | None = None

@@ -51,9 +51,10 @@ class Catalog:
         """Write `records` in one transaction; on the disk when this returns.
 
         Content that is stored already is not touched, except that an embedding it lacked is
-        added. A replaced document keeps its row and loses embedding and snapshot key unless the
-        record brings them. Of records with one id the last counts. Raises `DocumentError` for
-        text that is not valid Unicode, metadata that is not JSON or a bad embedding.
+        added. A replaced document keeps its row and loses the snapshot key unless the record
+        brings one; likewise the embedding, unless title and text stay the same. Of records with
+        one id the last counts. Raises `DocumentError` for text that is not valid Unicode, metadata
+        that is not JSON or a bad embedding.
         """
         return writing.upsert(self._database, records)
 

@@ -132,7 +132,7 @@ def _upsert(sql: Sql, columns: Columns, change: _Change, done: Upserted) -> None
         _complete(sql, found, columns, change)
         done.unchanged.append(columns.id)
     else:
-        _replace(sql, found[0], columns, change.version())
+        _replace(sql, found, columns, change.version())
         done.replaced.append(former(found))
 
 
@@ -142,10 +142,14 @@ def _insert(sql: Sql, columns: Columns, version: int) -> None:
     sql.execute(statement, (*(getattr(columns, name) for name in names), version))
 
 
-def _replace(sql: Sql, row: int, columns: Columns, version: int) -> None:
-    names = ", ".join(f"{name} = ?" for name in _CONTENT)
+def _replace(sql: Sql, found: Row, columns: Columns, version: int) -> None:
+    """Write a record over a row; an embedding of the same title and text stays."""
+    same = found[2:4] == (columns.title, columns.text) and is_whole(found)
+    keeps = same and columns.embedding is None
+    written = [name for name in _CONTENT if not (keeps and name == "embedding")]
+    names = ", ".join(f"{name} = ?" for name in written)
     statement = f"UPDATE documents SET {names}, version = ? WHERE row = ?"
-    sql.execute(statement, (*(getattr(columns, name) for name in _CONTENT), version, row))
+    sql.execute(statement, (*(getattr(columns, name) for name in written), version, found[0]))
 
 
 def _complete(sql: Sql, found: Row, columns: Columns, change: _Change) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from kvlink_rag.documents import bounded
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -35,14 +37,14 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
 
 def _toml(fields: str) -> object:
     try:
-        return tomllib.loads(fields)
+        return bounded(tomllib.loads(fields))
     except (ValueError, RecursionError):
         return None
 
 
 def _yaml(fields: str) -> object:
     try:
-        return _Loader(fields).get_single_data()
+        return bounded(_Loader(fields).get_single_data())
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
 

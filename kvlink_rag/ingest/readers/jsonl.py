@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from kvlink_rag.documents import Document
+from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError
 
 from .encodings import decoded
@@ -156,6 +156,7 @@ def _document(fields: object, path: str, text_key: str) -> Document:
         )
     metadata = _metadata(fields, path, text_key)
     document = Document(text, title, _identity(fields.get("id")), metadata)
+    bounded(metadata)
     document.canonical()  # raises where the metadata are not JSON: 1e999 becomes infinity
     return document
 

@@ -234,6 +234,23 @@ def test_sampling(rag: KVLinkRAG) -> None:
     assert warm.invoke("Hello", model="tiny").text == text
 
 
+@pytest.mark.parametrize(
+    "words",
+    [{"top_k": 3}, {"min_p": 0.4}, {"repetition_penalty": 30.0}],
+    ids=lambda w: next(iter(w)),
+)
+def test_which_tokens_are_sampled(rag: KVLinkRAG, words: dict[str, Any]) -> None:
+    """Field and argument of a call do what the engine does with the word, which is not nothing."""
+    plain: dict[str, Any] = {"max_tokens": 20, "temperature": 2.0, "seed": 1}
+    parts = rag.recognise_chat([{"role": "user", "content": "Hello"}])
+    expected = rag.model.generate(parts, max_new_tokens=20, temperature=2.0, seed=1, **words)
+    llm = ChatKVLink(rag=rag, **plain)
+    assert llm.invoke("Hello").text != expected
+    assert llm.invoke("Hello", **words).text == expected
+    assert ChatKVLink(rag=rag, **plain, **words).invoke("Hello").text == expected
+    assert KVLinkLLM(rag=rag, **plain, **words).invoke("Hello") == expected
+
+
 def test_an_object_made_for_every_call(rag: KVLinkRAG) -> None:
     """`configurable_fields` constructs a model a call; it is the same collection."""
     llm = ChatKVLink(rag=rag).configurable_fields(max_tokens=ConfigurableField(id="most"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid4, uuid5
@@ -23,8 +25,9 @@ from langchain_kvlink import (
     register_documents,
 )
 
-from kvlink_rag import KVLinkModel, KVLinkRAG
+from kvlink_rag import KVLinkModel, KVLinkRAG, load_embedder
 from kvlink_rag.errors import ConfigError, DocumentError
+from kvlink_rag.pretrained.model_files import resolve
 
 
 @pytest.fixture
@@ -440,6 +443,22 @@ async def test_the_retriever(rag: KVLinkRAG, store: KVLinkVectorStore) -> None:
         retriever.invoke("Teldon", filter={"n": {"$gt": 3}})
     with pytest.raises(TypeError):
         retriever.invoke("Teldon", top=3)
+
+
+def test_an_encoder_is_loaded_as_its_own_files_say(tmp_path: Path) -> None:
+    plain = load_embedder("bundled", device="cpu")
+    directory = tmp_path / "encoder"
+    shutil.copytree(resolve("bundled", bundled="encoder"), directory)
+    names = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    kinds = {path: f"sentence_transformers.models.{kind}" for path, kind in names.items()}
+    steps = [{"path": path, "type": kind} for path, kind in kinds.items()]
+    (directory / "modules.json").write_text(json.dumps(steps))
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    vector = plain.embed(["a mill"])[0]
+    expected = pytest.approx((vector / np.linalg.norm(vector)).tolist(), abs=1e-5)
+    assert np.linalg.norm(vector) != pytest.approx(1, abs=0.01)
+    assert ContrieverEmbeddings(embedder=directory).embed_query("a mill") == expected
 
 
 def test_contriever_embeddings_of_a_loaded_encoder(rag: KVLinkRAG) -> None:

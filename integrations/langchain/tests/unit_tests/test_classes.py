@@ -117,7 +117,11 @@ def test_copies_are_equal(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0}]
+    "bad",
+    [
+        *({"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0}, {"top_k": -1}),
+        *({"min_p": 1.1}, {"repetition_penalty": 0}, {"repetition_penalty": float("inf")}),
+    ],
 )
 @pytest.mark.parametrize("kind", [ChatKVLink, KVLinkLLM])
 def test_impossible_sampling(kind: Any, bad: dict[str, Any]) -> None:
@@ -142,6 +146,9 @@ def test_what_traces_and_caches_see(rag: KVLinkRAG) -> None:
     assert llm._get_llm_string() == llm._get_llm_string()
     for other in (
         {"seed": 4},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
         {"stop": None},
         {"model": "m"},
         {"directory": "d"},

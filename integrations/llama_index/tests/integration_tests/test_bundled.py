@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -12,6 +15,9 @@ from llama_index.embeddings.contriever import ContrieverEmbedding
 from llama_index.llms.kvlink import KVLink, KVLinkRegister
 from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
 from llama_index.retrievers.kvlink import KVLinkRetriever
+
+from kvlink_rag import load_embedder
+from kvlink_rag.pretrained.model_files import resolve
 
 QUESTION = "When was the harbour of Orvale built?"
 
@@ -44,6 +50,22 @@ def test_no_arguments_anywhere(tmp_path: Path) -> None:
     assert told["trace"]["snapshots_found"] == 2
     assert (tmp_path / "collection" / "catalog.sqlite").exists()
     assert retriever.rag is KVLink().rag is KVLinkRegister().rag
+
+
+def test_an_encoder_is_loaded_as_its_own_files_say(tmp_path: Path) -> None:
+    plain = load_embedder("bundled", device="cpu")
+    directory = tmp_path / "encoder"
+    shutil.copytree(resolve("bundled", bundled="encoder"), directory)
+    names = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    kinds = {path: f"sentence_transformers.models.{kind}" for path, kind in names.items()}
+    steps = [{"path": path, "type": kind} for path, kind in kinds.items()]
+    (directory / "modules.json").write_text(json.dumps(steps))
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    vector = plain.embed(["a mill"])[0]
+    expected = pytest.approx((vector / np.linalg.norm(vector)).tolist(), abs=1e-5)
+    assert np.linalg.norm(vector) != pytest.approx(1, abs=0.01)
+    assert ContrieverEmbedding(directory).get_query_embedding("a mill") == expected
 
 
 def test_the_swap_with_the_default_store() -> None:

@@ -142,7 +142,11 @@ def test_unknown_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}]
+    "bad",
+    [
+        *({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}),
+        *({"top_k": -1}, {"min_p": 1.1}, {"repetition_penalty": 0.0}),
+    ],
 )
 def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -213,6 +213,23 @@ def test_sampling_of_the_llm_and_of_a_call(rag: KVLinkRAG) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [{"top_k": 3}, {"min_p": 0.4}, {"repetition_penalty": 30.0}],
+    ids=lambda w: next(iter(w)),
+)
+def test_which_tokens_are_sampled(
+    rag: KVLinkRAG, model: KVLinkModel, words: dict[str, Any]
+) -> None:
+    """Field and argument of a call do what the engine does with the word, which is not nothing."""
+    plain: dict[str, Any] = {"max_new_tokens": 20, "temperature": 2.0, "seed": 1}
+    expected = model.generate(model.chat([{"role": "user", "content": "Hello"}]), **plain, **words)
+    llm = KVLink(rag=rag, **plain)
+    assert llm.complete("Hello").text != expected
+    assert llm.complete("Hello", **words).text == expected
+    assert KVLink(rag=rag, **plain, **words).complete("Hello").text == expected
+
+
 def test_what_an_answer_says_of_itself(llm: KVLink, model: KVLinkModel) -> None:
     documents = to_documents(town_nodes(3))
     answer = llm.complete("Which town?", documents=documents)

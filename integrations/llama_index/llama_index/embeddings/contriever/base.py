@@ -19,11 +19,11 @@ BUNDLED = "bundled"
 
 
 class ContrieverEmbedding(BaseEmbedding):
-    """Mean-pooled Contriever vectors (Izacard et al., arXiv 2112.09118), made on this machine.
+    """Vectors of Contriever (Izacard et al., arXiv 2112.09118), made on this machine.
 
     Args:
-        embedder: name (such as "facebook/contriever"), directory, or a `kvlink_rag` embedder;
-            None: the bundled small encoder.
+        embedder: name (such as "facebook/contriever"), directory (whose files say how it pools,
+            else by the mean), or a `kvlink_rag` embedder; None: the bundled small encoder.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         embed_batch_size: texts handed over at once.
 
@@ -70,13 +70,11 @@ class ContrieverEmbedding(BaseEmbedding):
 
     def kvlink_embedder(self) -> Embedder:
         """The encoder, loaded; what `embedder=` of the other classes uses of this object."""
-        from kvlink_rag import ContrieverEmbedder
+        from kvlink_rag import load_embedder
 
         with self._lock:
             if self._source is None or isinstance(self._source, str | Path):
-                self._source = ContrieverEmbedder.from_pretrained(
-                    self._source or BUNDLED, device=self.device
-                )
+                self._source = load_embedder(self._source or BUNDLED, device=self.device)
             encoder: Embedder = self._source
             return encoder
 

@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     Stream: TypeAlias = AnswerStream | TextStream
 
 _ROLES = {"developer": "system", "model": "assistant", "chatbot": "assistant"}
-_SAMPLING = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
+_SAMPLING = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("stop", "seed"),
+)
 _SILENT = ("ThinkingBlock", "CachePoint")  # what a model thought, which is not repeated, and marks
 _TOOLS = ("tools", "tool_choice", "tool_required", "functions", "response_format")
 _PACKED = (
@@ -78,8 +81,9 @@ class KVLink(CollectionFields, CustomLLM):
         device: "auto", "cpu", "cuda", "cuda:1", ...
         codec: how snapshots are kept, "exact", "int8", "int4" or "fp8"; None: as the directory
             remembers, else exact.
-        max_new_tokens, temperature, top_p, stop, seed: how answers are generated; each may also
-            be given to a call (`max_tokens` means `max_new_tokens`). temperature 0 is greedy.
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed: how
+            answers are generated; each may also be given to a call (`max_tokens` means
+            `max_new_tokens`). temperature 0 is greedy.
         messages_to_prompt: makes one prompt, which is one user message, of a conversation; left
             out, conversations go through the tokenizer's chat template.
         rag: an open `kvlink_rag.KVLinkRAG` instead of the first five.
@@ -106,7 +110,14 @@ class KVLink(CollectionFields, CustomLLM):
 
     max_new_tokens: int = Field(default=256, gt=0, description="The most tokens of an answer.")
     temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy.")
+    top_k: int = Field(default=0, ge=0, description="So many of the likeliest tokens; 0: all.")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling.")
+    min_p: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Least share of the likeliest one's probability."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, allow_inf_nan=False, description="Above 1, repeats are less likely."
+    )
     stop: list[str] = Field(default_factory=list, description="Strings that end an answer.")
     seed: int | None = Field(default=None, description="Seed for sampling.")
 

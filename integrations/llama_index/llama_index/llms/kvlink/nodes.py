@@ -24,7 +24,7 @@ from llama_index.core.schema import (
     TextNode,
 )
 
-from kvlink_rag.documents import Document, Hit, as_json, jsonable
+from kvlink_rag.documents import Document, Hit, as_json, bounded, jsonable
 from kvlink_rag.errors import DocumentError
 
 TITLE_KEYS = ("title", "file_name")  # the first that is there is a passage's title
@@ -52,7 +52,8 @@ def to_document(node: BaseNode | NodeWithScore, *, strict: bool = False) -> Docu
     """
     node = bare(node)
     with _finite(node):
-        metadata = node.metadata if strict else as_json(node.metadata)
+        metadata = bounded(node.metadata, _its_metadata(node))
+        metadata = metadata if strict else as_json(metadata)
         title = title_of(node.metadata)
         content = Document(text_of(node), title=title, id=node.node_id or None, metadata=metadata)
         content.canonical()  # DocumentError where the metadata is not JSON
@@ -133,13 +134,18 @@ def _more(node: BaseNode) -> dict[str, Any]:
     """What a node has besides text, a name and metadata, where it is not as usual."""
     more: dict[str, Any] = {}
     if isinstance(node, TextNode):
-        usual, known = TextNode(text="").to_dict(), jsonable(node.to_dict(exclude={"metadata"}))
+        facts = bounded(node.to_dict(exclude={"metadata"}), _its_metadata(node))
+        usual, known = TextNode(text="").to_dict(), jsonable(facts)
         more = {key: known[key] for key in usual if key not in _OWN and known[key] != usual[key]}
     if is_fresh(node.node_id):
         more[ID] = node.node_id
     if source := node.source_node:
         more[SOURCE] = [source.node_id, source.hash]
     return {NODE: more} if more else {}
+
+
+def _its_metadata(node: BaseNode) -> str:
+    return f"the metadata of node {node.node_id!r} (title {title_of(node.metadata)!r})"
 
 
 @contextmanager
@@ -151,8 +157,7 @@ def _finite(node: BaseNode) -> Iterator[None]:
         raise
     except (RecursionError, ValueError) as error:  # pydantic's own "Circular reference" is one
         raise DocumentError(
-            f"the metadata of node {node.node_id!r} (title {title_of(node.metadata)!r}) holds "
-            "itself, or is nested too deeply; flatten it"
+            f"{_its_metadata(node)} holds itself, or is nested too deeply; flatten it"
         ) from error
 
 
