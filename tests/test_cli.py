@@ -144,8 +144,8 @@ def the_error(ran: Ran, code: int = 1) -> str:
 
 
 COMMANDS = (
-    *("ask", "bench", "chat", "check", "delete", "demo", "eval", "index", "list", "plan", "stats"),
-    *("train", "verify"),
+    *("ask", "bench", "chat", "check", "delete", "demo", "eval", "index", "list", "models", "plan"),
+    *("stats", "train", "verify"),
 )
 # Each costs more than all of help may: these three and what they bring are seconds of start-up.
 HEAVY = {"torch", "transformers", "numpy", "faiss", "sqlite3", "tqdm", "huggingface_hub"}
