@@ -33,8 +33,9 @@ test: setup lint ## Set up, check style and types, run all tests
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 
+# The oldest LlamaIndex looks for the word lists that it brings along in a folder of the user.
 test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest
-	$(call test-with,oldest,constraints-oldest.txt)
+	$(call test-with,oldest,constraints-oldest.txt,NLTK_DATA=$$(echo $(CURDIR)/.venv-oldest/lib/python3*/site-packages/llama_index/core))
 
 # torch stays the pinned one in both: another one may pull gigabytes of CUDA packages.
 test-newest: ## All tests with the newest libraries that the ranges admit, in .venv-newest
@@ -47,7 +48,7 @@ define test-with
 		--editable '.[dev]' --editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
-	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
+	cd integrations/llama_index && $(3) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
 endef
 
 lint: setup ## Style and types

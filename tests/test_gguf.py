@@ -21,7 +21,7 @@ import torch
 from gguf_files import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, fields_of, small_model, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from kvlink_rag import KVLinkModel
 from kvlink_rag.documents import Document
@@ -472,10 +472,13 @@ def test_what_is_not_known_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path: Path) -> None:
-    """It gives every model of type qwen2 the splitting rule of Qwen2."""
+def test_a_tokenizer_that_transformers_would_replace_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its newer versions give every model of type qwen2 the splitting rule of Qwen2."""
     model = small_model("qwen2", 504)
     path = write_model(tmp_path / "a.gguf", "qwen2", model, fields_of(trained("gpt-2"), "gpt-2"))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", Qwen2Tokenizer.from_pretrained)
     with pytest.raises(ModelNotSupported, match="Qwen2Tokenizer"):
         model_directory(path)
 

@@ -88,14 +88,18 @@ class LiveLayer(CacheLayerMixin):  # type: ignore[misc]
             new[:, :, :used] = old
             setattr(self, name, new)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """The first transformers 5 hand over the queries' places ([tokens]), not their number."""
+        new = len(query_length) if isinstance(query_length, Tensor) else query_length
+        return self.length + new, 0
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in the first transformers 5
 
 
 class LiveCache(Cache):  # type: ignore[misc]

@@ -126,10 +126,13 @@ def _refuse_other_tensors(directory: Path, info: Mapping[str, Any]) -> None:
 
 def load_tokenizer(directory: Path, spec: Spec | None) -> Any:
     """The checkpoint's tokenizer, or the one its spec names where it carries none."""
-    carries = any((directory / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))
-    if not carries and spec is not None and spec.tokenizer is not None:
+    if not _carries_tokenizer(directory) and spec is not None and spec.tokenizer is not None:
         directory = resolve(
             spec.tokenizer, bundled="lm", files=["tokenizer*", "*.jinja", "special*"]
+        )
+    if not _carries_tokenizer(directory):  # transformers 5.0 would make an empty one
+        raise ConfigError(
+            f"no tokenizer in {directory}, expected a tokenizer.json or tokenizer.model"
         )
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -138,3 +141,8 @@ def load_tokenizer(directory: Path, spec: Spec | None) -> Any:
             f"no tokenizer in {directory}, expected a tokenizer.json or tokenizer.model: "
             f"{first_line(error)}"
         ) from error
+
+
+def _carries_tokenizer(directory: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((directory / name).is_file() for name in names)

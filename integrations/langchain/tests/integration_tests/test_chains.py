@@ -106,8 +106,10 @@ def test_unregistered_documents_are_computed(
 ) -> None:
     llm = ChatKVLink(rag=rag, max_tokens=4)
     register_documents(llm, towns[:1])
-    answer = (PROMPT | llm).invoke({"context": joined(towns[3:6]), "input": QUESTION})
-    assert cost(answer)["reused_tokens"] == 0
+    for _ in range(3):  # a prompt or two without a document may well be right
+        assert caplog.text == ""
+        answer = (PROMPT | llm).invoke({"context": joined(towns[1:] * 2), "input": QUESTION})
+        assert cost(answer)["reused_tokens"] == 0
     assert "recognised none" in caplog.text
 
 
