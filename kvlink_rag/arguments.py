@@ -5,6 +5,7 @@ Knows names, not what stands behind them, and no torch, so that `--help` and a f
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from numbers import Integral
@@ -26,6 +27,7 @@ Mode = Literal["reuse", "masked", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)  # how a prompt comes to its first token
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+MAX_TOKENS = 200  # of a passage, as files are split
 MAX_SEED = 2**64 - 1  # torch's
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
@@ -74,6 +76,18 @@ def check_question(question: str) -> None:
     if not isinstance(question, str) or not question.strip():
         found = repr(question) if isinstance(question, str) else f"a {type(question).__name__}"
         raise PromptError(f"the question is {found}, expected a string with text in it")
+
+
+def check_encoding(name: str) -> str:
+    """`name`, if it is an encoding of text. Raises `ConfigError`."""
+    try:
+        found = codecs.lookup(name)
+        b"".decode(name)
+    except (LookupError, ValueError, TypeError) as error:
+        raise ConfigError(f"no encoding {name!r}; give one such as cp1252 or utf-16") from error
+    if not getattr(found, "_is_text_encoding", True):
+        raise ConfigError(f"{name!r} is no encoding of text; give one such as cp1252 or utf-16")
+    return name
 
 
 def parse_size(size: int | str, name: str = "size", *, least: int = 0) -> int:

@@ -149,6 +149,7 @@ COMMANDS = (
 )
 # Each costs more than all of help may: these three and what they bring are seconds of start-up.
 HEAVY = {"torch", "transformers", "numpy", "faiss", "sqlite3", "tqdm", "huggingface_hub"}
+HEAVY |= {"regex", "yaml", "charset_normalizer"}
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:

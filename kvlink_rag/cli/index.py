@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from kvlink_rag.arguments import Bf16, Codec, Compression, Search
+from kvlink_rag.arguments import MAX_TOKENS, Bf16, Codec, Compression, Search
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.ingest.readers import MAX_BYTES, SUFFIXES, Problem, find, raise_or_log
-from kvlink_rag.ingest.splitter import MAX_TOKENS
 from kvlink_rag.quantities import number, size
 
 from . import terminal

@@ -7,9 +7,8 @@ from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter, Token
 
-from kvlink_rag.arguments import MAX_SEED, parse_size
+from kvlink_rag.arguments import MAX_SEED, check_encoding, parse_size
 from kvlink_rag.evaluation.request import GROUPS, By
-from kvlink_rag.ingest.readers.encodings import check_encoding
 
 
 def shown_default(value: object) -> str | None:

@@ -60,7 +60,7 @@ def encodable(parts: Parts, document: Document) -> Encodable:
 def encode_missing(parts: Parts, passages: Sequence[Encodable]) -> list[int]:
     """Encode and store every passage whose snapshot the store lacks; the tokens of each of these.
 
-    None where snapshots depend on the slot (rank "exact"): those are encoded for each question.
+    Empty where snapshots depend on the slot (rank "exact"): those are encoded for each question.
     """
     loaded = parts.loaded()
     if loaded.model.spec.rank == "exact":

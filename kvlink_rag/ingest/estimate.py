@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from kvlink_rag.arguments import MAX_TOKENS
 from kvlink_rag.collection.opening import SNAPSHOTS
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
@@ -24,7 +25,6 @@ from kvlink_rag.snapshots.file_format import planned_size
 
 from .index_files import Intake, splitting_encoder
 from .readers import MAX_BYTES, OnProblem, ReadOptions, SourceFile
-from .splitter import MAX_TOKENS
 
 SAMPLE = 64  # passages that are indexed at most
 SECONDS = 5.0  # after which no further step of the sample begins

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
 
+from kvlink_rag.arguments import MAX_TOKENS
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
 from kvlink_rag.retrieval.embedder import Windowed
@@ -29,7 +30,7 @@ from .sources import (
     matching,
     shown,
 )
-from .splitter import MAX_TOKENS, Encoder, split_document
+from .splitter import Encoder, split_document
 
 
 @dataclass(slots=True)

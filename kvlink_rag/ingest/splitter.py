@@ -18,12 +18,12 @@ from typing import Protocol
 
 import regex
 
+from kvlink_rag.arguments import MAX_TOKENS
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError
 
 from .markdown import Heading, Repeat, headings, repeats
 
-MAX_TOKENS = 200
 TITLE_SEPARATOR = " > "
 FORMAT_KEY = "format"  # metadata[FORMAT_KEY] == MARKDOWN: the text has Markdown headings
 MARKDOWN = "markdown"

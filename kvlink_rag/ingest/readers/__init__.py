@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from os import PathLike
+from typing import Any
 
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError
 
-from . import html, jsonl, pdf, text
 from .files import MAX_BYTES, Problem, ReadOptions, SourceFile, find_files
 
 __all__ = [
@@ -73,20 +74,22 @@ CODE = (
     ".proto",
     ".tex",
 )
-_READERS: dict[str, Reader] = {
-    ".txt": text.read_text,
-    ".md": text.read_markdown,
-    ".markdown": text.read_markdown,
-    ".rst": text.read_rst,
-    ".html": html.read_html,
-    ".htm": html.read_html,
-    ".xhtml": html.read_html,
-    ".jsonl": jsonl.read_jsonl,
-    ".ndjson": jsonl.read_jsonl,
-    ".pdf": pdf.read_pdf,
-    **dict.fromkeys(CODE, text.read_code),
+# Where each is read: a module here and its function, imported when the first such file comes, so
+# that whoever only asks for suffixes needs no parser.
+_READERS = {
+    ".txt": "text.read_text",
+    ".md": "text.read_markdown",
+    ".markdown": "text.read_markdown",
+    ".rst": "text.read_rst",
+    ".html": "html.read_html",
+    ".htm": "html.read_html",
+    ".xhtml": "html.read_html",
+    ".jsonl": "jsonl.read_jsonl",
+    ".ndjson": "jsonl.read_jsonl",
+    ".pdf": "pdf.read_pdf",
+    **dict.fromkeys(CODE, "text.read_code"),
 }
-_NEEDS = {".pdf": pdf.require}
+_NEEDS = {".pdf": "pdf.require"}
 
 SUFFIXES = tuple(suffix for suffix in _READERS if suffix not in CODE)  # … and programs
 
@@ -125,7 +128,7 @@ def find(paths: Iterable[str | PathLike[str]], on_problem: OnProblem) -> list[So
     """The files that `read_paths` reads, each once. Raises `MissingExtra`."""
     files, problems = find_files(paths, tuple(_READERS))
     for suffix in sorted({file.suffix for file in files} & set(_NEEDS)):
-        _NEEDS[suffix]()
+        _function(_NEEDS[suffix])()
     for problem in problems:
         on_problem(problem)
     return files
@@ -136,13 +139,19 @@ def read_file(
 ) -> Iterator[Document]:
     """The documents of one file."""
     try:
-        for found in _READERS[file.suffix](file, options or ReadOptions()):
+        reader: Reader = _function(_READERS[file.suffix])
+        for found in reader(file, options or ReadOptions()):
             if isinstance(found, Problem):
                 on_problem(found)
             else:
                 yield found
     except OSError as error:
         on_problem(Problem(file.source, f"cannot be read: {error.strerror or error}"))
+
+
+def _function(name: str) -> Any:
+    module, _, function = name.partition(".")
+    return getattr(import_module(f".{module}", __name__), function)
 
 
 def raise_or_log(problem: Problem) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from charset_normalizer import from_bytes
 
-from kvlink_rag.errors import ConfigError
-
 _BINARY_LOOK = 8192  # a NUL this early means that a file is not text, as for git
 _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -83,18 +81,6 @@ class Decoded:
     warning: str = ""
     binary: bool = False
     guess: str = ""
-
-
-def check_encoding(name: str) -> str:
-    """`name`, if it is an encoding of text. Raises `ConfigError`."""
-    try:
-        found = codecs.lookup(name)
-        b"".decode(name)
-    except (LookupError, ValueError, TypeError) as error:
-        raise ConfigError(f"no encoding {name!r}; give one such as cp1252 or utf-16") from error
-    if not getattr(found, "_is_text_encoding", True):
-        raise ConfigError(f"{name!r} is no encoding of text; give one such as cp1252 or utf-16")
-    return name
 
 
 def decoded(data: bytes, *, encoding: str | None = None, declared: str | None = None) -> Decoded:

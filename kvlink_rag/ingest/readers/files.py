@@ -11,8 +11,12 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .encodings import Decoded, check_encoding
+from kvlink_rag.arguments import check_encoding
+
+if TYPE_CHECKING:
+    from .encodings import Decoded
 
 MAX_BYTES = 64 * 2**20
 _SUFFIXES_SHOWN = 10
