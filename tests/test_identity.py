@@ -214,9 +214,13 @@ def adapters(model: KVLinkModel) -> Any:
     for seed, name in enumerate("xy"):
         torch.manual_seed(seed)
         targets = ["k_proj", "v_proj"]
-        inner.add_adapter(
-            peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), adapter_name=name
-        )
+        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        try:
+            inner.add_adapter(config, adapter_name=name)
+        except ValueError as error:  # transformers 5.24 asks for one newer than 0.21
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
     inner.set_adapter("x")
     return inner
 
