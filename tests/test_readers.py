@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import tracemalloc
@@ -792,7 +793,7 @@ def test_pdf_titles_that_are_none(title):
     [
         (b"", "cannot be read as PDF"),
         (b"not a pdf", "cannot be read as PDF"),
-        (b"%PDF-1.4\n" + os.urandom(1000), "cannot be read as PDF"),
+        (b"%PDF-1.4\n" + random.Random(0).randbytes(1000), "cannot be read as PDF"),
         (pdf("x")[:200], "cannot be read as PDF"),
         (pdf("", ""), "no text in this PDF; a scanned one needs OCR first"),
     ],
