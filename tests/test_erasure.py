@@ -10,7 +10,7 @@ import pytest
 from conftest import ModelMaker, WordEmbedder
 
 from kvlink_rag import Document, KVLinkRAG, Passage, Text
-from kvlink_rag.errors import CatalogError
+from kvlink_rag.errors import CatalogError, StorageError
 
 SECRET = Document(
     "The cellar key hangs behind the third barrel.", title="Zanzibar", id="secret-id",
@@ -118,6 +118,21 @@ def test_a_kill_inside_leaves_no_snapshot_without_its_document(
     left = traces(rag, vector, ids)
     assert {trace.split(":")[0] for trace in left} == {"catalog.sqlite"}
     assert rag.ask("Where is the key?", k=1, max_new_tokens=2).hits  # and it still answers
+
+
+def test_an_index_file_that_cannot_be_removed_is_told(
+    rag: KVLinkRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, **options: bool) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", full)
+        with pytest.raises(StorageError, match="still holds the vectors"):
+            rag.delete([SECRET.id])
+    assert rag.get([SECRET.id])  # nothing was deleted, so it can be done again
+    rag.delete([SECRET.id])
+    assert rag.check() == []
 
 
 def test_a_snapshot_that_another_document_shares_stays(rag: KVLinkRAG) -> None:

@@ -111,7 +111,9 @@ def test_one_directory_of_weights_loaded_otherwise_does_not(tmp_path: Path, what
             config["rope_parameters"]["rope_theta"] = 10_000.0
             (directory / "config.json").write_text(json.dumps(config))
         elif what == "weights":
-            variant(seed=1).backbone.model.save_pretrained(directory)
+            variant(seed=1).backbone.model.save_pretrained(tmp_path / "other")
+            weights = "model.safetensors"  # not written over: the first model may map it
+            (tmp_path / "other" / weights).replace(directory / weights)
         dtype = "bfloat16" if what == "dtype" else "auto"
         other = KVLinkModel.from_pretrained(directory, device="cpu", dtype=dtype)
         assert fetch(store, other).snapshots_encoded == 1

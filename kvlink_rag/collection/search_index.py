@@ -16,7 +16,7 @@ from kvlink_rag.arguments import check_search
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.forks import ForkSafeLock, undivided
 from kvlink_rag.documents import Hit
-from kvlink_rag.errors import CatalogError, IndexCorrupt
+from kvlink_rag.errors import CatalogError, IndexCorrupt, StorageError
 from kvlink_rag.retrieval.embedder import Vectors
 from kvlink_rag.retrieval.rounds import Where
 from kvlink_rag.retrieval.vector_index import VectorIndex
@@ -90,12 +90,21 @@ class SearchIndex:
                 self.save()
 
     def forget_file(self) -> None:
-        """Remove the file, as what it holds is about to be erased; it is made again when saved."""
+        """Remove the file, as what it holds is about to be erased; it is made again when saved.
+
+        Raises `StorageError` where it cannot be removed.
+        """
         with undivided(), self._lock:
             if self._catalog.index_version() is not None:
                 self._catalog.forget_index()
-            self.path.unlink(missing_ok=True)
             self._saved = -1
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"{self.path} cannot be removed ({error}), and still holds the vectors of what "
+                    "is replaced or deleted; do it again once the directory can be written"
+                ) from error
 
     def reset(self) -> None:
         """Make the index anew from the catalog, and its file."""
