@@ -86,3 +86,22 @@ def test_an_empty_collection(tmp_path: Path, make_model: ModelMaker) -> None:
 def test_what_is_no_number_of_hits(k: object, rag: KVLinkRAG) -> None:
     with pytest.raises(ConfigError, match="expected a whole number of at least 1"):
         rag.search("Orvale", k)  # type: ignore[arg-type]
+
+
+def test_the_first_vectors_may_come_from_another_process_in_the_middle(
+    tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as rag:
+        real = rag.parts.index._dimension
+
+        def meanwhile() -> int:
+            found = real()
+            monkeypatch.setattr(rag.parts.index, "_dimension", real)
+            with KVLinkRAG.open(tmp_path / "c", model=model, embedder=embedder) as other:
+                other.add([Document("a mill by a river", id="mill")])
+            return found
+
+        monkeypatch.setattr(rag.parts.index, "_dimension", meanwhile)
+        assert [hit.document.id for hit in rag.search("mill", 3)] == ["mill"]
+        assert rag.check() == []

@@ -47,6 +47,10 @@ class SearchIndex:
                 self._saved = self._version
             if self._version != self._catalog.version():
                 changes = self._catalog.changes_since(self._version)
+                if len(changes.rows) and changes.vectors.shape[1] != self._index.dimension:
+                    # another process added the first vectors since the dimension was read
+                    self._index = VectorIndex(changes.vectors.shape[1], self._search())
+                    changes = self._catalog.changes_since(0)
                 self._index.remove(changes.removed)
                 if len(changes.rows):
                     self._index.add(changes.rows, changes.vectors)
