@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.arguments import check_mode
+from kvlink_rag.arguments import Mode, check_mode
 from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
@@ -36,7 +36,6 @@ from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 from .loading import find_model, load_model
-from .prompt_run import Mode
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,8 +25,6 @@ from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
 from .decode import decode_one_token, prefill
-
-Mode = Literal["reuse", "masked", "full"]
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvlink_rag.arguments import Mode
 from kvlink_rag.documents import Part
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling, sample
@@ -20,7 +21,7 @@ from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
-from .prompt_run import Mode, PromptRun
+from .prompt_run import PromptRun
 
 
 class TextStream(Iterator[str]):

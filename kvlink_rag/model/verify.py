@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvlink_rag.arguments import Mode
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.snapshot import EXACT, Source
 from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
-from .prompt_run import Mode, PromptRun
+from .prompt_run import PromptRun
 
 # The largest relative difference of logits that rounding explains; see docs/architecture.md.
 TOLERANCE: Mapping[torch.dtype, float] = {
