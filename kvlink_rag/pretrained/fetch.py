@@ -70,6 +70,11 @@ def part(name: str, role: Role) -> Path:
     return next(directory_of(model) for model in _pair(name) if model.role == role)
 
 
+def named(name: str) -> PackagedModel | None:
+    """The part of a pair that has this name of its own, if any."""
+    return next((model for pair in PAIRS.values() for model in pair if model.name == name), None)
+
+
 def directory_of(model: PackagedModel) -> Path:
     """Where `model` lies, fetched now if it is not here. Raises `ConfigError`."""
     target = place_of(model)

@@ -24,8 +24,9 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -> Path:
-    """The directory that holds the model `name`: a directory, a GGUF file, a known pair, a hub id.
+    """The directory that holds the model `name`.
 
+    That is a directory, a GGUF file, a known pair or a part of one by its own name, or a hub id.
     What is not here is fetched, a GGUF file converted once. bundled: the part ("lm" or "encoder")
     that the name of a pair, "bundled" too, means.
     Raises `ConfigError` where there is no such directory and no such repository at hand.
@@ -34,6 +35,8 @@ def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -
         return BUNDLED_DIRECTORY / bundled
     if str(name) in PAIRS:
         return fetch.part(str(name), "embedder" if bundled == "encoder" else "reader")
+    if packaged := fetch.named(str(name)):
+        return fetch.directory_of(packaged)
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()

@@ -27,8 +27,8 @@ from kvlink_rag.datasets.rows import Source, rows
 from kvlink_rag.datasets.schemas import Example, question_answering
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, ExampleError, KVLinkError
-from kvlink_rag.retrieval.contriever import ContrieverEmbedder
 from kvlink_rag.retrieval.embedder import Embedder
+from kvlink_rag.retrieval.embedder_kinds import load_embedder
 from kvlink_rag.retrieval.rounds import embedded_text
 
 BATCH = 256
@@ -123,7 +123,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         examples = read_rows(arguments.data, arguments.without)
         pool = [*examples, *(read_rows(arguments.pool, ()) if arguments.pool else ())]
-        embedder = ContrieverEmbedder.from_pretrained(arguments.embedder, device=arguments.device)
+        embedder = load_embedder(arguments.embedder, device=arguments.device)
         found = retrieved(examples, pool, embedder, arguments.documents)
         write(arguments.out, found, sentences=arguments.sentences)
         if arguments.plain is not None:
@@ -142,7 +142,7 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--data", action="append", required=True, metavar="FILE[:FIRST-LAST]")
     options.add_argument("--without", action="append", default=[], metavar="FILE:LINE,LINE")
     options.add_argument("--pool", action="append", metavar="FILE", help="more passages")
-    options.add_argument("--embedder", required=True, help="a directory or hub id")
+    options.add_argument("--embedder", required=True, help="a directory, hub id or pair")
     options.add_argument("--documents", type=int, default=24, help="passages a question (24)")
     options.add_argument("--sentences", action="store_true", help="half the questions with a mark")
     options.add_argument("--out", type=Path, required=True)
