@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -30,7 +31,42 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 MAX_TOKENS = 200  # of a passage, as files are split
 MAX_SEED = 2**64 - 1  # torch's
 
+NO_REPAIR = "none"  # of reused passages; else "first:16", "select:15%" (`model.repair`)
+_REPAIR = re.compile(r"first:(?P<first>\d{1,6})|select:(?P<share>\d{1,3}(?:\.\d{1,6})?)%", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """How reused passages are repaired at question time; see `model.repair`.
+
+    first: that many tokens of each passage are computed again. share: of all passages' tokens, from
+    0 to 1, the ones that deviate most. name: as it was asked for.
+    """
+
+    name: str = NO_REPAIR
+    first: int = 0
+    share: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.first or self.share)
+
+
+UNREPAIRED = Repair()
+
+
+def parse_repair(name: str) -> Repair:
+    """What `name` asks for: "none", "first:16" or "select:15%". Raises `ConfigError`."""
+    if name == NO_REPAIR:
+        return UNREPAIRED
+    found = _REPAIR.fullmatch(name) if isinstance(name, str) else None
+    share = float(found["share"] or 0) / 100 if found else 0.0
+    if found is None or share > 1:
+        raise ConfigError(
+            f"repair is {name!r}, expected none, first:N (tokens of each passage, as "
+            "in first:16) or select:P% (of all passages' tokens, as in select:15%)"
+        )
+    return Repair(name, int(found["first"] or 0), share)
 
 
 def is_count(value: object, least: int = 1) -> bool:

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field
 class Trace:
     """Filled in while a question runs; final once its stream ends. Times in milliseconds.
 
-    passages: passages in the prompt. reused_tokens: their tokens, taken from snapshots.
+    passages: passages in the prompt. reused_tokens: their tokens, taken from snapshots;
+    repaired_tokens: those of them that were computed again (see `model.repair`), whose assembly is
+    part of `prefill_ms`.
     passages_as_text: passages recognised and computed all the same, for want of slots or room.
     unrecognised_tokens: of a prompt, those that look like documents of the collection but are not
     word for word, so they are computed.
@@ -39,6 +41,7 @@ class Trace:
     passages_as_text: int = 0
     unrecognised_tokens: int = 0
     reused_tokens: int = 0
+    repaired_tokens: int = 0
     prefix_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0

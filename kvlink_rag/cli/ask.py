@@ -31,6 +31,8 @@ class Answering:
     """of passages in the prompt: best first, or by id, which reuses more (the collection's)"""
     mode: Mode = "reuse"
     """reuse snapshots; or compute all, masked as reuse is or in full"""
+    repair: str | None = None
+    """compute again of passages: first:16 (tokens of each), select:15%, none (the collection's)"""
     max_new_tokens: Count = 256
     """the most tokens of an answer"""
     temperature: Annotated[float, Parameter(show_default=str)] = 0.0

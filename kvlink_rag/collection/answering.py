@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvlink_rag.arguments import NO_REPAIR, parse_repair
 from kvlink_rag.documents import Hit, Part
 from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
@@ -48,10 +49,12 @@ class AnswerStream(Iterator[str]):
     """An answer as it comes.
 
     Nothing runs before the first `next()`. `hits` are there after it, `trace` is final at the end.
-    find: finds the parts of the prompt. arguments: as in `KVLinkModel.stream`.
+    find: finds the parts of the prompt. arguments: as in `KVLinkModel.stream`; repair: None is the
+    collection's.
     """
 
     def __init__(self, parts: Parts, find: Find, arguments: Mapping[str, Any]) -> None:
+        parse_repair(arguments.get("repair") or NO_REPAIR)  # a wrong one is told at once
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._parts, self._find, self._arguments = parts, find, arguments
@@ -82,8 +85,10 @@ class AnswerStream(Iterator[str]):
         found = self._find(self.trace)
         self.hits = found.hits
         # 2. parts → layout → snapshots → live cache → first token → text
+        repair = self._arguments.get("repair") or self._parts.settings.repair()
+        arguments = {**self._arguments, "repair": repair}
         self._stream = loaded.model.stream(
-            found.parts, reuse=loaded.reuse, trace=self.trace, **self._arguments
+            found.parts, reuse=loaded.reuse, trace=self.trace, **arguments
         )
         yield from self._stream
 

@@ -81,6 +81,7 @@ class KVLinkRAG:
         compression: str | None = None,
         search: str | None = None,
         order: str | None = None,
+        repair: str | None = None,
         size_limit: int | str | None = None,
         prefix_budget: int | str = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
@@ -100,6 +101,8 @@ class KVLinkRAG:
         nearest passages are found, "exact", "ivf" or "auto", which goes by size (see
         `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in the
         prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
+        repair: what is computed again of reused passages, "first:16" (tokens of each), "select:15%"
+        (of all, those that deviate most) or "none"; None: as the directory remembers, else none.
         size_limit: bytes of snapshots to keep at most, as a number or text such as "20GB"; what is
         over it goes at once. prefix_budget: likewise, of computed runs to keep in memory; 0 keeps
         none. min_tokens: the shortest stretch that `recognise` takes for a passage. device_budget:
@@ -113,7 +116,7 @@ class KVLinkRAG:
         asked = Asked(
             model,
             embedder if isinstance(embedder, str | Path | None) else as_embedder(embedder),
-            *(device, dtype, spec, codec, compression, search, order),
+            *(device, dtype, spec, codec, compression, search, order, repair),
         )
         parts = open_parts(
             directory,

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvlink_rag.arguments import BF16, check_codec, check_order, check_search
+from kvlink_rag.arguments import (
+    BF16,
+    NO_REPAIR,
+    check_codec,
+    check_order,
+    check_search,
+    parse_repair,
+)
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.errors import ConfigError, SettingsMismatch, StorageError
@@ -45,7 +52,7 @@ class Asked:
     """What a caller asks of a collection; None and "auto": what it remembers, else the defaults.
 
     model, embedder: names, directories or loaded objects (see `as_embedder`). codec, compression,
-    search, order: names. Raises `ConfigError` for a name that there is not, `MissingExtra`.
+    search, order, repair: names. Raises `ConfigError` for a name that there is not, `MissingExtra`.
     """
 
     model: KVLinkModel | str | Path | None = None
@@ -57,6 +64,7 @@ class Asked:
     compression: str | None = None
     search: str | None = None
     order: str | None = None
+    repair: str | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -64,6 +72,7 @@ class Asked:
             "compression": check_compression,
             "search": check_search,
             "order": check_order,
+            "repair": parse_repair,
         }
         for name, check in checks.items():
             if (value := getattr(self, name)) is not None:
@@ -71,7 +80,7 @@ class Asked:
 
     def to_remember(self) -> dict[str, str]:
         """What the collection remembers without a look at any model."""
-        names = {"compression": self.compression, "search": self.search, "order": self.order}
+        names = {name: getattr(self, name) for name in ("compression", "search", "order", "repair")}
         return {name: value for name, value in names.items() if value is not None}
 
 
@@ -109,6 +118,10 @@ class Settings:
     def order(self, asked: str | None = None) -> str:
         """How hits follow each other in a prompt: `asked`, else as the collection remembers."""
         return check_order(asked or str(self._catalog.settings().get("order", "score")))
+
+    def repair(self) -> str:
+        """How reused passages are repaired, as the collection remembers."""
+        return str(self._catalog.settings().get("repair", NO_REPAIR))
 
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""

@@ -25,7 +25,6 @@ collection.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -34,13 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlink_rag.arguments import Repair
 from kvlink_rag.documents import Part
-from kvlink_rag.engine.backbone import Choose
 from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.engine.text_pieces import TextPieces
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.decode import decode_one_token
 from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.model.repair import repaired
 from kvlink_rag.prompt.layout import Layout, layout
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.snapshots.kept_runs import Ids, Run, shared
@@ -108,13 +108,7 @@ class Baselines:
             return self._prefix(prompt, room)
         if method not in METHODS:
             raise ConfigError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
-        cache = self._side_by_side(prompt, room)
-        known = self._take_head(prompt, cache)
-        if method == "cacheblend":
-            started = self._cacheblend(prompt, cache, known)
-        else:
-            first = self.first_tokens if method == "epic" else 0
-            started = self._recomputed(prompt, cache, _first_of_each(prompt, first, known))
+        started = self._repaired(prompt, self._repair(method), room)
         self._keep_head(started)
         return started
 
@@ -165,29 +159,26 @@ class Baselines:
         del self._kept[:-PROMPTS_KEPT]
         return started
 
-    def _side_by_side(self, prompt: Layout, room: int) -> LiveCache:
-        """Every passage rotated to its place, in prompt order; the text's entries are empty."""
+    def _repair(self, method: Method) -> Repair:
+        """What the method computes again of reused passages."""
+        if method == "cacheblend":
+            return Repair(method, share=self.fraction)
+        return Repair(method, first=self.first_tokens if method == "epic" else 0)
+
+    def _repaired(self, prompt: Layout, repair: Repair, room: int) -> Started:
+        """Passages side by side, `repair`, and the text after what is kept of it."""
         passages = [prompt.passage_ids(span) for span in prompt.passages]
         snapshots = self.snapshots.fetch(passages, Trace())
-        none = torch.zeros_like(prompt.segments)
-        cache = self.backbone.new_cache(prompt.positions, none, len(prompt) + room)
-        keys, values = cache.buffers
-        cos, sin = self.backbone.rotary(prompt.positions)
-        with torch.inference_mode():
-            for span, snapshot in zip(prompt.passages, snapshots, strict=True):
-                at = slice(span.start, span.stop)
-                snapshot.fill(keys[:, :, at], values[:, :, at], cos[at], sin[at])
-        return cache
+        runs = self._known_head(prompt)
+        found = repaired(self.backbone, prompt, snapshots, runs, repair, room=room)
+        return Started(prompt, found.cache, found.logits, found.computed_tokens)
 
-    def _take_head(self, prompt: Layout, cache: LiveCache) -> int:
-        """Put the kept text before the first passage in its place: how many tokens are known."""
+    def _known_head(self, prompt: Layout) -> dict[int, Run]:
+        """The kept text before the first passage, by span number, if it is this prompt's."""
         ids = prompt.token_ids[: _head(prompt)].numpy()
         if self._head is None or not np.array_equal(self._head[0], ids):
-            return 0
-        keys, values = cache.buffers
-        keys[:, :, : len(ids)] = self._head[1].keys
-        values[:, :, : len(ids)] = self._head[1].values
-        return len(ids)
+            return {}
+        return _by_span(prompt, self._head[1])
 
     def _keep_head(self, started: Started) -> None:
         """Keep it for the next prompt: it sees nothing but itself."""
@@ -196,57 +187,19 @@ class Baselines:
             run = Run(*started.cache.entries(torch.arange(count, device=self.backbone.device)))
             self._head = started.prompt.token_ids[:count].numpy(), run
 
-    def _recomputed(self, prompt: Layout, cache: LiveCache, computed: Tensor) -> Started:
-        """Compute the tokens at `computed` (int64, sorted) with full attention."""
-        logits = self.backbone.recompute(prompt.token_ids[computed], computed, cache)
-        return Started(prompt, cache, logits, len(computed))
-
-    def _cacheblend(self, prompt: Layout, cache: LiveCache, known: int) -> Started:
-        """All tokens through the first layer, the text and those that deviate through the rest."""
-        if self.backbone.layers < 2:
-            raise ConfigError("found a model of one layer, expected two: the second one chooses")
-        left = torch.arange(known, len(prompt))
-        count = math.ceil(self.fraction * prompt.reused_tokens)
-        choose = _most_deviating(prompt, cache, count, known)
-        logits = self.backbone.recompute(prompt.token_ids[left], left, cache, choose)
-        return Started(prompt, cache, logits, len(left) - prompt.reused_tokens + count)
-
 
 def _head(prompt: Layout) -> int:
     """Tokens before the first passage; 0 where there is none."""
     return prompt.passages[0].start if prompt.passages else 0
 
 
-def _most_deviating(prompt: Layout, cache: LiveCache, count: int, known: int) -> Choose:
-    """All text, and the `count` passage tokens whose keys and values differ most from the cache's.
-
-    Told of all tokens but the `known` first ones.
-    The deviation of a token is the squared distance over all heads, keys and values together.
-    """
-    layer = cache.layers[1]
-    passage = (prompt.segments[known:] != 0).to(cache.positions.device)
-
-    def choose(keys: Tensor, values: Tensor) -> Tensor:
-        held = (states[0, :, known : len(prompt)] for states in (layer.keys, layer.values))
-        moved = [
-            (new.float() - old.float()).square().sum(dim=(0, 2))
-            for new, old in zip((keys, values), held, strict=True)
-        ]
-        deviation = (moved[0] + moved[1]).masked_fill(~passage, -1)  # text is not a candidate
-        taken = ~passage
-        taken[deviation.topk(count).indices] = True
-        return taken.nonzero()[:, 0]
-
-    return choose
-
-
-def _first_of_each(prompt: Layout, count: int, known: int) -> Tensor:
-    """Indices of the text after `known` and of the first `count` tokens of each passage, sorted."""
-    taken = prompt.segments == 0
-    taken[:known] = False
-    for span in prompt.passages:
-        taken[span.start : min(span.stop, span.start + count)] = True
-    return taken.nonzero()[:, 0]
+def _by_span(prompt: Layout, head: Run) -> dict[int, Run]:
+    """The run of the text before the first passage cut into runs of its spans."""
+    spans = (s for s in enumerate(prompt.spans) if s[1].stop <= len(head))
+    return {
+        i: Run(head.keys[:, :, s.start : s.stop], head.values[:, :, s.start : s.stop])
+        for i, s in spans
+    }
 
 
 def plain_spec(spec: Spec) -> Spec:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.arguments import Mode, check_mode
+from kvlink_rag.arguments import NO_REPAIR, Mode, check_mode, parse_repair
 from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
@@ -173,16 +173,23 @@ class KVLinkModel:
     # Answers
 
     def prefill(
-        self, parts: Iterable[Part], mode: Mode = "reuse", *, reuse: Reuse | None = None
+        self,
+        parts: Iterable[Part],
+        mode: Mode = "reuse",
+        *,
+        reuse: Reuse | None = None,
+        repair: str = NO_REPAIR,
     ) -> Prefill:
         """Run the prompt and return the next token's logits.
 
         mode: "reuse" assembles snapshots and computes the rest; "masked" is the oracle, one full
         prefill with the same visibility; "full" is ordinary causal attention over the same tokens.
+        repair: of reused passages, "none", "first:N" or "select:P%"; see `model.repair`.
         """
         trace = Trace(mode=check_mode(mode), notice=self.notice)
-        prompt = self.layout(parts)
-        return Prefill(first_logits(self.backbone, prompt, mode, reuse or self.reuse, trace), trace)
+        wanted, prompt = parse_repair(repair), self.layout(parts)
+        logits = first_logits(self.backbone, prompt, mode, reuse or self.reuse, trace, wanted)
+        return Prefill(logits, trace)
 
     def stream(
         self,
@@ -197,6 +204,7 @@ class KVLinkModel:
         stop: Sequence[str] | str = (),
         seed: int | None = None,
         mode: Mode = "reuse",
+        repair: str = NO_REPAIR,
         reuse: Reuse | None = None,
         trace: Trace | None = None,
     ) -> TextStream:
@@ -206,6 +214,7 @@ class KVLinkModel:
         in `Sampling` and `prefill`.
         """
         check_mode(mode)
+        wanted = parse_repair(repair)
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         return TextStream(
             self.format,
@@ -221,6 +230,7 @@ class KVLinkModel:
             mode=mode,
             reuse=reuse or self.reuse,
             trace=trace,
+            repair=wanted,
         )
 
     def generate(self, parts: Iterable[Part], **arguments: Any) -> str:

@@ -9,22 +9,26 @@ is a store. Knows no text: `text_stream` makes it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvlink_rag.arguments import UNREPAIRED, Repair
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.errors import DeviceMemoryError
 from kvlink_rag.prompt.layout import Layout, Span
 from kvlink_rag.snapshots.assemble import Assembled, assemble
 from kvlink_rag.snapshots.kept_runs import Run, chain_keys, chain_root, run_key
+from kvlink_rag.snapshots.snapshot import Source
 from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
 from .decode import decode_one_token, prefill
+from .repair import exact_runs, lasting, repaired
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +36,16 @@ logger = logging.getLogger(__name__)
 class PromptRun:
     """One prompt on its way through the model: start, then one `step` a token."""
 
-    def __init__(self, backbone: Backbone, prompt: Layout, trace: Trace, reuse: Reuse) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: Layout,
+        trace: Trace,
+        reuse: Reuse,
+        repair: Repair = UNREPAIRED,
+    ) -> None:
         self.backbone, self.prompt, self.trace, self.reuse = backbone, prompt, trace, reuse
+        self.repair = repair
         self.cache: LiveCache | None = None
         self._said: list[int] = []
         self._chain: list[str] = []
@@ -69,6 +81,8 @@ class PromptRun:
     def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
+        if self.repair and trace.passages and trace.mode == "reuse":
+            return self._repaired(room)
         if trace.mode == "reuse":  # a workspace's forward begins while snapshots still arrive
             assembled = self.assemble(room, wait=backbone.workspaces is None)
         else:
@@ -77,6 +91,19 @@ class PromptRun:
         trace.computed_tokens = len(assembled.computed)
         with trace.stage("prefill", backbone.synchronize):
             return prefill(backbone, self.prompt, assembled)
+
+    def _repaired(self, room: int) -> Tensor:
+        """As `_start`, some tokens of the passages computed again."""
+        trace, prompt = self.trace, self.prompt
+        snapshots = self._snapshots()
+        with trace.stage("prefill", self.backbone.synchronize):  # and assembly, token by token
+            runs = exact_runs(prompt, self._kept_runs(), self.repair)
+            found = repaired(self.backbone, prompt, snapshots, runs, self.repair, room=room)
+        self.cache = found.cache
+        trace.computed_tokens, trace.repaired_tokens = found.computed_tokens, found.again
+        trace.reused_tokens = prompt.reused_tokens - found.again
+        trace.prefix_tokens = sum(map(len, runs.values()))
+        return found.logits
 
     def step(self, token_id: int) -> Tensor:
         """Append a generated token: logits [vocab] of the next."""
@@ -93,8 +120,7 @@ class PromptRun:
     def assemble(self, room: int, *, wait: bool = True) -> Assembled:
         """Read and assemble; with `wait` until all is in place, else `cache.ready` says when."""
         backbone, trace = self.backbone, self.trace
-        passages = [self.prompt.passage_ids(span) for span in self.prompt.passages]
-        snapshots = self.reuse.snapshots.fetch(passages, trace) if passages else []
+        snapshots = self._snapshots()
         with trace.stage("assembly", backbone.synchronize if wait else None):
             runs = self._kept_runs()
             assembled = assemble(backbone, self.prompt, snapshots, runs, room=room)
@@ -102,11 +128,17 @@ class PromptRun:
         trace.prefix_tokens = sum(map(len, runs.values()))
         return assembled
 
+    def _snapshots(self) -> Sequence[Source]:
+        """One for each passage of the prompt."""
+        passages = [self.prompt.passage_ids(span) for span in self.prompt.passages]
+        return self.reuse.snapshots.fetch(passages, self.trace) if passages else []
+
     def _kept_runs(self) -> dict[int, Run]:
         """Runs that earlier prompts began alike, by span number; the last token is computed."""
         if self.reuse.prefix is None:
             return {}
-        root = chain_root(self.backbone.fingerprint, self.backbone.dtype, self.reuse.scope)
+        scope = f"{self.reuse.scope}{self.repair.name if self.repair else ''}"
+        root = chain_root(self.backbone.fingerprint, self.backbone.dtype, scope)
         self._chain = chain_keys(self.prompt, root)
         ids = self.prompt.token_ids[:-1].numpy()
         found = {}
@@ -129,9 +161,11 @@ class PromptRun:
         ids = np.concatenate([self.prompt.token_ids.numpy(), np.array(self._said, np.int64)])
         places = cache.positions.argsort()
         answer = Span(len(self.prompt), len(ids))
-        for chain, span in zip(self._chain, (*self.prompt.spans, answer), strict=True):
+        spans = (*self.prompt.spans, answer)
+        for i, (chain, span) in enumerate(zip(self._chain, spans, strict=True)):
             run = ids[span.start : span.stop]
-            if span.document is None and len(run) and run_key(chain, run) not in prefix:
+            wanted = span.document is None and len(run) and lasting(self.prompt, i, self.repair)
+            if wanted and run_key(chain, run) not in prefix:
                 prefix.put(chain, run, Run(*cache.entries(places[span.start : span.stop])))
 
     def end(self) -> None:
