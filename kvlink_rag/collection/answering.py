@@ -9,6 +9,7 @@ Knows the parts of a collection; knows no framework and no terminal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,11 @@ from kvlink_rag.trace import Trace
 from .parts import Parts
 from .searching import search_distinct
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from kvlink_rag.model.text_stream import TextStream
+    from kvlink_rag.prompt.format import PromptFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +91,23 @@ class AnswerStream(Iterator[str]):
         # 2. parts → layout → snapshots → live cache → first token → text
         repair = self._arguments.get("repair") or self._parts.settings.repair()
         arguments = {**self._arguments, "repair": repair}
+        if repair == NO_REPAIR:
+            self._warn_untuned(loaded.model.format)
         self._stream = loaded.model.stream(
             found.parts, reuse=loaded.reuse, trace=self.trace, **arguments
         )
         yield from self._stream
+
+    def _warn_untuned(self, format: PromptFormat) -> None:
+        """Tell once that the model was never tuned to what it is about to do."""
+        if not format.tuned and self._parts.seen.first("untuned"):
+            logger.warning(
+                "%s was not tuned to read passages that were encoded apart, so answers may be far "
+                "from those of full attention; measure it (kvlink-rag verify --quality QUESTIONS), "
+                "repair passages at question time (repair='first:16', kvlink-rag ask --repair "
+                "first:16), or tune it (kvlink-rag train)",
+                format.name,
+            )
 
 
 def from_question(parts: Parts, question: str, *, k: int, rounds: int, order: str) -> Find:

@@ -22,18 +22,23 @@ from .tokenizer import PartTokenizer
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """A model's name, window (tokens a prompt and its answer may have), tokenizer and spec."""
+    """A model's name, window (tokens a prompt and its answer may have), tokenizer and spec.
+
+    tuned: whether someone says how it reads passages that are blind to each other; a model without
+    a spec was never trained to.
+    """
 
     name: str
     window: int
     tokenizer: PartTokenizer
     spec: Spec
+    tuned: bool = True
 
     @classmethod
     def of(cls, name: str, window: int, tokenizer: Any, spec: Spec | None) -> PromptFormat:
         """That of a Hugging Face `tokenizer`. Without a spec: no link tokens, its chat template."""
-        spec = spec if spec is not None else default_spec(tokenizer)
-        return cls(name, window, PartTokenizer(tokenizer), spec)
+        known = spec if spec is not None else default_spec(tokenizer)
+        return cls(name, window, PartTokenizer(tokenizer), known, tuned=spec is not None)
 
     @property
     def has_chat_template(self) -> bool:
