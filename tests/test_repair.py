@@ -119,7 +119,7 @@ def test_an_answer_goes_on_from_it(make_model: ModelMaker, family: str, repair: 
     model, asked = make_model(family, F32), parse_repair(repair)
     laid = model.layout(prompt(model, 4, seed=15))
     count = math.ceil(asked.share * laid.reused_tokens)
-    run = PromptRun(model.backbone, laid, Trace(mode="reuse"), fresh(model), asked)
+    run = PromptRun(model.backbone, laid, Trace(mode="reuse"), replace(fresh(model), repair=asked))
     run.start(room=1)
     for said in range(1, 4):
         logits = run.step(64 + said)

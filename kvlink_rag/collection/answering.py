@@ -53,12 +53,12 @@ class AnswerStream(Iterator[str]):
     """An answer as it comes.
 
     Nothing runs before the first `next()`. `hits` are there after it, `trace` is final at the end.
-    find: finds the parts of the prompt. arguments: as in `KVLinkModel.stream`; repair: None is the
-    collection's.
+    find: finds the parts of the prompt. arguments: as in `KVLinkModel.stream`.
     """
 
     def __init__(self, parts: Parts, find: Find, arguments: Mapping[str, Any]) -> None:
-        parse_repair(arguments.get("repair") or NO_REPAIR)  # a wrong one is told at once
+        if arguments.get("repair") is not None:
+            parse_repair(arguments["repair"])  # a wrong one is told at once
         self.hits: list[Hit] = []
         self.trace = Trace()
         self._parts, self._find, self._arguments = parts, find, arguments
@@ -89,12 +89,10 @@ class AnswerStream(Iterator[str]):
         found = self._find(self.trace)
         self.hits = found.hits
         # 2. parts → layout → snapshots → live cache → first token → text
-        repair = self._arguments.get("repair") or self._parts.settings.repair()
-        arguments = {**self._arguments, "repair": repair}
-        if repair == NO_REPAIR:
+        if self._arguments.get("repair", self._parts.settings.repair) in (None, NO_REPAIR):
             self._warn_untuned(loaded.model.format)
         self._stream = loaded.model.stream(
-            found.parts, reuse=loaded.reuse, trace=self.trace, **arguments
+            found.parts, reuse=loaded.reuse, trace=self.trace, **self._arguments
         )
         yield from self._stream
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvlink_rag.arguments import parse_repair
 from kvlink_rag.errors import StorageError
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.snapshots.device_cache import DeviceMemory, default_budget
@@ -57,8 +58,9 @@ def open_parts(
             snapshots = StoredSnapshots(
                 store, model.backbone, codec=settings.codec, users=catalog.users, memory=memory
             )
+            repair = parse_repair(settings.repair)
             # kept runs come from what was read, so they depend on the codec
-            reuse = Reuse(snapshots, prefix, f"{catalog.identity} {settings.codec}", memory)
+            reuse = Reuse(snapshots, prefix, f"{catalog.identity} {settings.codec}", memory, repair)
             recogniser = Recogniser(
                 catalog, model.tokenizer, min_tokens=min_tokens, most=model.spec.max_passages
             )

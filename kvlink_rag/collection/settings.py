@@ -119,9 +119,10 @@ class Settings:
         """How hits follow each other in a prompt: `asked`, else as the collection remembers."""
         return check_order(asked or str(self._catalog.settings().get("order", "score")))
 
+    @property
     def repair(self) -> str:
-        """How reused passages are repaired, as the collection remembers."""
-        return str(self._catalog.settings().get("repair", NO_REPAIR))
+        """How reused passages are repaired."""
+        return str(self._remembered.get("repair", NO_REPAIR))
 
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""

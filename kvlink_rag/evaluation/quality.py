@@ -97,7 +97,8 @@ def measure(
         said, expected, spent = _teach(model, plain, reuse, tokens)
         seen[FULL].append(_Seen([True] * len(said), [0.0] * len(said), spent))
         for repair in repairs:
-            run = PromptRun(model.backbone, laid, Trace(mode="reuse"), reuse, repair)
+            mended = replace(reuse, repair=repair)
+            run = PromptRun(model.backbone, laid, Trace(mode="reuse"), mended)
             logits, spent = _over(model, run, said)
             seen[repair.name].append(_compared(model, logits, expected, spent))
     found = tuple(_way(name, each) for name, each in seen.items())

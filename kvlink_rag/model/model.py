@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.arguments import NO_REPAIR, Mode, check_mode, parse_repair
+from kvlink_rag.arguments import Mode, check_mode, parse_repair
 from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
@@ -178,17 +178,18 @@ class KVLinkModel:
         mode: Mode = "reuse",
         *,
         reuse: Reuse | None = None,
-        repair: str = NO_REPAIR,
+        repair: str | None = None,
     ) -> Prefill:
         """Run the prompt and return the next token's logits.
 
         mode: "reuse" assembles snapshots and computes the rest; "masked" is the oracle, one full
         prefill with the same visibility; "full" is ordinary causal attention over the same tokens.
-        repair: of reused passages, "none", "first:N" or "select:P%"; see `model.repair`.
+        repair: of reused passages, "none", "first:N" or "select:P%" (see `model.repair`); None: as
+        `reuse` says, which is the collection's.
         """
         trace = Trace(mode=check_mode(mode), notice=self.notice)
-        wanted, prompt = parse_repair(repair), self.layout(parts)
-        logits = first_logits(self.backbone, prompt, mode, reuse or self.reuse, trace, wanted)
+        reuse = _with_repair(reuse or self.reuse, repair)
+        logits = first_logits(self.backbone, self.layout(parts), mode, reuse, trace)
         return Prefill(logits, trace)
 
     def stream(
@@ -204,7 +205,7 @@ class KVLinkModel:
         stop: Sequence[str] | str = (),
         seed: int | None = None,
         mode: Mode = "reuse",
-        repair: str = NO_REPAIR,
+        repair: str | None = None,
         reuse: Reuse | None = None,
         trace: Trace | None = None,
     ) -> TextStream:
@@ -214,7 +215,6 @@ class KVLinkModel:
         in `Sampling` and `prefill`.
         """
         check_mode(mode)
-        wanted = parse_repair(repair)
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         return TextStream(
             self.format,
@@ -228,9 +228,8 @@ class KVLinkModel:
                 *(top_k, min_p, repetition_penalty),
             ),
             mode=mode,
-            reuse=reuse or self.reuse,
+            reuse=_with_repair(reuse or self.reuse, repair),
             trace=trace,
-            repair=wanted,
         )
 
     def generate(self, parts: Iterable[Part], **arguments: Any) -> str:
@@ -256,6 +255,11 @@ class KVLinkModel:
         found.append(self.tokenizer.hf.eos_token_id)
         lists = [ids if isinstance(ids, list) else [ids] for ids in found]
         return frozenset(i for ids in lists for i in ids if i is not None)
+
+
+def _with_repair(reuse: Reuse, repair: str | None) -> Reuse:
+    """`reuse` with the repair that was asked for, if one was."""
+    return reuse if repair is None else replace(reuse, repair=parse_repair(repair))
 
 
 def _check_ids(spec: Spec, backbone: Backbone) -> None:

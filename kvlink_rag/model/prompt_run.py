@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import UNREPAIRED, Repair
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.errors import DeviceMemoryError
@@ -36,16 +35,8 @@ logger = logging.getLogger(__name__)
 class PromptRun:
     """One prompt on its way through the model: start, then one `step` a token."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompt: Layout,
-        trace: Trace,
-        reuse: Reuse,
-        repair: Repair = UNREPAIRED,
-    ) -> None:
+    def __init__(self, backbone: Backbone, prompt: Layout, trace: Trace, reuse: Reuse) -> None:
         self.backbone, self.prompt, self.trace, self.reuse = backbone, prompt, trace, reuse
-        self.repair = repair
         self.cache: LiveCache | None = None
         self._said: list[int] = []
         self._chain: list[str] = []
@@ -81,7 +72,7 @@ class PromptRun:
     def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
         trace.passages = len(self.prompt.passages)
-        if self.repair and trace.passages and trace.mode == "reuse":
+        if self.reuse.repair and trace.passages and trace.mode == "reuse":
             return self._repaired(room)
         if trace.mode == "reuse":  # a workspace's forward begins while snapshots still arrive
             assembled = self.assemble(room, wait=backbone.workspaces is None)
@@ -97,8 +88,8 @@ class PromptRun:
         trace, prompt = self.trace, self.prompt
         snapshots = self._snapshots()
         with trace.stage("prefill", self.backbone.synchronize):  # and assembly, token by token
-            runs = exact_runs(prompt, self._kept_runs(), self.repair)
-            found = repaired(self.backbone, prompt, snapshots, runs, self.repair, room=room)
+            runs = exact_runs(prompt, self._kept_runs(), self.reuse.repair)
+            found = repaired(self.backbone, prompt, snapshots, runs, self.reuse.repair, room=room)
         self.cache = found.cache
         trace.computed_tokens, trace.repaired_tokens = found.computed_tokens, found.again
         trace.reused_tokens = prompt.reused_tokens - found.again
@@ -137,7 +128,7 @@ class PromptRun:
         """Runs that earlier prompts began alike, by span number; the last token is computed."""
         if self.reuse.prefix is None:
             return {}
-        scope = f"{self.reuse.scope}{self.repair.name if self.repair else ''}"
+        scope = f"{self.reuse.scope}{self.reuse.repair.name if self.reuse.repair else ''}"
         root = chain_root(self.backbone.fingerprint, self.backbone.dtype, scope)
         self._chain = chain_keys(self.prompt, root)
         ids = self.prompt.token_ids[:-1].numpy()
@@ -155,7 +146,7 @@ class PromptRun:
         The answer's is reused as far as a later turn holds the tokens that were generated; the last
         of them is never in the cache.
         """
-        prefix, cache = self.reuse.prefix, self.cache
+        prefix, cache, repair = self.reuse.prefix, self.cache, self.reuse.repair
         if prefix is None or cache is None or not self._chain:
             return
         ids = np.concatenate([self.prompt.token_ids.numpy(), np.array(self._said, np.int64)])
@@ -164,7 +155,7 @@ class PromptRun:
         spans = (*self.prompt.spans, answer)
         for i, (chain, span) in enumerate(zip(self._chain, spans, strict=True)):
             run = ids[span.start : span.stop]
-            wanted = span.document is None and len(run) and lasting(self.prompt, i, self.repair)
+            wanted = span.document is None and len(run) and lasting(self.prompt, i, repair)
             if wanted and run_key(chain, run) not in prefix:
                 prefix.put(chain, run, Run(*cache.entries(places[span.start : span.stop])))
 

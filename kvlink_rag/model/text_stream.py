@@ -12,7 +12,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import UNREPAIRED, Mode, Repair
+from kvlink_rag.arguments import Mode
 from kvlink_rag.documents import Part
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling, sample
@@ -28,7 +28,7 @@ class TextStream(Iterator[str]):
     """An answer as it comes. `trace` fills as it runs; `text` is what has been yielded so far.
 
     end_ids: token ids that end an answer; never: those that are never said. notice: of the model,
-    for the trace. repair: of its passages. parts: read when the first piece is asked for.
+    for the trace. parts: read when the first piece is asked for.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class TextStream(Iterator[str]):
         trace: Trace | None = None,
         never: Sequence[int] = (),
         notice: str = "",
-        repair: Repair = UNREPAIRED,
     ) -> None:
         self.trace = trace or Trace()
         self.trace.mode, self.trace.notice = mode, notice
@@ -53,7 +52,6 @@ class TextStream(Iterator[str]):
         self._parts = list(parts) if isinstance(parts, Sequence) else parts
         self._format, self._backbone, self._end_ids = format, backbone, list(end_ids)
         self._sampling, self._reuse, self._never = sampling, reuse, list(never)
-        self._repair = repair
         self._pieces = self._run()
 
     def __next__(self) -> str:
@@ -75,7 +73,7 @@ class TextStream(Iterator[str]):
             prompt = self._format.layout(parts)
         room = min(sampling.max_new_tokens, self._format.window - len(prompt))
         # 2. layout → snapshots → live cache → prefill
-        run = PromptRun(self._backbone, prompt, trace, self._reuse, self._repair)
+        run = PromptRun(self._backbone, prompt, trace, self._reuse)
         logits = run.start(room)
         # 3. first token → decode → text
         try:

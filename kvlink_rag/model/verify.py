@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import UNREPAIRED, Mode, Repair
+from kvlink_rag.arguments import Mode
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.snapshot import EXACT, Source
@@ -73,10 +73,9 @@ def first_logits(
     mode: Mode,
     reuse: Reuse,
     trace: Trace | None = None,
-    repair: Repair = UNREPAIRED,
 ) -> Tensor:
     """float32 logits [vocab] of the token after `prompt`, on the CPU; see `KVLinkModel.prefill`."""
-    run = PromptRun(backbone, prompt, trace or Trace(mode=mode), reuse, repair)
+    run = PromptRun(backbone, prompt, trace or Trace(mode=mode), reuse)
     logits = run.start(room=0)
     run.keep()
     return logits.cpu()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kvlink_rag.arguments import check_codec
+from kvlink_rag.arguments import UNREPAIRED, Repair, check_codec
 from kvlink_rag.errors import ConfigError, StorageError
 from kvlink_rag.trace import Trace
 
@@ -171,10 +171,12 @@ class Reuse:
     """What a collection brings to a model: its snapshots and its kept runs (None: keep none).
 
     scope: of the kept runs; another one for each codec, since runs come from what they follow.
-    memory: where on the device its snapshots are kept, or None.
+    memory: where on the device its snapshots are kept, or None. repair: of passages, where a
+    question does not ask for another.
     """
 
     snapshots: SnapshotSource
     prefix: PrefixCache | None = None
     scope: str = ""
     memory: DeviceMemory | None = None
+    repair: Repair = UNREPAIRED

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("max_tokens", "seed"),
+    *("max_tokens", "seed", "repair"),
 )
 # LangChain's standard arguments that mean nothing to a model in this process, and those that
 # LangChain itself passes along with a call.
@@ -73,6 +73,9 @@ class GenerationFields(CollectionFields):
     """The most tokens of an answer."""
     seed: int | None = None
     """For sampling; None draws another each time."""
+    repair: str | None = None
+    """What is computed again of reused passages, `first:16` or `select:15%`; None: the
+    collection's."""
     stop: list[str] | None = None
     """Strings that end an answer and are left out of it."""
     streaming: bool = False

@@ -149,6 +149,7 @@ def test_what_traces_and_caches_see(rag: KVLinkRAG) -> None:
         {"top_k": 5},
         {"min_p": 0.1},
         {"repetition_penalty": 1.1},
+        {"repair": "first:4"},
         {"stop": None},
         {"model": "m"},
         {"directory": "d"},

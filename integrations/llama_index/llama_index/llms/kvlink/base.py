@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _ROLES = {"developer": "system", "model": "assistant", "chatbot": "assistant"}
 _SAMPLING = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("stop", "seed"),
+    *("stop", "seed", "repair"),
 )
 _SILENT = ("ThinkingBlock", "CachePoint")  # what a model thought, which is not repeated, and marks
 _TOOLS = ("tools", "tool_choice", "tool_required", "functions", "response_format")
@@ -81,9 +81,10 @@ class KVLink(CollectionFields, CustomLLM):
         device: "auto", "cpu", "cuda", "cuda:1", ...
         codec: how snapshots are kept, "exact", "int8", "int4" or "fp8"; None: as the directory
             remembers, else exact.
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed: how
-            answers are generated; each may also be given to a call (`max_tokens` means
-            `max_new_tokens`). temperature 0 is greedy.
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, repair:
+            how answers are generated; each may also be given to a call (`max_tokens` means
+            `max_new_tokens`). temperature 0 is greedy. repair: what is computed again of reused
+            passages, "first:16" or "select:15%"; None: the collection's.
         messages_to_prompt: makes one prompt, which is one user message, of a conversation; left
             out, conversations go through the tokenizer's chat template.
         rag: an open `kvlink_rag.KVLinkRAG` instead of the first five.
@@ -120,6 +121,9 @@ class KVLink(CollectionFields, CustomLLM):
     )
     stop: list[str] = Field(default_factory=list, description="Strings that end an answer.")
     seed: int | None = Field(default=None, description="Seed for sampling.")
+    repair: str | None = Field(
+        default=None, description="Passages' tokens computed again, as first:16; None: as opened."
+    )
 
     def __init__(self, **words: Any) -> None:
         super().__init__(**words)
