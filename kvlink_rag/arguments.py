@@ -14,10 +14,8 @@ from typing import Literal, get_args
 
 from .errors import ConfigError, PromptError
 
-Codec = Literal["exact", "int8", "int4", "fp8"]
+Codec = Literal["exact", "bf16", "int8", "int4", "fp8"]
 CODECS: tuple[Codec, ...] = get_args(Codec)  # how snapshots are kept (`snapshots.codecs`)
-Bf16 = Literal["bf16"]
-BF16: Bf16 = "bf16"  # the exact codec of a bfloat16 model, by another name
 Compression = Literal["none", "zstd"]
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)  # of snapshot files, lossless
 Search = Literal["auto", "exact", "ivf"]

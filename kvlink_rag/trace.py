@@ -26,7 +26,7 @@ class Trace:
     ran the model over. snapshots_found: read from the store, or kept on the device;
     snapshots_encoded: encoded now. With CUDA graphs copies go on behind `assembly_ms`, and
     `prefill_ms` waits for them. notice: what is doubtful about the model, such as an adapter on
-    another base than it was trained on.
+    another base than it was trained on. dtype: what the model computed in, such as "float32".
     """
 
     retrieval_ms: float = 0.0
@@ -50,6 +50,7 @@ class Trace:
     mode: str = "reuse"
     finish_reason: str = ""
     notice: str = ""
+    dtype: str = ""
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @contextmanager

@@ -26,12 +26,10 @@ from conftest import byte_spec, byte_tokenizer, random_model
 from transformers import BertConfig, BertModel
 
 from kvlink_rag import KVLinkRAG
-from kvlink_rag.arguments import CODECS
 from kvlink_rag.cli import chat, check, terminal
 from kvlink_rag.cli.main import find_commands, main
 from kvlink_rag.documents import Document, Hit
 from kvlink_rag.quantities import size
-from kvlink_rag.snapshots import codecs
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 FILES = {
@@ -193,7 +191,7 @@ def test_help_says_what_each_option_is_for(tmp_path: Path) -> None:
     flat = " ".join(shown.replace("│", " ").split())
     assert "the most tokens of a passage [default: 200]" in flat
     assert "--strict fail at the first file or line that cannot be read" in flat
-    assert "[choices: exact, int8, int4, fp8, bf16]" in flat
+    assert "[choices: exact, bf16, int8, int4, fp8]" in flat
     assert re.search(r"--dir (STR )?the collection's directory", flat)
     assert "Exit code 1: nothing could be read, or, with --strict, not everything." in flat
     prose = shown[: shown.index("╭")]
@@ -798,8 +796,10 @@ def test_too_many_passages_name_the_option(collection: Path, pair: list[str]) ->
     assert "a smaller -k" in message
 
 
-def test_the_dtype_is_named_where_it_differs(collection: Path) -> None:
-    ran = here("--dir", "col", "--dtype", "bfloat16", "verify", cwd=collection)
+def test_the_dtype_is_named_where_it_differs(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    here("--dir", "col", *pair, "--dtype", "float32", "index", "docs", cwd=tmp_path)
+    ran = here("--dir", "col", "--dtype", "bfloat16", "verify", cwd=tmp_path)
     message = the_error(ran)
     assert "snapshots are float32" in message
     assert "in bfloat16; open it with dtype='float32' (kvlink-rag: --dtype float32)" in message
@@ -807,14 +807,35 @@ def test_the_dtype_is_named_where_it_differs(collection: Path) -> None:
 
 def test_bf16_is_exact_of_a_bfloat16_model(pair: list[str], tmp_path: Path) -> None:
     write(tmp_path)
-    refused = here("--dir", "a", *pair, "index", "docs", "--codec", "bf16", cwd=tmp_path)
-    assert "found" in the_error(refused)
-    assert "in float32; use codec 'exact', or dtype 'bfloat16'" in refused.err
     options = ["--dtype", "bfloat16", *pair, "index", "docs", "--codec", "bf16"]
     assert here("--dir", "b", *options, cwd=tmp_path).code == 0
     again = here("--dir", "b", *options[:-1], "exact", "--json", cwd=tmp_path)
     assert (again.code, again.json["unchanged"], again.json["encoded"]) == (0, 9, 0)
-    assert here("--dir", "b", "stats", "--json", cwd=tmp_path).json["codec"] == "exact"
+    ran = here("--dir", "b", "--dtype", "bfloat16", "verify", "--json", cwd=tmp_path)
+    assert (ran.code, "price" in ran.json) == (0, False)
+
+
+def test_bf16_has_a_price_for_a_float32_model(collection: Path) -> None:
+    """It is what a CPU keeps where nobody names a dtype."""
+    stats = here("--dir", "col", "stats", cwd=collection).out
+    assert "\ncodec            bf16\nstorage dtype    bfloat16\n" in stats
+    ran = here("--dir", "col", "verify", "--json", cwd=collection)
+    assert (ran.code, ran.json["tolerance"], ran.json["price"]["codec"]) == (0, 1e-4, "bf16")
+    told = here("--dir", "col", "ask", "Where?", "--trace", "--max-new-tokens", "2", cwd=collection)
+    assert "computed in float32" in told.out
+
+
+def test_a_plan_counts_what_was_made_elsewhere(pair: list[str], tmp_path: Path) -> None:
+    """Exact in bfloat16 or float16, where this machine computes in float32."""
+    write(tmp_path)
+    for dtype in ("bfloat16", "float16"):
+        folder = ["--dir", dtype, *pair]
+        ran = here(*folder, "--dtype", dtype, "index", "docs", "--codec", "exact", cwd=tmp_path)
+        assert ran.code == 0, ran.err
+        stats = here("--dir", dtype, "stats", "--json", cwd=tmp_path).json
+        assert (stats["codec"], stats["storage_dtype"]) == ("exact", dtype)
+        made = here("--dir", dtype, "plan", "docs", "--json", cwd=tmp_path)
+        assert made.json["snapshot_bytes"] == stats["snapshot_bytes"], made.err
 
 
 def test_the_rows_of_the_generated_set_are_named(pair: list[str], tmp_path: Path) -> None:
@@ -837,7 +858,7 @@ assert logging.is_progress_bar_enabled()
 
 def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Path) -> None:
     write(tmp_path)
-    here("--dir", "exact", *pair, "index", "docs", cwd=tmp_path)
+    here("--dir", "exact", *pair, "index", "docs", "--codec", "exact", cwd=tmp_path)
     here("--dir", "col", *pair, "index", "docs", "--codec", "int4", cwd=tmp_path)
     small, exact = (
         here("--dir", d, "stats", "--json", cwd=tmp_path).json for d in ("col", "exact")
@@ -852,7 +873,6 @@ def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Pa
     assert "int4 moves the logits" in here("--dir", "col", "verify", cwd=tmp_path).out
     other = here("--dir", "col", "index", "docs", "--codec", "int8", cwd=tmp_path)
     assert "--reencode" in the_error(other)
-    assert tuple(codecs.CODECS) == CODECS
 
 
 def test_plan_predicts_index(collection: Path, pair: list[str], tmp_path: Path) -> None:

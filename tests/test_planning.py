@@ -51,7 +51,9 @@ def opener(make_model: ModelMaker) -> Callable[[str], Callable[[Path], KVLinkRAG
     return make
 
 
-@pytest.mark.parametrize(("codec", "files"), [("fp8", 0), ("int8", 3), ("exact", 40), ("int4", 40)])
+@pytest.mark.parametrize(
+    ("codec", "files"), [("fp8", 0), ("int8", 3), ("bf16", 3), ("exact", 40), ("int4", 40)]
+)
 def test_a_plan_is_what_index_takes(opener: Any, tmp_path: Path, codec: str, files: int) -> None:
     """Counts and snapshot bytes exactly, all bytes within a tenth; also beyond the sample."""
     sources = write(tmp_path / "docs", files)

@@ -31,7 +31,7 @@ from kvlink_rag.errors import ConfigError, SettingsMismatch, SnapshotCorrupt
 from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots import codecs
-from kvlink_rag.snapshots.codecs import in_codec
+from kvlink_rag.snapshots.codecs import Storage, in_codec
 from kvlink_rag.snapshots.encode import encode_one
 from kvlink_rag.snapshots.file_format import (
     planned_size,
@@ -89,7 +89,10 @@ def write(path: Path, snapshot: Any, key: str = KEY) -> Path:
 
 
 def decode(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys before RoPE and values of a quantised file: float32 [layers, kv_heads, tokens, dim]."""
+    """Keys before RoPE and values of a file: float32 [layers, kv_heads, tokens, dim].
+
+    Of one that is quantised, or an exact one in bfloat16.
+    """
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -117,6 +120,8 @@ def decode(path: Path) -> tuple[np.ndarray, np.ndarray]:
     def low(name: str, like: np.ndarray) -> np.ndarray:
         return tensor(name) if name in header else np.zeros_like(like)
 
+    if codec == "exact":
+        return tensor("keys"), tensor("values")
     keys, values = codes("keys").astype(np.float32), codes("values").astype(np.float32)
     scales = tensor("key_scales")
     lows, tokens = low("key_lows", scales), keys.shape[2]
@@ -205,12 +210,12 @@ def test_sizes_of_real_files(tmp_path: Path, codec: str, most: float) -> None:
     assert small > 0.9 * most * exact  # the limits are not so wide that they say nothing
 
 
-@pytest.mark.parametrize("codec", ["exact", *NAMES])
+@pytest.mark.parametrize("codec", ["exact", "bf16", *NAMES])
 @pytest.mark.parametrize("shape", [(2, 2, 1, 16), (1, 1, 150, 128), (1, 2, 65, 80)])
 def test_sizes_are_known_before(tmp_path: Path, codec: str, shape: Any) -> None:
     for dtype in (F32, torch.bfloat16):
         path = write(tmp_path / "s", in_codec(states(shape, dtype=dtype), codec))
-        assert planned_size(shape, dtype, codec) == path.stat().st_size
+        assert planned_size(shape, Storage.of(codec, dtype)) == path.stat().st_size
 
 
 shapes = st.tuples(
@@ -266,8 +271,8 @@ def test_what_cannot_be_quantised_is_refused() -> None:
                 quantise(codec, good, keys, torch.arange(3))
     with pytest.raises(ConfigError, match="head_dim of 3, expected an even one"):
         quantise("int4", good[..., :3], good[..., :3], torch.arange(3))
-    for unknown in ("int3", "bf16", ""):
-        with pytest.raises(ConfigError, match="expected one of exact, int8, int4, fp8"):
+    for unknown in ("int3", "bfloat16", ""):
+        with pytest.raises(ConfigError, match="expected one of exact, bf16, int8, int4, fp8"):
             in_codec(Snapshot(good, good, torch.arange(3)), unknown)
 
 
@@ -335,7 +340,7 @@ def stored(
     return Reuse(source), files
 
 
-@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("codec", ["bf16", *NAMES])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_reuse_equals_masked_over_what_the_files_hold(
     make_model: ModelMaker, tmp_path: Path, family: str, codec: str
@@ -368,7 +373,7 @@ def test_a_snapshot_encoded_now_is_the_one_that_is_kept(
     """So that an answer does not depend on whether the store had it."""
     model = make_model("llama", F32)
     parts = model.prompt(documents(3, seed=1), "what is it?")
-    for codec in NAMES:
+    for codec in ("bf16", *NAMES):
         reuse, _ = stored(model, tmp_path / codec, codec, parts)
         found = model.prefill(parts, reuse=reuse)
         made = model.prefill(parts, reuse=Reuse(EncodeNow(model.backbone, codec)))
@@ -376,7 +381,7 @@ def test_a_snapshot_encoded_now_is_the_one_that_is_kept(
         assert torch.equal(found.logits, made.logits)
 
 
-@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("codec", ["bf16", *NAMES])
 def test_verify_states_the_codecs_price(make_model: ModelMaker, codec: str) -> None:
     model = make_model("qwen3", F32)
     parts = model.prompt(documents(4, seed=2), "what is it?")
@@ -449,7 +454,7 @@ def test_a_collection_remembers_its_codec(
         assert rag.check() == []
     with pytest.raises(SettingsMismatch, match="as 'int8', found codec 'exact'"):
         KVLinkRAG.open(tmp_path, codec="exact", **pair)
-    with pytest.raises(ConfigError, match="found codec 'int7', expected one of exact, int8"):
+    with pytest.raises(ConfigError, match="found codec 'int7', expected one of exact, bf16, int8"):
         KVLinkRAG.open(tmp_path, codec="int7", **pair)
 
 
@@ -502,7 +507,7 @@ def test_keys_of_codecs_differ() -> None:
 
 
 def test_every_codec_by_name_is_registered_and_reads_what_it_writes() -> None:
-    assert tuple(codecs.CODECS) == arguments.CODECS
+    assert {*codecs.CODECS} == {*arguments.CODECS} - {"bf16"}  # whose files are exact ones
     keys, values = (torch.randn(2, 2, 9, 8) for _ in "kv")
     exact = Snapshot(keys, values, torch.arange(9))
     for name, codec in codecs.CODECS.items():

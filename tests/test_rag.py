@@ -701,7 +701,7 @@ def test_verify_finds_snapshots_of_other_weights(
         assert rag.verify(sample=None).holds
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "fp8"])
 def test_verify_compares_snapshots_of_a_codec(
     tmp_path: Path, make_model: ModelMaker, embedder: WordEmbedder, codec: str
 ) -> None:

@@ -90,7 +90,7 @@ def test_it_equals_the_rule(make_model: ModelMaker, family: str) -> None:
     assert workspaces(model).taken == 3
 
 
-@pytest.mark.parametrize("codec", [*SCHEMES])
+@pytest.mark.parametrize("codec", ["bf16", *SCHEMES])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 def test_codecs_verify(codec: str, dtype: torch.dtype) -> None:
     from kvlink_rag.snapshots.sources import EncodeNow

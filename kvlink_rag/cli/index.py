@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from kvlink_rag.arguments import MAX_TOKENS, Bf16, Codec, Compression, Search
+from kvlink_rag.arguments import MAX_TOKENS, Codec, Compression, Search
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.ingest.readers import MAX_BYTES, SUFFIXES, Problem, find, raise_or_log
 from kvlink_rag.quantities import number, size
@@ -46,8 +46,9 @@ class Reading:
     """of all text: cp1252, shift_jis, utf-16-le, … (what each file says or looks like)"""
     text_key: str = "text"
     """where the lines of .jsonl files have their text"""
-    codec: Codec | Bf16 | None = None
-    """of snapshots: exact (bf16 too), or smaller at a price, see verify (the collection's)"""
+    codec: Codec | None = None
+    """of snapshots: exact, or smaller at a price, see verify (the collection's, else bf16 where
+    the dtype is left to a CPU, else exact)"""
     compression: Compression | None = None
     """of snapshots, without loss; zstd needs kvlink-rag[zstd] (the collection's, else none)"""
 

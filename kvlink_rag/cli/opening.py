@@ -42,7 +42,7 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     dtype: Dtype = "auto"
-    """of the model; auto: its own"""
+    """to compute in; auto: the model's own, on a CPU float32 where it does not multiply that"""
     reencode: bool = False
     """take another model, embedder or codec than the collection's and encode it again"""
     offline: bool = False
@@ -139,10 +139,13 @@ def opener(
     if has_collection(options):
         with KVLinkRAG.open(directory_of(options), create=False) as rag:
             known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
-            known["compression"] = rag.compression
+            known |= {"compression": rag.compression, "dtype": rag.storage_dtype}
     name = options.model or known.get("model", BUNDLED)
     with terminal.doing(f"loading the model {name!r}"):
         model = KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
+    kept, computed = known.get("dtype"), model.backbone.dtype_name
+    if known.get("codec") == "exact" and kept in ("bfloat16", "float16") and kept != computed:
+        known["codec"] = "bf16"  # as many bytes as those that were made elsewhere
     return lambda path: KVLinkRAG.open(
         path,
         model=model,

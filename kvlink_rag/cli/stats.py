@@ -14,6 +14,7 @@ _SHOWN = (
     "model",
     "embedder",
     "codec",
+    "storage_dtype",
     "documents",
     "embedded",
     "tokens",

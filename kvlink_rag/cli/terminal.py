@@ -123,7 +123,7 @@ def sources(hits: Sequence[Hit], start: int = 1) -> Iterator[str]:
 
 
 def trace(fields: Mapping[str, Any]) -> list[str]:
-    """A trace in two lines: times, then counts."""
+    """A trace in two lines: times, then counts and what was computed in."""
     stages = (
         "retrieval",
         "layout",
@@ -144,6 +144,7 @@ def trace(fields: Mapping[str, Any]) -> list[str]:
         f"tokens: {fields['reused_tokens']:,} reused, {fields['prefix_tokens']:,} kept, "
         f"{fields['computed_tokens']:,} computed, {fields['generated_tokens']:,} generated",
         f"snapshots: {fields['snapshots_found']} found, {fields['snapshots_encoded']} encoded",
+        f"computed in {fields['dtype']}",
     ]
     return ["ms: " + ", ".join(times), "; ".join(counts)]
 

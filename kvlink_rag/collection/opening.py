@@ -53,14 +53,14 @@ def open_parts(
         prefix = PrefixCache(prefix_budget) if prefix_budget else None
 
         def load() -> Loaded:
-            model = settings.model()
+            model, kept = settings.model(), settings.storage
             memory = _device_memory(model, device_budget, pinned_budget)
             snapshots = StoredSnapshots(
-                store, model.backbone, codec=settings.codec, users=catalog.users, memory=memory
+                store, model.backbone, codec=kept, users=catalog.users, memory=memory
             )
-            repair = parse_repair(settings.repair)
-            # kept runs come from what was read, so they depend on the codec
-            reuse = Reuse(snapshots, prefix, f"{catalog.identity} {settings.codec}", memory, repair)
+            # kept runs come from what was read, so they depend on how that is kept
+            scope = f"{catalog.identity} {kept.codec} {kept.dtype_name}"
+            reuse = Reuse(snapshots, prefix, scope, memory, parse_repair(settings.repair))
             recogniser = Recogniser(
                 catalog, model.tokenizer, min_tokens=min_tokens, most=model.spec.max_passages
             )

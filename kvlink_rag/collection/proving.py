@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvlink_rag.arguments import check_count
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.snapshots.codecs import in_codec
+from kvlink_rag.snapshots.codecs import Storage
 from kvlink_rag.snapshots.encode import encode_many
 from kvlink_rag.snapshots.snapshot import EXACT, AnySnapshot, Snapshot
 
@@ -87,17 +87,24 @@ def wrongly_encoded(parts: Parts, entries: Sequence[Entry]) -> tuple[int, list[E
         if snapshot is not None:
             stored.append((entry, snapshot))
     encoded = encode_many(loaded.model.backbone, [s.token_ids.tolist() for _, s in stored])
-    wrong = [i for i, made in encoded if not _same(stored[i][1], made)]
+    kept = loaded.snapshots.storage
+    wrong = [i for i, made in encoded if not _same(stored[i][1], made, kept)]
     return len(stored), [stored[i][0] for i in sorted(wrong)]
 
 
-def _same(stored: AnySnapshot, made: Snapshot) -> bool:
-    """Whether two snapshots of one passage differ by no more than rounding."""
+def _same(stored: AnySnapshot, made: Snapshot, storage: Storage) -> bool:
+    """Whether two snapshots of one passage differ by no more than rounding.
+
+    That of the dtype they are kept in, if it is the coarser one: the stored snapshot may come from
+    a processor that computes in it.
+    """
     dtype = made.keys.dtype
     from kvlink_rag.model.verify import TOLERANCE
 
-    tolerance = TOLERANCE.get(dtype, 6e-2) if stored.codec == EXACT else QUANTISED_TOLERANCE
-    found, expected = stored.exact(dtype), in_codec(made, stored.codec).exact(dtype)
+    tolerance = max(TOLERANCE.get(kind, 6e-2) for kind in (dtype, storage.dtype))
+    if storage.codec != EXACT:
+        tolerance = QUANTISED_TOLERANCE
+    found, expected = stored.exact(dtype), storage.keep(made).exact(dtype)
     return all(_far(a, b) <= tolerance for a, b in zip(found, expected, strict=True))
 
 

@@ -94,9 +94,11 @@ class KVLinkRAG:
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
         LlamaIndex's, see `as_embedder`); None: what the directory remembers, else the bundled small
-        pair. codec: how snapshots are kept, "exact" (the model's dtype; for a bfloat16 model also
-        "bf16"), "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price); None: as
-        the directory remembers, else exact. compression: "zstd" compresses snapshots on top of the
+        pair. dtype: what the model computes in; "auto": as in `KVLinkModel.from_pretrained`. It is
+        no part of the collection. codec: how snapshots are kept, "exact" (what the model computes
+        in), "bf16", "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price);
+        None: as the directory remembers, else "bf16" where the dtype is left to a CPU, else
+        "exact". compression: "zstd" compresses snapshots on top of the
         codec, without loss; "none"; None: as the directory remembers, else none. search: how the
         nearest passages are found, "exact", "ivf" or "auto", which goes by size (see
         `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in the
@@ -440,6 +442,14 @@ class KVLinkRAG:
     def codec(self) -> str:
         """How snapshots are kept."""
         return self.parts.settings.codec
+
+    @property
+    def storage_dtype(self) -> str:
+        """The dtype that exact and bf16 snapshots are kept in; "" of others and before the first.
+
+        It is the collection's, whatever the model computes in.
+        """
+        return self.parts.settings.storage_dtype
 
     @property
     def compression(self) -> str:

@@ -1,6 +1,7 @@
 """What a collection remembers of its model and embedder, and loading them.
 
-A directory's snapshots fit one model and one way to render passages, its vectors one embedder.
+A directory's snapshots fit one model, one way to keep them (`Storage`, whatever the model computes
+in) and one way to render passages, its vectors one embedder.
 Names are remembered for convenience, identities (fingerprints, and the vectors of a few probes) for
 safety. What loads them brings transformers, seconds of start-up, so it is imported here, when
 something is loaded, and nowhere above: a collection opens without.
@@ -10,8 +11,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 
 from kvlink_rag.arguments import (
-    BF16,
     NO_REPAIR,
     check_codec,
     check_order,
@@ -32,14 +30,16 @@ from kvlink_rag.arguments import (
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.errors import ConfigError, SettingsMismatch, StorageError
-from kvlink_rag.pretrained.model_files import BUNDLED
+from kvlink_rag.pretrained.model_files import BUNDLED, find_device
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.retrieval.embedder import Embedder, Vectors
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder, ForeignEmbedder, same_vectors
-from kvlink_rag.snapshots.snapshot import EXACT
+from kvlink_rag.snapshots.codecs import Storage, default_codec
+from kvlink_rag.snapshots.snapshot import BF16, EXACT
 
 from .catalog import Catalog
+from .storage import exact_dtype, known_codec, known_storage, model_identity, storage_for
 
 if TYPE_CHECKING:
     from kvlink_rag.model.model import KVLinkModel
@@ -68,7 +68,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         checks = {
-            "codec": lambda name: name if name == BF16 else check_codec(name),
+            "codec": check_codec,
             "compression": check_compression,
             "search": check_search,
             "order": check_order,
@@ -88,7 +88,7 @@ class Settings:
     """The model and embedder of one collection, loaded once, checked against what it remembers.
 
     Each is loaded under a lock of its own, so that a search does not wait for the language model.
-    Without a word and without memory: the bundled pair and exact snapshots.
+    Without a word and without memory: the bundled pair, and snapshots as `default_codec` says.
     """
 
     def __init__(self, catalog: Catalog, asked: Asked) -> None:
@@ -100,15 +100,23 @@ class Settings:
         self._model_lock, self._embedder_lock = ForkSafeLock(), ForkSafeLock()
         self._model = _loaded(asked.model)
         self._embedder = None if isinstance(asked.embedder, str | Path) else asked.embedder
-        self._needs_bf16 = asked.codec == BF16
-        self._codec = EXACT if self._needs_bf16 else asked.codec
         self.model_name = self._name("model", asked.model)
         self.embedder_name = self._name("embedder", asked.embedder)
 
     @property
     def codec(self) -> str:
-        """How snapshots are kept."""
-        return self._codec or str(self._remembered.get("codec", EXACT))
+        """The name of how snapshots are kept: as asked for, as remembered, or the default."""
+        return self._asked.codec or known_codec(self._remembered) or self._default_codec()
+
+    @property
+    def storage(self) -> Storage:
+        """How snapshots are kept. Loads the model: "exact" is what it computes in."""
+        return storage_for(self._load_model(), self._remembered, self._asked.codec)
+
+    @property
+    def storage_dtype(self) -> str:
+        """As `storage.exact_dtype`. Loads nothing."""
+        return exact_dtype(self._remembered)
 
     @property
     def compression(self) -> str:
@@ -127,7 +135,8 @@ class Settings:
     def model(self) -> KVLinkModel:
         """The model. Raises `SettingsMismatch` where it is not the one remembered."""
         model = self._load_model()
-        self._check("model", model_identity(model, self.codec))
+        self._remembered = self._catalog.settings()  # by now, by whichever process
+        self._check("model", model_identity(model, self.storage))
         return model
 
     def embedder(self) -> Embedder:
@@ -150,7 +159,7 @@ class Settings:
             self._is("model", model, self._model)
             and self._is("embedder", embedder, self._embedder)
             and device in ("auto", self._asked.device)
-            and codec in (None, self.codec)
+            and (codec in (None, self.codec) or self._means_known(codec))
         )
 
     def format(self) -> PromptFormat:
@@ -163,11 +172,6 @@ class Settings:
 
     def settle_model(self, allow: bool) -> bool:
         """Check model and codec that were asked for; True where one is new and `allow` takes it."""
-        if self._needs_bf16 and (dtype := self._dtype_name()) != "bfloat16":
-            raise ConfigError(
-                f"codec {BF16!r} keeps snapshots of a bfloat16 model, found {self.model_name!r} in "
-                f"{dtype}; use codec {EXACT!r}, or dtype 'bfloat16'"
-            )
         if "model_identity" not in self._remembered:
             return False
         if not allow:
@@ -176,7 +180,7 @@ class Settings:
             if self._asked.model is not None:
                 self.model()
             return False
-        return self._begin("model", model_identity(self._load_model(), self.codec))
+        return self._begin("model", model_identity(self._load_model(), self.storage))
 
     def settle_embedder(self, allow: bool) -> bool:
         """Check an embedder that was asked for; True where it is new and `allow` takes it.
@@ -195,7 +199,7 @@ class Settings:
 
     def finish_model(self) -> None:
         """Remember the model now set: every document is encoded for it."""
-        self._remember("model", model_identity(self._load_model(), self.codec))
+        self._remember("model", model_identity(self._load_model(), self.storage))
 
     def finish_embedder(self) -> None:
         """Remember the embedder now set: every document is embedded by it."""
@@ -217,6 +221,20 @@ class Settings:
         return isinstance(asked, str | Path) and self._name(what, asked) == getattr(
             self, f"{what}_name"
         )
+
+    def _default_codec(self) -> str:
+        if self._model is not None:
+            return self._model.codec
+        return default_codec(self._asked.dtype, find_device(self._asked.device))
+
+    def _means_known(self, codec: str) -> bool:
+        """Whether `codec` is what is remembered, perhaps by another name: "bf16" or "exact"."""
+        known = known_codec(self._remembered)
+        if codec == known or {codec, known} != {EXACT, BF16}:
+            return codec == known
+        model = self._load_model()
+        kept = known_storage(self._remembered, model)
+        return Storage.of(codec, model.backbone.dtype) == kept
 
     def _load_model(self) -> KVLinkModel:
         with self._model_lock:
@@ -264,7 +282,8 @@ class Settings:
                     "encoding this collection again was interrupted; open it with reencode=True "
                     "(kvlink-rag: --reencode) to finish it"
                 )
-            self._check_dtype(what)
+            if what == "model":
+                self._check_dtype()
             found, known = getattr(self, f"{what}_name"), self._remembered.get(what)
             raise SettingsMismatch(
                 f"this collection was made with the {what} {known!r}, found {found!r} with other "
@@ -310,26 +329,29 @@ class Settings:
             self._catalog.set_settings(values)
         self._remembered.update(values)
 
-    def _check_dtype(self, what: str) -> None:
-        """Of a model that is another one, raise where it already differs in its dtype."""
-        known = self._remembered.get("dtype")
-        if what != "model" or known is None:
-            return
-        if known != (found := self._dtype_name()):
-            raise SettingsMismatch(
-                f"this collection's snapshots are {known}, found the model {self.model_name!r} in "
-                f"{found}; open it with dtype={known!r} (kvlink-rag: --dtype {known}), in another "
-                "directory, or with reencode=True (kvlink-rag: --reencode) to encode it again"
-            )
+    def _check_dtype(self) -> None:
+        """Of a model that is another one, raise where it already differs in its dtype.
 
-    def _dtype_name(self) -> str:
-        return str(self._load_model().backbone.dtype).removeprefix("torch.")
+        A model that was handed over is known by its numbers, so in another dtype it is another.
+        """
+        model = self._load_model()
+        backbone, known = model.backbone, known_storage(self._remembered, model)
+        wanted = self.storage.dtype if backbone.source is not None else backbone.dtype
+        if known is None or known.dtype == wanted:
+            return
+        raise SettingsMismatch(
+            f"this collection's snapshots are {known.dtype_name}, found the model "
+            f"{self.model_name!r} in {backbone.dtype_name}; open it with dtype="
+            f"{known.dtype_name!r} (kvlink-rag: --dtype {known.dtype_name})"
+            f"{' or without a codec' if self._asked.codec else ''}, in another directory, or with "
+            "reencode=True (kvlink-rag: --reencode) to encode it again"
+        )
 
     def _check_codec(self) -> None:
-        known = str(self._remembered.get("codec", EXACT))
-        if self._codec not in (None, known):
+        asked, known = self._asked.codec, known_codec(self._remembered)
+        if asked is not None and not self._means_known(asked):
             raise SettingsMismatch(
-                f"this collection keeps its snapshots as {known!r}, found codec {self._codec!r}; "
+                f"this collection keeps its snapshots as {known!r}, found codec {asked!r}; "
                 f"open it without a codec, in another directory, or with reencode=True "
                 "(kvlink-rag: --reencode) to encode it again"
             )
@@ -345,7 +367,7 @@ class Settings:
     def _facts(self, what: str, identity: str) -> dict[str, Any]:
         values: dict[str, Any] = {what: getattr(self, f"{what}_name"), f"{what}_identity": identity}
         if what == "model":
-            values |= {"codec": self.codec, "dtype": self._dtype_name()}
+            values |= {"codec": self.codec, "dtype": self.storage.dtype_name}
         if what == "embedder":
             embedder = self._load_embedder()
             values["dimension"] = embedder.dimension
@@ -373,15 +395,3 @@ def _probes(embedder: ForeignEmbedder, identity: str) -> dict[str, Any]:
     """The setting that remembers what an embedder computes."""
     data = embedder.probes().astype("<f4").tobytes()
     return {"embedder_probes": {"of": identity, "vectors": base64.b64encode(data).decode()}}
-
-
-def model_identity(model: KVLinkModel, codec: str = EXACT) -> str:
-    """What a collection's snapshots depend on: weights, dtype, codec, how passages are rendered.
-
-    Not the link tokens: a snapshot does not depend on them.
-    """
-    spec = model.spec
-    rendering = [spec.passage_template, spec.untitled_template, spec.rank]
-    facts = [model.fingerprint, str(model.backbone.dtype), rendering]
-    facts += [codec] if codec != EXACT else []  # as in collections older than codecs
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

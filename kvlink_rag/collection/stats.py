@@ -15,6 +15,8 @@ class Stats:
     tokens: of all passages. bytes_per_token: of the stored snapshots; 0.0 where there are none.
     hits, misses: snapshots asked for and found, or not; corrupt: those refused, which are misses
     too. encoded: those made for questions because they were missing. evicted: to keep the limit.
+    dtype: what the model computes in, "" until it is loaded. storage_dtype: of exact and bf16
+    snapshots, "" of others and until there are any.
     """
 
     documents: int
@@ -34,6 +36,8 @@ class Stats:
     model: str
     embedder: str
     codec: str
+    dtype: str
+    storage_dtype: str
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -62,6 +66,8 @@ def stats(parts: Parts) -> Stats:
         model=parts.settings.model_name,
         embedder=parts.settings.embedder_name,
         codec=parts.settings.codec,
+        dtype=loaded.model.backbone.dtype_name if loaded else "",
+        storage_dtype=parts.settings.storage_dtype,
     )
 
 

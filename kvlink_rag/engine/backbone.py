@@ -97,6 +97,11 @@ class Backbone:
         return self._identity.fingerprint
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype it computes in, without its module."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in the model's dtype."""
         return int(2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize)

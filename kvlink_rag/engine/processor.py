@@ -1,10 +1,15 @@
-"""What this machine's processor multiplies by itself. Knows its flags; no model and no tensor."""
+"""What this machine's processor multiplies by itself, and the dtype to compute in that follows.
+
+Knows the processor's flags; no model.
+"""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 from pathlib import Path
+
+import torch
 
 CPU_FACTS = Path("/proc/cpuinfo")
 _BFLOAT16 = re.compile(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", re.MULTILINE)
@@ -21,3 +26,14 @@ def multiplies_bfloat16() -> bool:
         return _BFLOAT16.search(CPU_FACTS.read_text("utf-8")) is not None
     except OSError:
         return False
+
+
+def computing_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in on `device`, for weights that are kept in `own`.
+
+    Their own on a GPU. On a CPU bfloat16 where it multiplies that, else float32; for float16
+    always float32, which holds the same numbers, where bfloat16 would round them.
+    """
+    if device.type != "cpu" or own not in (torch.bfloat16, torch.float16):
+        return own
+    return own if own == torch.bfloat16 and multiplies_bfloat16() else torch.float32

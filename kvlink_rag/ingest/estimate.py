@@ -150,12 +150,9 @@ class _Count:
 
     def snapshot_bytes(self) -> int:
         """Of all snapshot files."""
-        backbone, codec = self._rag.model.backbone, self._rag.snapshots.codec
+        backbone, kept = self._rag.model.backbone, self._rag.snapshots.storage
         heads, dim = backbone.kv_heads, backbone.head_dim
-        sizes = {
-            n: planned_size((backbone.layers, heads, n, dim), backbone.dtype, codec)
-            for n in self._lengths
-        }
+        sizes = {n: planned_size((backbone.layers, heads, n, dim), kept) for n in self._lengths}
         return sum(sizes[length] * count for length, count in self._lengths.items())
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvlink_rag.engine.attention import NAME as GROUPED
 from kvlink_rag.engine.families import check_supported
+from kvlink_rag.engine.processor import computing_dtype
 from kvlink_rag.errors import ConfigError, ModelNotSupported, first_line
 from kvlink_rag.pretrained.model_files import quiet, resolve
 from kvlink_rag.prompt.format import PromptFormat
@@ -89,9 +90,16 @@ def load_config(directory: Path) -> Any:
         raise ConfigError(f"{directory} holds no model: {first_line(error)}") from error
 
 
-def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
+def load_model(directory: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """The model in `directory`, in memory; dtype "auto": as suits its weights and `device`."""
     with quiet(directory):
-        return _load_model(directory, dtype)
+        if dtype != "auto":
+            return _load_model(directory, dtype)
+        own = load_config(directory).dtype
+        if own is None:  # transformers reads it from the weights
+            model = _load_model(directory, dtype)
+            return model.to(computing_dtype(model.dtype, device))
+        return _load_model(directory, computing_dtype(own, device))
 
 
 def _load_model(directory: Path, dtype: torch.dtype | str) -> Any:

@@ -9,6 +9,7 @@ compares. Knows no collection; without one, passages are encoded on the spot.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,13 +32,17 @@ from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
+from kvlink_rag.snapshots.codecs import default_codec
 from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 from .loading import find_model, load_model
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,8 @@ class KVLinkModel:
     model, tokenizer: as transformers loads them. spec: see `Spec`; None means no link tokens.
     name: shown to people. source: the directory of the weights, if any. adapter: the digest of what
     was merged into them. graphs: whether forwards of fixed shape are used (`engine.workspace`), on
-    CUDA as recorded graphs; None: on CUDA only. notice: said by every trace.
+    CUDA as recorded graphs; None: on CUDA only. notice: said by every trace. The attribute `codec`
+    is how a new collection keeps its snapshots where nobody says (`snapshots.codecs`).
     Safe to share between threads. Raises `ModelNotSupported`, `SpecError`.
     """
 
@@ -72,7 +78,7 @@ class KVLinkModel:
     ) -> None:
         backbone = Backbone(model, source, adapter=adapter)
         format = PromptFormat.of(name, backbone.window, tokenizer, spec)
-        self._start(backbone, format, graphs, notice)
+        self._start(backbone, format, graphs, notice, EXACT)
 
     @classmethod
     def from_pretrained(
@@ -88,11 +94,13 @@ class KVLinkModel:
     ) -> KVLinkModel:
         """Load a directory, a hub id or "bundled", or an adapter with the base it names.
 
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: "auto" is the
-        checkpoint's own. spec: None takes the `kvlink.json` beside the weights, else the built-in
-        one of a published checkpoint, else a spec without link tokens. adapter: the directory of an
-        adapter, merged in memory; adapter_base: "any" takes it on another base than it was trained
-        on, which every trace then says. graphs: False keeps CUDA graphs off, see `KVLinkModel`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: to compute in;
+        "auto" is the checkpoint's own, but on a CPU float32 for float16, and for bfloat16 where the
+        processor does not multiply that. spec: None takes the `kvlink.json` beside the weights,
+        else the built-in one of a published checkpoint, else a spec without link tokens. adapter:
+        the directory of an adapter, merged in memory; adapter_base: "any" takes it on another base
+        than it was trained on, which every trace then says. graphs: False keeps CUDA graphs off,
+        see `KVLinkModel`.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
         target, precision = find_device(device), find_dtype(dtype)
@@ -101,20 +109,26 @@ class KVLinkModel:
         notice = files.check_base(adapter_base)
         # 2. files → weights in memory, the adapter merged
         states = weight_states(files.directory)  # before: a file replaced meanwhile is noticed
-        model = load_model(files.directory, precision)
+        model = load_model(files.directory, precision, target)
         if files.adapter is not None:
             files.adapter.merge_into(model)
         # 3. weights → engine
         backbone = Backbone(model.to(target), files.directory, states, files.merged)
+        logger.info("%s computes in %s on %s", path_or_id, backbone.dtype_name, target)
         made = cls.__new__(cls)
-        made._start(backbone, files.format, graphs, notice)
+        made._start(backbone, files.format, graphs, notice, default_codec(dtype, target))
         return made
 
     def _start(
-        self, backbone: Backbone, format: PromptFormat, graphs: bool | None, notice: str
+        self,
+        backbone: Backbone,
+        format: PromptFormat,
+        graphs: bool | None,
+        notice: str,
+        codec: str,
     ) -> None:
         _check_ids(format.spec, backbone)
-        self.backbone, self.format, self.notice = backbone, format, notice
+        self.backbone, self.format, self.notice, self.codec = backbone, format, notice, codec
         if backbone.device.type == "cuda" if graphs is None else graphs:
             backbone.workspaces = Workspaces.of(backbone)
         self.reuse = Reuse(EncodeNow(backbone), PrefixCache())

@@ -71,7 +71,7 @@ class PromptRun:
 
     def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
-        trace.passages = len(self.prompt.passages)
+        trace.passages, trace.dtype = len(self.prompt.passages), backbone.dtype_name
         if self.reuse.repair and trace.passages and trace.mode == "reuse":
             return self._repaired(room)
         if trace.mode == "reuse":  # a workspace's forward begins while snapshots still arrive

@@ -36,7 +36,7 @@ class Verification:
 
     difference: largest difference of logits over the largest logit of the masked run. margin: how
     far apart the two best logits of the masked run lie, on the same scale. Where the snapshots are
-    quantised, the masked run has their keys and values, and `price` is what the codec costs.
+    in a codec, the masked run has their keys and values, and `price` is what the codec costs.
     compared, wrong: of a collection, how many stored snapshots were encoded again, and the ids of
     documents whose snapshot is not what this model encodes.
     """
@@ -54,7 +54,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class CodecPrice:
-    """How far reuse of quantised snapshots is from the masked prefill without quantisation.
+    """How far reuse of snapshots in a codec is from the masked prefill without it.
 
     difference: largest difference of logits over the largest logit. divergence: Kullback-Leibler,
     in nats, from the exact distribution of the next token. same_top_token: whether the best token
@@ -84,7 +84,7 @@ def first_logits(
 def verify(backbone: Backbone, prompt: Layout, reuse: Reuse) -> Verification:
     """Compare reuse with the masked full prefill of `prompt`.
 
-    Quantised snapshots are compared with the masked prefill over their own keys and values,
+    Snapshots in a codec are compared with the masked prefill over their own keys and values,
     which must be equal, and with the exact one, which says what the codec costs.
     """
     fresh = replace(reuse, prefix=None)
@@ -93,7 +93,8 @@ def verify(backbone: Backbone, prompt: Layout, reuse: Reuse) -> Verification:
     tolerance = TOLERANCE.get(backbone.dtype, 6e-2)
     passages = [prompt.passage_ids(span) for span in prompt.passages]
     snapshots = fresh.snapshots.fetch(passages, Trace()) if passages else []
-    codec = next((s.codec for s in snapshots if s.codec != EXACT), None)
+    seen = (snapshot.codec_for(backbone.dtype) for snapshot in snapshots)
+    codec = next((name for name in seen if name != EXACT), None)
     if codec is None:
         return compare(logits, masked, tolerance)
     given = _masked_over(backbone, prompt, snapshots, fresh)
@@ -136,7 +137,7 @@ def codec_price(codec: str, logits: Tensor, exact: Tensor) -> CodecPrice:
 
 
 def _with_price(found: Verification, price: CodecPrice) -> Verification:
-    """`found` over the quantised keys and values, with what quantising them costs."""
+    """`found` over the keys and values of a codec, with what it costs."""
     over = f"masked full prefill over the same {price.codec} keys and values"
     message = found.message.replace("masked full prefill", over)
     same = "the same" if price.same_top_token else "ANOTHER"

@@ -1,8 +1,8 @@
 """Snapshots in device memory, and which of them are kept there.
 
 `DeviceSnapshot` is a snapshot that is, or is on its way, in device memory, `DeviceMemory` keeps the
-hot ones under a byte budget. Knows snapshots by key; knows no prompt, no store and no model. On a
-CPU all of it works too.
+hot ones under a byte budget, as they are stored: assembly alone brings them to the model's dtype.
+Knows snapshots by key; knows no prompt, no store and no model. On a CPU all of it works too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class DeviceSnapshot:
     def arriving(self) -> bool:
         """Whether some layers are not copied yet."""
         return self._host is not None
+
+    def codec_for(self, dtype: torch.dtype) -> str:
+        """See `Snapshot.codec_for`."""
+        return self._twin.codec_for(dtype)
 
     def part(self, layers: slice) -> AnySnapshot:
         """Some layers, on the device. What reads them has to do so on the side stream."""

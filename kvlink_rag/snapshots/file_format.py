@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import check_codec
 from kvlink_rag.disk.checked_file import Kind, read_sealed, sealed_size, write_sealed
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt
 
-from .codecs import CODECS
+from .codecs import CODECS, Storage
 from .snapshot import EXACT, AnySnapshot, Shape
 
 FORMAT_VERSION = 1
@@ -32,8 +31,9 @@ def snapshot_key(
 ) -> str:
     """The identity of a snapshot: 64 hexadecimal digits of SHA-256.
 
-    Over format version, model fingerprint (which covers weights and RoPE parameters), dtype,
-    codec and token ids. Link tokens do not enter: a snapshot does not depend on them.
+    Over format version, model fingerprint (which covers weights and RoPE parameters), the dtype
+    and the codec it is kept in (`Storage`) and token ids. Link tokens do not enter: a snapshot does
+    not depend on them.
     """
     facts = [KIND.format, FORMAT_VERSION, fingerprint, str(dtype), codec]
     head = json.dumps(facts, separators=(",", ":"), ensure_ascii=True).encode("ascii")
@@ -56,11 +56,11 @@ def snapshot_size(snapshot: AnySnapshot, key: str) -> int:
     return sealed_size(snapshot.tensors, KIND, _facts(key, snapshot.codec))
 
 
-def planned_size(shape: Shape, dtype: torch.dtype, codec: str) -> int:
+def planned_size(shape: Shape, storage: Storage) -> int:
     """The bytes of a snapshot of `shape` (layers, kv_heads, tokens, head_dim) yet to be made."""
-    sizes = CODECS[check_codec(codec)].layout(shape, dtype)
+    sizes = storage.layout(shape)
     tensors = {n: torch.empty(size, dtype=kind, device="meta") for n, (kind, size) in sizes.items()}
-    return sealed_size(tensors, KIND, _facts("0" * 64, codec))
+    return sealed_size(tensors, KIND, _facts("0" * 64, storage.codec))
 
 
 def read_snapshot(

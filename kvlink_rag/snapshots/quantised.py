@@ -18,11 +18,10 @@ from torch import Tensor
 from kvlink_rag.engine.rope import rotate_into
 from kvlink_rag.errors import ConfigError
 
-from .snapshot import Shape, TensorLayout
+from .snapshot import SLAB, Shape, TensorLayout
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
-SLAB = 128  # tokens that are de-quantised at a time, all layers: a few MiB
 _FLOAT8_BIAS = 256.0  # between e4m3's exponents and float16's, see `_float8_values`
 
 Parts = dict[str, Tensor]
@@ -115,6 +114,10 @@ class Quantised:
     def nbytes(self) -> int:
         """Bytes of all tensors in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def codec_for(self, dtype: torch.dtype) -> str:
+        """Its codec, whatever a model computes in."""
+        return self.codec
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Quantised:
         """The snapshot of what `move` makes of all tensors but the token ids."""

@@ -17,8 +17,10 @@ from kvlink_rag.engine.rope import rotate_into
 from kvlink_rag.errors import ConfigError
 
 EXACT = "exact"  # the codec of keys and values as they are, in the model's dtype
+BF16 = "bf16"  # the codec of keys and values in bfloat16: files of the codec above
 EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL = slice(None)  # layers
+SLAB = 128  # tokens that are brought to another dtype at a time, all layers: a few MiB
 
 Shape = tuple[int, int, int, int]  # layers, kv_heads, tokens, head_dim
 TensorLayout = dict[str, tuple[torch.dtype, list[int]]]  # by name, in the file's order
@@ -46,6 +48,10 @@ class Snapshot:
         """Its codec: none."""
         return EXACT
 
+    def codec_for(self, dtype: torch.dtype) -> str:
+        """Its codec to a model that computes in `dtype`: "exact" only where that is its own."""
+        return kept_as(self.keys.dtype, dtype)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What is written, in order."""
@@ -71,9 +77,13 @@ class Snapshot:
     def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Write the keys, rotated by `cos` and `sin` [tokens, head_dim], and the values in place.
 
-        keys, values: [layers, kv_heads, tokens, head_dim], of any device.
+        keys, values: [layers, kv_heads, tokens, head_dim], of any device. Where they have another
+        dtype, the numbers are brought to it first: never more than a slab beside what is written.
         """
-        rotate_into(keys, self.keys.to(keys.device, non_blocking=True), cos, sin)
+        own, tokens = self.keys.to(keys.device, non_blocking=True), len(self.token_ids)
+        slab = tokens if keys.is_cuda or own.dtype == keys.dtype else SLAB  # there, fewer kernels
+        for at in (slice(start, start + slab) for start in range(0, tokens, slab)):
+            rotate_into(keys[:, :, at], own[:, :, at].to(keys.dtype), cos[at], sin[at])
         values.copy_(self.values, non_blocking=True)
 
 
@@ -88,6 +98,8 @@ class Source(Protocol):
 
     @property
     def token_ids(self) -> Tensor: ...
+
+    def codec_for(self, dtype: torch.dtype) -> str: ...
 
     def part(self, layers: slice) -> AnySnapshot: ...
 
@@ -109,6 +121,13 @@ class AnySnapshot(Source, Protocol):
     def nbytes(self) -> int: ...
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> AnySnapshot: ...
+
+
+def kept_as(dtype: torch.dtype, computed: torch.dtype) -> str:
+    """The codec of numbers kept in `dtype` to a model that computes in `computed`."""
+    if dtype == computed:
+        return EXACT
+    return BF16 if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
 
 
 def _problem(keys: Tensor, values: Tensor, token_ids: Tensor) -> str | None:

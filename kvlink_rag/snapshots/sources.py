@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kvlink_rag.arguments import UNREPAIRED, Repair, check_codec
+from kvlink_rag.arguments import UNREPAIRED, Repair
 from kvlink_rag.errors import ConfigError, StorageError
 from kvlink_rag.trace import Trace
 
-from .codecs import in_codec
+from .codecs import Storage
 from .device_cache import DeviceMemory
 from .encode import encode_many
 from .file_format import snapshot_key
@@ -46,15 +46,15 @@ class EncodeNow:
     codec: what the snapshots go through, as those of a collection with this codec would.
     """
 
-    def __init__(self, backbone: Backbone, codec: str = EXACT) -> None:
-        self.backbone, self.codec = backbone, check_codec(codec)
+    def __init__(self, backbone: Backbone, codec: str | Storage = EXACT) -> None:
+        self.backbone, self.storage = backbone, _storage(codec, backbone)
 
     def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[AnySnapshot]:
         """See `SnapshotSource`."""
         unique = list(dict.fromkeys(passages))
         with trace.stage("encode", self.backbone.synchronize):
             encoded = encode_many(self.backbone, unique)
-            made = {unique[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
+            made = {unique[i]: self.storage.keep(snapshot) for i, snapshot in encoded}
         trace.snapshots_encoded += len(unique)
         return [made[ids] for ids in passages]
 
@@ -62,9 +62,10 @@ class EncodeNow:
 class StoredSnapshots:
     """The `SnapshotSource` of a collection.
 
-    codec: of the snapshots it keeps. keep: whether a snapshot encoded for a question is stored for
-    the next one. users: the ids of the documents of a key, for log lines. encoded: how many the
-    store did not have, so far. memory: where hot ones are kept on the device, or None.
+    codec: of the snapshots it keeps, or their `Storage`. keep: whether a snapshot encoded for a
+    question is stored for the next one. users: the ids of the documents of a key, for log lines.
+    encoded: how many the store did not have, so far. memory: where hot ones are kept on the device,
+    or None.
     """
 
     def __init__(
@@ -72,16 +73,21 @@ class StoredSnapshots:
         store: SnapshotStore,
         backbone: Backbone,
         *,
-        codec: str = EXACT,
+        codec: str | Storage = EXACT,
         keep: bool = True,
         users: Callable[[str], list[str]] = lambda key: [],
         memory: DeviceMemory | None = None,
     ) -> None:
         self.store, self.backbone, self.keep = store, backbone, keep
-        self.codec = check_codec(codec)
+        self.storage = _storage(codec, backbone)
         self.memory = memory
         self.encoded = 0
         self._users = users
+
+    @property
+    def codec(self) -> str:
+        """The codec of its snapshots to this model, see `Snapshot.codec_for`."""
+        return self.storage.codec_for(self.backbone.dtype)
 
     def key(self, token_ids: Sequence[int]) -> str:
         """The key of a passage encoded by this model and kept by this codec."""
@@ -89,8 +95,10 @@ class StoredSnapshots:
 
     def _keys(self, passages: Sequence[Sequence[int]]) -> list[str]:
         """The keys of several passages; the fingerprint looks at every parameter, so once."""
-        fingerprint, dtype = self.backbone.fingerprint, self.backbone.dtype
-        return [snapshot_key(fingerprint, ids, dtype=dtype, codec=self.codec) for ids in passages]
+        fingerprint, kept = self.backbone.fingerprint, self.storage
+        return [
+            snapshot_key(fingerprint, ids, dtype=kept.dtype, codec=kept.codec) for ids in passages
+        ]
 
     def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
         """Store a snapshot just encoded, in the codec; what was stored.
@@ -102,7 +110,7 @@ class StoredSnapshots:
                 "the model's weights changed while it encoded passages, so what it made is not "
                 "kept; change them before or after, then add the documents again"
             )
-        kept = in_codec(snapshot, self.codec)
+        kept = self.storage.keep(snapshot)
         self.store.put(key, kept)
         return kept
 
@@ -147,7 +155,7 @@ class StoredSnapshots:
                 key,
             )
         encoded = encode_many(self.backbone, missing)
-        made = {missing[i]: in_codec(snapshot, self.codec) for i, snapshot in encoded}
+        made = {missing[i]: self.storage.keep(snapshot) for i, snapshot in encoded}
         keep = self.keep and self._keys(missing) == [keys[ids] for ids in missing]
         if self.keep and not keep:
             logger.warning("the model's weights changed meanwhile: what it encoded is not stored")
@@ -166,11 +174,16 @@ class StoredSnapshots:
         return f"document {', '.join(map(repr, ids[:3]))}" if ids else "a passage of no document"
 
 
+def _storage(codec: str | Storage, backbone: Backbone) -> Storage:
+    """What `codec` means to a model. Raises `ConfigError` where there is no such codec."""
+    return codec if isinstance(codec, Storage) else Storage.of(codec, backbone.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """What a collection brings to a model: its snapshots and its kept runs (None: keep none).
 
-    scope: of the kept runs; another one for each codec, since runs come from what they follow.
+    scope: of the kept runs; another one for each storage, since runs come from what they follow.
     memory: where on the device its snapshots are kept, or None. repair: of passages, where a
     question does not ask for another.
     """
