@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import dtype_of
 from shapes import SHAPES, machine, random_model, words
 from transformers import DynamicCache
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 def throughput(arguments: argparse.Namespace, directory: str) -> dict[str, Any]:
     """Medians of interleaved rounds, in tokens a second."""
-    model = random_model(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+    model = random_model(arguments.shape, dtype_of(arguments), arguments.device)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(
         arguments.tokens // 2, arguments.tokens * 3 // 2, (arguments.passages,), generator=generator
@@ -65,7 +66,7 @@ def throughput(arguments: argparse.Namespace, directory: str) -> dict[str, Any]:
     encoded, bare = (statistics.median(r[i] for r in rounds[1:]) for i in (0, 1))
     return {
         "model": model.name,
-        "dtype": arguments.dtype,
+        "dtype": model.backbone.dtype_name,
         "passages": len(passages),
         "tokens": sum(lengths),
         "encode_tokens_per_s": round(sum(lengths) / encoded, 1),
@@ -142,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, help="mean tokens a passage")
     parser.add_argument("--many", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16, as suits a CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--scratch", default=None, help="folder for the snapshots")

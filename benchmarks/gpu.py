@@ -239,7 +239,7 @@ class Size:
             "model": self.model.name,
             "size": self.size,
             "way": way,
-            "dtype": str(self.model.backbone.dtype).removeprefix("torch."),
+            "dtype": self.model.backbone.dtype_name,
             "ttft_p50_ms": round(median(taken), 3),
             "ttft_p95_ms": round(percentile(taken, 0.95), 3),
             "over_full": round(median(a / b for a, b in zip(taken, full, strict=True)), 4),

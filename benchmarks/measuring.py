@@ -21,6 +21,7 @@ import torch
 from shapes import SHAPES, machine, random_model
 
 from kvlink_rag import KVLinkModel
+from kvlink_rag.engine.processor import computing_dtype
 from kvlink_rag.errors import MissingExtra
 
 Row = dict[str, Any]
@@ -46,7 +47,11 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         help="a published shape with random weights, for times alone",
     )
     options.add_argument("--model", help="a checkpoint instead: a directory, hub id or 'bundled'")
-    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto: a checkpoint's own, of a shape bfloat16; as suits a CPU",
+    )
     options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, default=os.cpu_count())
     options.add_argument("--rounds", type=int, default=7, help="timings of each kind")
@@ -63,7 +68,14 @@ def load(arguments: argparse.Namespace) -> KVLinkModel:
         return KVLinkModel.from_pretrained(
             arguments.model, device=arguments.device, dtype=arguments.dtype
         )
-    return random_model(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+    return random_model(arguments.shape, dtype_of(arguments), arguments.device)
+
+
+def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
+    """What a random model computes in: as named, else as suits bfloat16 on the device."""
+    if arguments.dtype == "auto":
+        return computing_dtype(torch.bfloat16, torch.device(arguments.device))
+    return getattr(torch, arguments.dtype)  # type: ignore[no-any-return]
 
 
 def refuse(reason: str) -> None:

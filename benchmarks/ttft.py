@@ -218,7 +218,7 @@ class Size:
             "size": f"{self.passages}x{self.tokens}",
             "passages": self.passages,
             "tokens_per_passage": self.tokens,
-            "dtype": str(self.model.backbone.dtype).removeprefix("torch."),
+            "dtype": self.model.backbone.dtype_name,
             **self.facts[name],
             "ttft_p50_s": round(median(taken), 5),
             "ttft_p95_s": round(percentile(taken, 0.95), 5),

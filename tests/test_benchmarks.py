@@ -217,11 +217,12 @@ def test_answers(tmp_path: Path) -> None:
 def test_quality() -> None:
     rows = last_line("quality.py", "--questions", "2", "--tokens", "3", "--ways", "epic")["rows"]
     mine = {f"{row['way']} {row['codec']}": row for row in rows}
-    assert list(mine) == ["reuse exact", "reuse int8", "reuse int4", "reuse fp8", "full exact",
-                          "epic exact"]  # fmt: skip
+    assert list(mine) == ["reuse exact", "reuse bf16", "reuse int8", "reuse int4", "reuse fp8",
+                          "full exact", "epic exact"]  # fmt: skip
     assert all(row["questions"] == 2 and 2 <= row["places"] <= 8 for row in rows)
     assert (mine["full exact"]["divergence"], mine["full exact"]["top1"]) == (0, 1)
-    assert 0 < mine["reuse int8"]["divergence"] < mine["reuse int4"]["divergence"] < 1
+    assert 0 < mine["reuse bf16"]["divergence"] < mine["reuse int8"]["divergence"]
+    assert mine["reuse int8"]["divergence"] < mine["reuse int4"]["divergence"] < 1
     assert mine["reuse int8"]["reference"] == "reuse exact"
     assert mine["epic exact"]["divergence"] > 0
 

@@ -178,5 +178,5 @@ def _settings(request: Request, model: KVLinkModel) -> dict[str, Any]:
     """What must not change within one directory; modes and the limit may grow."""
     settings = {name: getattr(request, name) for name in _ANSWERED_UNDER}
     settings["gold_at"] = list(request.gold_at)  # as JSON gives it back
-    dtype = str(model.backbone.dtype).removeprefix("torch.")
+    dtype = model.backbone.dtype_name
     return {**settings, "model": model.name, "fingerprint": model.fingerprint, "dtype": dtype}

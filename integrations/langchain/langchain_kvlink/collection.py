@@ -68,8 +68,8 @@ class CollectionFields(BaseModel):
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
     codec: str | None = None
-    """How snapshots are kept: "exact", "int8", "int4" or "fp8"; None: as the directory remembers,
-    else exact."""
+    """How snapshots are kept: "exact", "bf16", "int8", "int4" or "fp8"; None: as the directory
+    remembers, else "bf16" on a CPU, "exact" on a GPU."""
     rag: RagLike = Field(default=None, exclude=True, repr=False)
     """An open `kvlink_rag.KVLinkRAG` instead of the five above."""
 

@@ -79,8 +79,8 @@ class KVLink(CollectionFields, CustomLLM):
         directory: where the collection is kept; None: the one of the `kvlink-rag` command line.
             Classes that name the same directory share one collection.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        codec: how snapshots are kept, "exact", "int8", "int4" or "fp8"; None: as the directory
-            remembers, else exact.
+        codec: how snapshots are kept, "exact", "bf16", "int8", "int4" or "fp8"; None: as the
+            directory remembers, else "bf16" on a CPU, "exact" on a GPU.
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, repair:
             how answers are generated; each may also be given to a call (`max_tokens` means
             `max_new_tokens`). temperature 0 is greedy. repair: what is computed again of reused
