@@ -108,6 +108,8 @@ def test_an_adapter_alone_opens_with_the_base_it_names(base: Path, adapter: Path
     other = KVLinkModel.from_pretrained(base, adapter=adapter, device="cpu")
     assert model.spec == other.spec == spec(base)
     assert model.fingerprint == other.fingerprint
+    narrow = KVLinkModel.from_pretrained(adapter, device="cpu", dtype="bfloat16")
+    assert narrow.fingerprint == model.fingerprint  # files are named, not what is computed in
     parts = model.prompt(DOCUMENTS, "Which?")
     assert torch.equal(model.prefill(parts).logits, other.prefill(parts).logits)
     seen = find_model(adapter).format

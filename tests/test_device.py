@@ -56,7 +56,7 @@ def stored(model: KVLinkModel, directory: Path, memory: DeviceMemory, codec: str
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("codec", [EXACT, *SCHEMES])
+@pytest.mark.parametrize("codec", [EXACT, "bf16", *SCHEMES])
 def test_each_memory_gives_the_answer_of_the_store(tmp_path: Path, codec: str, device: str) -> None:
     """Encoded, read, from the device's memory, from pinned memory: one answer, and verified."""
     model = static_model("qwen3", device=device)
