@@ -45,7 +45,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         default="llama-3.2-1b",
         help="a published shape with random weights, for times alone",
     )
-    options.add_argument("--model", help="a checkpoint instead: a directory, hub id or 'bundled'")
+    options.add_argument("--model", help="a checkpoint instead: a directory, hub id or 'small'")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, default=os.cpu_count())

@@ -1,4 +1,4 @@
-"""The notebooks run offline on the bundled pair, and what they show is so.
+"""The notebooks run offline on a tiny random pair, and what they show is so.
 
 Each runs with one more cell, which prints what its variables hold; the claims are checked here.
 """
@@ -32,10 +32,10 @@ runner = _load_runner()
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel inherits: the bundled pair, one thread, and no way out."""
-    for name in ("KVLINK_MODEL", "KVLINK_EMBEDDER"):
-        monkeypatch.delenv(name, raising=False)
+def _offline(monkeypatch: pytest.MonkeyPatch, saved_pair: tuple[Path, Path]) -> None:
+    """What a kernel inherits: the tiny pair, one thread, and no way out."""
+    for name, directory in zip(("KVLINK_MODEL", "KVLINK_EMBEDDER"), saved_pair, strict=True):
+        monkeypatch.setenv(name, str(directory))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -77,8 +77,9 @@ def test_your_documents(tmp_path: Path) -> None:
     assert first["added"] == first["encoded"] == first["passages"] >= facts["documents"]
     assert (second["added"], second["encoded"]) == (0, 0)
     assert second["unchanged"] == first["added"]
-    assert (third["added"], third["removed"]) == (1, 1)
-    assert third["unchanged"] == first["added"] - 1
+    # a token a byte, a note may be two passages
+    assert third["added"] == 1 <= third["removed"] <= 2
+    assert third["unchanged"] == first["added"] - third["removed"]
     assert [trace["passages"] for trace in facts["traces"]] == [PASSAGES] * len(facts["traces"])
     assert [trace["reused_tokens"] for trace in facts["traces"]] == facts["tokens"]
     assert all(source.startswith("my-documents/") for source in facts["sources"])
@@ -99,8 +100,8 @@ SWAP = """{
     "oracle": model.generate(parts, mode="masked", max_new_tokens=32),
     "length": len(model.layout(parts)),
     "holds": verdict.holds,
-    "answers": [answers[label, q["question"]] for label in answers_of for q in questions],
-    "times": [ttft[label, q["question"]] for label in answers_of for q in questions],
+    "answers": [answers[label, q.question] for label in answers_of for q in questions],
+    "times": [ttft[label, q.question] for label in answers_of for q in questions],
     "largest": [values[-1] for values in by_size.values()],
     **extra,
 }"""
@@ -115,7 +116,7 @@ def check_swap(facts: Any) -> None:
     assert facts["holds"]
     assert facts["said"] == facts["oracle"]
     assert all(answer.strip() for answer in facts["answers"])
-    assert len(facts["times"]) == 18
+    assert len(facts["times"]) == 12
     before, _, whole = facts["largest"]
     assert whole < before
 
@@ -133,7 +134,7 @@ def test_langchain(tmp_path: Path) -> None:
 
 def test_llama_index(tmp_path: Path) -> None:
     extra = """{
-        "retrieved": [node.text for node in after.retrieve(questions[1]["question"])],
+        "retrieved": [node.text for node in after.retrieve(questions[1].question)],
         "said": calls[-1].response.message.content,
         "prompt": usage["prompt_tokens"],
         "cached": usage["cached_tokens"],

@@ -44,7 +44,7 @@ def test_other_models_are_not_mixed_up(
 
 def test_names_and_devices_are_compared(tmp_path: Path) -> None:
     rag = shared_collection(tmp_path, device="cpu")
-    assert shared_collection(tmp_path, model="bundled", embedder="bundled") is rag
+    assert shared_collection(tmp_path, model="small", embedder="small") is rag
     assert shared_collection(tmp_path, device="cpu") is rag
     assert shared_collection(tmp_path, device="cuda") is not rag
     assert shared_collection(tmp_path, model="owner/other") is not rag

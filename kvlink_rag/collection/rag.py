@@ -93,11 +93,12 @@ class KVLinkRAG:
         """Open the collection in `directory`, or make one there.
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
-        LlamaIndex's, see `as_embedder`); None: what the directory remembers, else the bundled small
-        pair. codec: how snapshots are kept, "exact" (the model's dtype; for a bfloat16 model also
-        "bf16"), "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price); None: as
-        the directory remembers, else exact. compression: "zstd" compresses snapshots on top of the
-        codec, without loss; "none"; None: as the directory remembers, else none. search: how the
+        LlamaIndex's, see `as_embedder`); None: what the directory remembers, else the pair `small`
+        (`kvlink-rag models`). codec: how snapshots are kept, "exact" (the model's dtype; for a
+        bfloat16 model also "bf16"), "int8", "int4" or "fp8" (smaller, see docs/architecture.md for
+        the price); None: as the directory remembers, else exact. compression: "zstd" compresses
+        snapshots on top of the codec, without loss; "none"; None: as the directory remembers, else
+        none. search: how the
         nearest passages are found, "exact", "ivf" or "auto", which goes by size (see
         `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in the
         prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.

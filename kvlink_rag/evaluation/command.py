@@ -19,7 +19,7 @@ from kvlink_rag.datasets.sets import DataSet, Skipped, filled_up, find_set, read
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.model.verify import TOLERANCE
-from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.pretrained.known import DEFAULT
 from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
@@ -163,9 +163,7 @@ def _retrieved(
 
 
 def _embedder(request: Request) -> Embedder:
-    name = request.embedder or BUNDLED
-    directory = BUNDLED_DIRECTORY / "encoder" if name == BUNDLED else name
-    return load_embedder(directory, device=request.device)
+    return load_embedder(request.embedder or DEFAULT, device=request.device)
 
 
 _ANSWERED_UNDER = (

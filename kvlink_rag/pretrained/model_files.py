@@ -15,7 +15,7 @@ import torch
 from kvlink_rag.errors import ConfigError
 
 from . import fetch, gguf
-from .known import PAIRS
+from .known import PAIRS, Role
 
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
@@ -23,18 +23,18 @@ BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -> Path:
+def resolve(name: str | Path, *, role: Role, files: list[str] | None = None) -> Path:
     """The directory that holds the model `name`.
 
     That is a directory, a GGUF file, a known pair or a part of one by its own name, or a hub id.
-    What is not here is fetched, a GGUF file converted once. bundled: the part ("lm" or "encoder")
-    that the name of a pair, "bundled" too, means.
+    What is not here is fetched, a GGUF file converted once. role: the part that the name of a pair
+    means; its reader is the base alone, without the pair's adapter.
     Raises `ConfigError` where there is no such directory and no such repository at hand.
     """
     if str(name) == BUNDLED:
-        return BUNDLED_DIRECTORY / bundled
+        return BUNDLED_DIRECTORY / ("encoder" if role == "embedder" else "lm")
     if str(name) in PAIRS:
-        return fetch.part(str(name), "embedder" if bundled == "encoder" else "reader")
+        return fetch.part(str(name), role)
     if packaged := fetch.named(str(name)):
         return fetch.directory_of(packaged)
     path = Path(name).expanduser()
@@ -67,10 +67,11 @@ def _snapshot(repository: str, files: list[str]) -> Path:
 
 @contextlib.contextmanager
 def quiet(directory: Path) -> Iterator[None]:
-    """No progress bars of transformers while the bundled pair loads, which takes no time."""
+    """No progress bars of transformers while a known pair loads, which takes a second."""
     from transformers.utils import logging
 
-    hush = directory.is_relative_to(BUNDLED_DIRECTORY) and logging.is_progress_bar_enabled()
+    small = directory.is_relative_to(BUNDLED_DIRECTORY) or fetch.is_packaged(directory)
+    hush = small and logging.is_progress_bar_enabled()
     if hush:
         logging.disable_progress_bar()
     try:

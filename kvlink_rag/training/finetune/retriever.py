@@ -92,7 +92,7 @@ def train(model_name: str, pairs: Sequence[Pair], out: Path, recipe: Recipe) -> 
         raise ConfigError(f"found {len(pairs)} pairs, expected at least 2; look at the data's gold")
     set_seed(recipe.seed)
     directory = resolve(
-        model_name, bundled="encoder", files=["*.json", "*.txt", "*.safetensors", "*.bin"]
+        model_name, role="embedder", files=["*.json", "*.txt", "*.safetensors", "*.bin"]
     )
     model, tokenizer = (
         AutoModel.from_pretrained(directory),
