@@ -14,7 +14,7 @@ from kvlink_rag import ContrieverEmbedder
 from kvlink_rag.datasets.rows import Source
 from kvlink_rag.datasets.sets import Skipped
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.training.finetune.retriever import (
+from kvlink_rag.training.retriever import (
     Pair,
     Recipe,
     _Collator,
@@ -50,7 +50,7 @@ def test_questions_find_their_passages_afterwards(
 ) -> None:
     pairs = list(read_pairs(Source(str(file)), Skipped("refuse")))
     before = ContrieverEmbedder.from_pretrained(saved_pair[1], device="cpu")
-    options = ["--steps", "40", "--batch", "8", "--learning-rate", "3e-3", "--out", str(tmp_path)]
+    options = ["--steps", "120", "--batch", "8", "--learning-rate", "1e-2", "--out", str(tmp_path)]
     assert main(["--model", str(saved_pair[1]), "--data", str(file), *options]) == 0
     assert "8 pairs; the encoder is in" in capsys.readouterr().out
     after = ContrieverEmbedder.from_pretrained(tmp_path / "model", device="cpu")

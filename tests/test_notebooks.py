@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from conftest import byte_spec
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
@@ -31,10 +33,20 @@ def _load_runner() -> Any:
 runner = _load_runner()
 
 
+@pytest.fixture(scope="module")
+def pair(
+    saved_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The tiny pair, with slots for no more passages than the prompts have."""
+    lm = shutil.copytree(saved_pair[0], tmp_path_factory.mktemp("pair") / "lm")
+    (lm / "kvlink.json").write_text(byte_spec(slots=PASSAGES).to_json())
+    return lm, saved_pair[1]
+
+
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch, saved_pair: tuple[Path, Path]) -> None:
+def _offline(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path]) -> None:
     """What a kernel inherits: the tiny pair, one thread, and no way out."""
-    for name, directory in zip(("KVLINK_MODEL", "KVLINK_EMBEDDER"), saved_pair, strict=True):
+    for name, directory in zip(("KVLINK_MODEL", "KVLINK_EMBEDDER"), pair, strict=True):
         monkeypatch.setenv(name, str(directory))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

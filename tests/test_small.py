@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, load_embedder
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.adapter import find_adapter, read_adapter
 from kvlink_rag.pretrained.known import ADAPTERS, SMALL
 from kvlink_rag.pretrained.model_files import resolve
+from kvlink_rag.prompt.format import INSTRUCTION
 
 DOCUMENTS = [
     Document("The harbour of Orvale was built in 1911.", title="Orvale", id="orvale"),
@@ -29,6 +31,7 @@ def test_the_pair_is_the_base_and_the_adapter_of_the_package(small: str) -> None
     model = KVLinkModel.from_pretrained(device="cpu", dtype=torch.float32)
     assert (model.name, model.spec) == (small, adapter.spec)
     assert model.spec.links_per_passage == 5
+    assert INSTRUCTION in model.spec.prompt_preset.before  # one wording, in chats too
     base = KVLinkModel.from_pretrained(resolve(small, role="reader"), dtype=torch.float32)
     assert base.spec.links_per_passage == 0
     assert base.fingerprint != model.fingerprint
@@ -63,6 +66,32 @@ assert logging.is_progress_bar_enabled()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [small, small, "orvale", "True", "True"]
+
+
+def test_a_collection_of_the_pair_that_is_gone_is_encoded_again(small: str, tmp_path: Path) -> None:
+    """The error names a remedy, and after the remedy the collection answers without a word."""
+    old = KVLinkModel(
+        random_model("llama", torch.float32), byte_tokenizer(), byte_spec(), name="bundled"
+    )
+    words = WordEmbedder()
+    words.name = "bundled"
+    with KVLinkRAG.open(tmp_path / "col", model=old, embedder=words) as rag:
+        rag.add(DOCUMENTS)
+    told = r"model='small', embedder='small', reencode=True .*--model small --embedder small --reen"
+    with KVLinkRAG.open(tmp_path / "col") as rag:
+        assert [document.id for document in rag.documents()] == ["orvale", "marnik"]
+        for loaded in ("model", "embedder"):
+            with pytest.raises(ConfigError, match=told):
+                getattr(rag, loaded)
+        with pytest.raises(ConfigError, match=told):
+            rag.ask(QUESTION)
+    remedy = {"model": small, "embedder": small, "reencode": True, "dtype": "float32"}
+    with KVLinkRAG.open(tmp_path / "col", **remedy) as rag:
+        assert rag.stats().snapshots == 2
+    with KVLinkRAG.open(tmp_path / "col", dtype="float32") as rag:
+        answer = rag.ask(QUESTION, k=1, max_new_tokens=2)
+        assert answer.hits[0].document.id == "orvale"
+        assert answer.trace.snapshots_found == 1
 
 
 def test_the_embedder_finds_what_words_do_not(small: str) -> None:

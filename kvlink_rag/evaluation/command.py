@@ -121,11 +121,6 @@ def _spec(model: KVLinkModel, request: Request) -> Any:
 def _cases(request: Request, data_set: DataSet, skipped: Skipped) -> list[Case]:
     """Examples, filled up or over retrieved documents, with the gold one at each place wanted."""
     source = data_set.source
-    if not (request.data or source.path):
-        raise ConfigError(
-            f"the set {data_set.name} is on no hub; write its rows with: python -m "
-            "kvlink_rag.training.held_out --out DIR, then give one of the files with --data"
-        )
     if request.data:
         source = Source(request.data, None, request.split or source.split)
     elif request.split:

@@ -1,6 +1,6 @@
 """Where model files lie, and on which device and in which dtype they are to be loaded.
 
-Directories, hub ids and "bundled" to a directory. Knows names and files; knows no kind of model.
+Directories, GGUF files, hub ids and known names to a directory. Knows no kind of model.
 `HF_HUB_OFFLINE` is honoured.
 """
 
@@ -17,9 +17,6 @@ from kvlink_rag.errors import ConfigError
 from . import fetch, gguf
 from .known import PAIRS, Role
 
-BUNDLED = "bundled"
-BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
-
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -31,8 +28,6 @@ def resolve(name: str | Path, *, role: Role, files: list[str] | None = None) -> 
     means; its reader is the base alone, without the pair's adapter.
     Raises `ConfigError` where there is no such directory and no such repository at hand.
     """
-    if str(name) == BUNDLED:
-        return BUNDLED_DIRECTORY / ("encoder" if role == "embedder" else "lm")
     if str(name) in PAIRS:
         return fetch.part(str(name), role)
     if packaged := fetch.named(str(name)):
@@ -70,8 +65,7 @@ def quiet(directory: Path) -> Iterator[None]:
     """No progress bars of transformers while a known pair loads, which takes a second."""
     from transformers.utils import logging
 
-    small = directory.is_relative_to(BUNDLED_DIRECTORY) or fetch.is_packaged(directory)
-    hush = small and logging.is_progress_bar_enabled()
+    hush = fetch.is_packaged(directory) and logging.is_progress_bar_enabled()
     if hush:
         logging.disable_progress_bar()
     try:

@@ -20,9 +20,10 @@ from .layout import Layout, layout
 from .spec import PLAIN_PRESET, PromptPreset, Spec
 from .tokenizer import PartTokenizer
 
+# What the adapter of the pair `small` was trained with, and a good one for any chat model.
 INSTRUCTION = (
-    "Answer the question from the documents, briefly. "
-    "If they do not hold the answer, say that the documents do not say."
+    "Answer the question from the documents, as briefly as possible. "
+    "If they do not hold the answer, say: The documents do not say."
 )
 
 
