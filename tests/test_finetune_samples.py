@@ -557,9 +557,7 @@ def test_questions_get_the_passages_that_score_highest(
     rows[3]["question"] = "red fox"
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(
-        distractors.ContrieverEmbedder, "from_pretrained", lambda *a, **k: WordEmbedder()
-    )
+    monkeypatch.setattr(distractors, "load_embedder", lambda *a, **k: WordEmbedder())
     out, plain = tmp_path / "out.jsonl", tmp_path / "plain.jsonl"
     given = ["--data", f"{data}:1-4", "--without", "rows.jsonl:2", "--embedder", "x"]
     given += ["--documents", "2", "--out", str(out), "--plain", str(plain)]

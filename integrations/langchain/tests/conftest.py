@@ -11,6 +11,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Awaitable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def _spec() -> Spec:
     )
 
 
-@pytest.fixture(scope="session")
-def model() -> KVLinkModel:
+@cache
+def _model() -> KVLinkModel:
     config = LlamaConfig(
         vocab_size=263 + SLOTS * LINKS,
         hidden_size=32,
@@ -94,8 +95,14 @@ def model() -> KVLinkModel:
 
 
 @pytest.fixture(scope="session")
-def saved_pair(model: KVLinkModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def model() -> KVLinkModel:
+    return _model()
+
+
+@pytest.fixture(scope="session")
+def saved_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Directories of the model and of a tiny random encoder."""
+    model = _model()
     root = tmp_path_factory.mktemp("pair")
     model.backbone.model.save_pretrained(root / "lm")
     (root / "lm" / "kvlink.json").write_text(model.spec.to_json())

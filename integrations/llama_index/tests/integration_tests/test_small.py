@@ -18,7 +18,7 @@ from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
 from llama_index.retrievers.kvlink import KVLinkRetriever
 
 from kvlink_rag import load_embedder
-from kvlink_rag.errors import ConfigError
+from kvlink_rag.errors import KVLinkError
 
 QUESTION = "When was the harbour of Orvale built?"
 
@@ -65,7 +65,7 @@ def test_a_newcomer_is_told_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="kvlink-rag models get small"):
+    with pytest.raises(KVLinkError, match="kvlink-rag models get small"):
         first_use()
 
 
