@@ -125,9 +125,12 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_refused(
         read(out)
 
 
-def test_retrieved_passages_and_their_recall(model: Path, data: Path, tmp_path: Path) -> None:
+def test_retrieved_passages_and_their_recall(
+    model: Path, data: Path, tmp_path: Path, saved_pair: tuple[Path, Path]
+) -> None:
     out = tmp_path / "out"
     options = ["--model", model, "--data", data, "--out", out, "--modes", "reuse"]
+    options += ["--embedder", saved_pair[1]]
     assert run("nq", *options, "--retrieve", 4) == 0
     assert summary(out)["lines"][0]["recall"] == 1.0
     assert all(r.reused_tokens > 0 for r in read(out))

@@ -39,6 +39,16 @@ def small_window() -> KVLinkModel:
 
 
 @pytest.fixture(scope="session")
+def saved_model(model: KVLinkModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the model."""
+    directory = tmp_path_factory.mktemp("model")
+    model.backbone.model.save_pretrained(directory)
+    model.tokenizer.hf.save_pretrained(directory)
+    (directory / "kvlink.json").write_text(model.spec.to_json())
+    return directory
+
+
+@pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny random encoder."""
     return saved_encoder(tmp_path_factory.mktemp("encoder"))
