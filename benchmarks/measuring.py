@@ -46,7 +46,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         default="llama-3.2-1b",
         help="a published shape with random weights, for times alone",
     )
-    options.add_argument("--model", help="a checkpoint instead: a directory, hub id or 'bundled'")
+    options.add_argument("--model", help="a checkpoint instead: a directory, hub id or 'small'")
     options.add_argument(
         "--dtype",
         default="auto",

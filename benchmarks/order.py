@@ -2,35 +2,34 @@
 
     python benchmarks/order.py --documents 10 20 40 0
 
-The bundled pair answers the bundled questions over a collection of the documents that the first of
-them need (0: all documents); asked are the questions whose documents are there, each once with
-hits by score and once by id (`KVLinkRAG.ask`, k = 10, two rounds), by turns. Each order has kept
+Questions, of a file or about the countries of the demonstration, over a collection of the documents
+that the first of them need (0: all documents); asked are the questions whose documents are there,
+each once with hits by score and once by id (`KVLinkRAG.ask`, k = 10), by turns. Each order has kept
 runs of its own, of the default size. Both must find the same hits.
     computed, kept   tokens of a prompt beside its passages: run through the model, or taken from
                      runs that earlier questions left; kept_share is kept / (computed + kept)
     ttft             retrieval included
-    exact_match      answers whose final part is the expected one
+    right            answers that hold an expected one
 The last line is one JSON object.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from asked import add_options, load_asked
 from measuring import Row, draw, finish, load, median, parser, percentile, refuse, show
 
 from kvlink_rag import Answer, Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.arguments import ORDERS
-from kvlink_rag.datasets.answers import final_answer
-from kvlink_rag.datasets.bundled import Example, load_documents
-from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.datasets.countries import Question
+from kvlink_rag.pretrained.known import DEFAULT
 
-PASSAGES, ROUNDS, ANSWER_TOKENS = 10, 2, 48
+PASSAGES, ANSWER_TOKENS = 10, 48
 COLUMNS = ("documents", "order", "questions", "computed_tokens", "kept_tokens", "kept_share",
-           "ttft_p50_ms", "ttft_p95_ms", "exact_match")  # fmt: skip
+           "ttft_p50_ms", "ttft_p95_ms", "right")  # fmt: skip
 
 
 def main() -> None:
@@ -38,51 +37,49 @@ def main() -> None:
     model = load(arguments)
     rows: list[Row] = []
     for count in arguments.documents:
-        rows += measure(model, count, arguments.questions, arguments.scratch)
+        rows += measure(model, count, arguments)
         show(rows[-len(ORDERS) :], COLUMNS)
     draw(arguments.figure, lambda axes: plot(axes, rows), title=f"Kept runs, {model.name}")
     finish(arguments, rows)
 
 
-def measure(model: KVLinkModel, count: int, most: int, scratch: str | None) -> list[Row]:
+def measure(model: KVLinkModel, count: int, arguments: Any) -> list[Row]:
     """One size of the collection: a row for each order."""
-    documents, asked = chosen(count)
-    asked = asked[:most]
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
+    documents, asked = chosen(*load_asked(arguments), count)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         directory = Path(name) / "collection"
-        with KVLinkRAG.open(directory, model=model) as rag:
+        with KVLinkRAG.open(directory, model=model, embedder=arguments.embedder) as rag:
             rag.add(documents)
             embedder = rag.embedder
         answers = ask_by_turns(model, embedder, directory, asked)
     return [row(len(documents), order, asked, found) for order, found in answers.items()]
 
 
-def chosen(count: int) -> tuple[list[Document], list[Example]]:
+def chosen(
+    documents: list[Document], asked: list[Question], count: int
+) -> tuple[list[Document], list[Question]]:
     """`count` documents (0: all), those that the first questions need, and all they answer."""
-    documents = {str(document.id): document for document in load_documents(BUNDLED_DIRECTORY)}
-    lines = (BUNDLED_DIRECTORY / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    examples = [Example(**{**row, "gold": tuple(row["gold"])}) for row in map(json.loads, lines)]
-    needed = dict.fromkeys(id for example in examples for id in example.gold)
-    kept = list({**needed, **dict.fromkeys(documents)})[: count or None]
-    asked = [e for e in examples if set(e.gold) <= set(kept) and (e.gold or not count)]
-    return [documents[id] for id in kept], asked
+    known = {str(document.id): document for document in documents}
+    needed = dict.fromkeys(id for question in asked for id in question.gold)
+    kept = list({**needed, **dict.fromkeys(known)})[: count or None]
+    answered = [q for q in asked if set(q.gold) <= set(kept) and (q.gold or not count)]
+    return [known[id] for id in kept], answered
 
 
 def ask_by_turns(
-    model: KVLinkModel, embedder: Any, directory: Path, asked: list[Example]
+    model: KVLinkModel, embedder: Any, directory: Path, asked: list[Question]
 ) -> dict[str, list[Answer]]:
     """All questions, in each order, over kept runs of its own."""
     opened = {o: KVLinkRAG.open(directory, model=model, embedder=embedder) for o in ORDERS}
     answers: dict[str, list[Answer]] = {order: [] for order in ORDERS}
     for rag in opened.values():  # to warm up
-        rag.ask("w", k=PASSAGES, rounds=ROUNDS, max_new_tokens=1)
+        rag.ask("w", k=PASSAGES, max_new_tokens=1)
         rag.reuse.prefix.clear()
-    for example in asked:
+    for question in asked:
         for order, rag in opened.items():
             answer = rag.ask(
-                example.question,
+                question.question,
                 k=PASSAGES,
-                rounds=ROUNDS,
                 order=order,
                 max_new_tokens=ANSWER_TOKENS,
             )
@@ -96,14 +93,13 @@ def ask_by_turns(
     return answers
 
 
-def row(documents: int, order: str, asked: list[Example], answers: list[Answer]) -> Row:
+def row(documents: int, order: str, asked: list[Question], answers: list[Answer]) -> Row:
     """Means of tokens, percentiles of times, share of right answers."""
     traces = [answer.trace for answer in answers]
     computed = sum(trace.computed_tokens for trace in traces)
     kept = sum(trace.prefix_tokens for trace in traces)
     right = [
-        final_answer(answer.text) == final_answer(example.answer)
-        for answer, example in zip(answers, asked, strict=True)
+        question.is_right(answer.text) for answer, question in zip(answers, asked, strict=True)
     ]
     taken = [trace.first_token_ms for trace in traces]
     return {
@@ -115,7 +111,7 @@ def row(documents: int, order: str, asked: list[Example], answers: list[Answer])
         "kept_share": round(kept / (computed + kept), 4),
         "ttft_p50_ms": round(median(taken), 3),
         "ttft_p95_ms": round(percentile(taken, 0.95), 3),
-        "exact_match": round(sum(right) / len(right), 4),
+        "right": round(sum(right) / len(right), 4),
     }
 
 
@@ -136,9 +132,9 @@ def plot(axes: Any, rows: list[Row]) -> None:
 
 
 def parse() -> Any:
-    options = parser(__doc__, model=BUNDLED, dtype="auto")
+    options = parser(__doc__, model=DEFAULT, dtype="auto")
+    add_options(options)
     options.add_argument("--documents", type=int, nargs="+", default=[10, 20, 40, 0], metavar="N")
-    options.add_argument("--questions", type=int, default=180, help="for each size, at most")
     return options.parse_args()
 
 

@@ -1,24 +1,23 @@
 """What speed costs: answers and next-token distributions of each codec and each baseline.
 
-    python benchmarks/quality.py --model bundled --questions 180
-    python benchmarks/quality.py --model bundled --codecs int8 --ways cacheblend epic
+    python benchmarks/quality.py --data nq.jsonl --questions 180
+    python benchmarks/quality.py --codecs int8 --ways cacheblend epic
 
-Held-out questions of the bundled set, each over the passages that the bundled encoder retrieves for
-it (k = 10, two rounds). Every way takes the same passages:
+Questions, of a file or about the countries of the demonstration, each over the passages that the
+embedder retrieves for it (k = 10). Every way takes the same passages:
     reuse        snapshots in each codec, link tokens
     full, naive, cacheblend, epic   see `kvlink_rag.compare.baselines`; without link tokens
 A way is held against its reference along the reference's greedy answer, up to `--tokens` tokens:
 Kullback-Leibler divergence of the next token (nats, mean over all places), and how often the best
 token is the same. Reference of a codec is reuse of exact snapshots; of reuse of exact snapshots and
 of the baselines, full: for a model that was tuned with link tokens, to differ from it is no fault.
-exact_match: answers whose final part is the expected one, of each way's own greedy answer. The last
-line is one JSON object.
+right: answers that hold an expected one (or, where the passages hold none, that say so), of each
+way's own greedy answer. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,22 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asked import add_options, load_asked
 from measuring import Row, draw, finish, load, parser, show
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Part, Trace
 from kvlink_rag.arguments import CODECS
 from kvlink_rag.compare.baselines import METHODS, Baselines, Method
-from kvlink_rag.datasets.answers import final_answer
-from kvlink_rag.datasets.bundled import Example, load_documents
+from kvlink_rag.datasets.countries import Question
 from kvlink_rag.model.decode import decode_one_token
 from kvlink_rag.model.prompt_run import PromptRun
-from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.pretrained.known import DEFAULT
 from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
-PASSAGES, ROUNDS, ANSWER_TOKENS = 10, 2, 48
-COLUMNS = ("way", "codec", "reference", "questions", "places", "divergence", "top1", "exact_match")
+PASSAGES, ANSWER_TOKENS = 10, 48
+COLUMNS = ("way", "codec", "reference", "questions", "places", "divergence", "top1", "right")
 
 Step = Callable[[int], torch.Tensor]  # a token's logits [vocab] of the next
 
@@ -59,24 +58,17 @@ def main() -> None:
 
 def retrieved(
     model: KVLinkModel, directory: Path, arguments: argparse.Namespace
-) -> list[tuple[list[Part], str]]:
-    """Each question's prompt and expected answer."""
-    documents = load_documents(BUNDLED_DIRECTORY)
-    with KVLinkRAG.open(directory, model=model) as rag:
+) -> list[tuple[list[Part], Question]]:
+    """Each question and its prompt."""
+    documents, asked = load_asked(arguments)
+    with KVLinkRAG.open(directory, model=model, embedder=arguments.embedder) as rag:
         rag.add(documents)
         found = []
-        for example in questions(arguments.questions):
-            hits = rag.search(example.question, PASSAGES, rounds=ROUNDS)
-            parts = model.prompt([hit.document for hit in hits], example.question)
-            found.append((parts, example.answer))
+        for question in asked:
+            hits = rag.search(question.question, PASSAGES)
+            parts = model.prompt([hit.document for hit in hits], question.question)
+            found.append((parts, question))
     return found
-
-
-def questions(count: int) -> list[Example]:
-    """The first `count` bundled questions."""
-    lines = (BUNDLED_DIRECTORY / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = (json.loads(line) for line in lines[:count])
-    return [Example(**{**row, "gold": tuple(row["gold"])}) for row in rows]
 
 
 @dataclass
@@ -112,7 +104,7 @@ class Way:
             "places": len(self.divergence),
             "divergence": _mean(self.divergence),
             "top1": _mean(self.same),
-            "exact_match": _mean(self.right),
+            "right": _mean(self.right),
         }
 
 
@@ -123,12 +115,12 @@ def _mean(values: list[Any]) -> float | None:
 def judge(
     model: KVLinkModel,
     directory: Path,
-    prompts: list[tuple[list[Part], str]],
+    prompts: list[tuple[list[Part], Question]],
     arguments: argparse.Namespace,
 ) -> list[Row]:
     """All ways over all prompts."""
     ways = make_ways(model, directory, arguments)
-    for parts, expected in prompts:
+    for parts, question in prompts:
         for name in dict.fromkeys(way.reference for way in ways):
             tokens, logits = greedy(model, next(w for w in ways if w.label == name), parts,
                                     arguments.tokens)  # fmt: skip
@@ -136,7 +128,7 @@ def judge(
                 if way.reference == name:
                     way.compare(parts, tokens, logits)
         for way in ways:
-            way.right.append(final_answer(way.answer(parts)) == final_answer(expected))
+            way.right.append(question.is_right(way.answer(parts)))
     return [way.row() for way in ways]
 
 
@@ -207,8 +199,8 @@ def plot(axes: Any, rows: list[Row]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    options = parser(__doc__, model=BUNDLED, dtype="auto")
-    options.add_argument("--questions", type=int, default=180)
+    options = parser(__doc__, model=DEFAULT, dtype="auto")
+    add_options(options)
     options.add_argument("--tokens", type=int, default=16, help="of an answer that are compared")
     options.add_argument("--codecs", nargs="*", default=list(CODECS[1:]), choices=CODECS)
     options.add_argument(

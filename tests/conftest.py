@@ -15,6 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -27,6 +29,8 @@ from transformers import (
 )
 
 from kvlink_rag import KVLinkModel, Spec
+from kvlink_rag.pretrained import fetch
+from kvlink_rag.pretrained.known import ADAPTERS, PAIRS, SMALL
 from kvlink_rag.prompt.spec import PromptPreset
 
 torch.set_num_threads(1)
@@ -137,6 +141,26 @@ def make_model() -> ModelMaker:
     return make
 
 
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def saved_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of a tiny model and a tiny encoder with random weights."""
+    root = tmp_path_factory.mktemp("pair")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(root / "encoder")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(root / "lm")
+    random_model("llama", torch.float32).save_pretrained(root / "lm")
+    (root / "lm" / "kvlink.json").write_text(byte_spec().to_json())
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
+    BertModel(config).save_pretrained(root / "encoder")
+    return root / "lm", root / "encoder"
+
+
 class WordEmbedder:
     """Words hashed into a vector: deterministic, and equal words do bring texts together."""
 
@@ -177,3 +201,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no test data at {SHARED_DATA}; set KVLINK_TEST_DATA")
     return SHARED_DATA
+
+
+# The default pair, as the user of these tests has it.
+SMALL_PLACES = {model: fetch.place_of(model) for model in PAIRS[SMALL]}
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the default pair, in a cache of the test's own; skips where it is not here.
+
+    For tests of what only real weights show; all others take random ones, which are quick.
+    """
+    if not all(place.is_dir() for place in SMALL_PLACES.values()):
+        pytest.skip("the pair small is not here; fetch it with: kvlink-rag models get small")
+    if not (ADAPTERS[SMALL] / "adapter_model.safetensors").is_file():
+        pytest.skip(f"the adapter of the pair small is not in {ADAPTERS[SMALL]}")
+    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path / "small-cache"))
+    for model, place in SMALL_PLACES.items():
+        target = fetch.place_of(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(place, target_is_directory=True)
+    return SMALL

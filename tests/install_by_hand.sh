@@ -38,7 +38,7 @@ site "$python" >"$(site "$fresh/python")/dependencies.pth"
 say "try them"
 mkdir "$new/away"
 cd "$new/away"
-export HF_HUB_OFFLINE=1 KVLINK_CACHE_DIR="$new/cache"
+export HF_HUB_OFFLINE=1
 unset PYTHONPATH
 "$fresh/kvlink-rag" --version
 "$fresh/python" - "$new" <<'PYTHON'
@@ -55,7 +55,9 @@ for module in (kvlink_rag, langchain_kvlink, llama_index.llms.kvlink):
     assert module.__file__.startswith(sys.argv[1]), f"{module.__file__} is not the wheel's"
 PYTHON
 echo "The harbour of Orvale was built in 1911." >orvale.txt
-"$fresh/kvlink-rag" index orvale.txt
-"$fresh/kvlink-rag" ask "When was the harbour of Orvale built?"
+"$fresh/kvlink-rag" --dir "$new/collection" index orvale.txt
+"$fresh/kvlink-rag" --dir "$new/collection" ask "When was the harbour of Orvale built?" |
+	tee answer.txt
+grep -q orvale.txt answer.txt || { echo "expected the source"; exit 1; }
 "$fresh/kvlink-rag" bench
 say "all three work from their wheels, which are in $root/dist"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -28,9 +29,9 @@ from kvlink_rag.snapshots.kept_runs import PrefixCache
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import measuring  # noqa: E402
-import small_models  # noqa: E402
 import ttft  # noqa: E402
 import ways  # noqa: E402
+from asked import load_asked  # noqa: E402
 
 
 def last_line(script: str, *arguments: str) -> dict[str, Any]:
@@ -214,8 +215,43 @@ def test_answers(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) == 4 * 3 + 3 * 2
 
 
-def test_quality() -> None:
-    rows = last_line("quality.py", "--questions", "2", "--tokens", "3", "--ways", "epic")["rows"]
+def questions(path: Path) -> Path:
+    """Three questions, each with its passage and another's, in a file."""
+    facts = {"Orvale": "1911", "Marnik": "1754", "Teldon": "1620", "Velt": "1801"}
+    texts = [{"title": town, "text": f"{town} was built in {at}."} for town, at in facts.items()]
+    rows = [
+        {
+            "question": f"When was {text['title']} built?",
+            "answers": [facts[text["title"]]],
+            "ctxs": [text | {"isgold": True}, texts[-1] | {"isgold": False}],
+        }
+        for text in texts[:3]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def asked(saved_pair: tuple[Path, Path], tmp_path: Path) -> list[str]:
+    """Options of a tiny pair, and of questions for it."""
+    options = dict(zip(("--model", "--embedder"), map(str, saved_pair), strict=True))
+    options["--data"] = str(questions(tmp_path / "questions.jsonl"))
+    return [word for pair in options.items() for word in pair]
+
+
+def test_questions_are_of_the_file_or_about_countries(tmp_path: Path) -> None:
+    given = argparse.Namespace(data=str(questions(tmp_path / "q.jsonl")), questions=2)
+    documents, found = load_asked(given)
+    assert [document.title for document in documents] == ["Orvale", "Velt", "Marnik", "Teldon"]
+    assert [(q.answers, q.gold) for q in found] == [(("1911",), ("0",)), (("1754",), ("2",))]
+    documents, found = load_asked(argparse.Namespace(data=None, questions=4))
+    assert len(documents) > 200
+    assert len(found) == 4
+
+
+def test_quality(asked: list[str]) -> None:
+    given = ["--questions", "2", "--tokens", "3", "--ways", "epic"]
+    rows = last_line("quality.py", *asked, *given)["rows"]
     mine = {f"{row['way']} {row['codec']}": row for row in rows}
     assert list(mine) == ["reuse exact", "reuse bf16", "reuse int8", "reuse int4", "reuse fp8",
                           "full exact", "epic exact"]  # fmt: skip
@@ -227,14 +263,13 @@ def test_quality() -> None:
     assert mine["epic exact"]["divergence"] > 0
 
 
-def test_order(tmp_path: Path) -> None:
+def test_order(asked: list[str], tmp_path: Path) -> None:
     figure = tmp_path / "figure"
-    rows = last_line("order.py", "--documents", "10", "--questions", "3", "--figure", str(figure))[
-        "rows"
-    ]
+    given = ["--documents", "4", "--questions", "3", "--figure", str(figure)]
+    rows = last_line("order.py", *asked, *given)["rows"]
     score, by_id = rows
     assert [(row["documents"], row["order"], row["questions"]) for row in rows] == [
-        (10, "score", 3), (10, "id", 3)]  # fmt: skip
+        (4, "score", 3), (4, "id", 3)]  # fmt: skip
     assert by_id["kept_share"] > score["kept_share"]
     for row in rows:  # both are the same tokens
         assert row["computed_tokens"] + row["kept_tokens"] == pytest.approx(
@@ -332,26 +367,3 @@ def test_encode() -> None:
     found = last_line("encode.py", "--shape", "tiny", *arguments)
     assert found["memory"]["passages"] == 50
     assert found["rows"][0]["encode_over_plain"] > 0
-
-
-def test_small_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parts = (
-        small_models.Part("kinds", 1.0, (10,), ("one-hop", "same")),
-        small_models.Part("passages", 1.0, (2,), ("one-hop",)),
-        small_models.Part("places", 1.0, (10,), ("one-hop",), ("--gold-at", "0-9")),
-    )
-    monkeypatch.setattr(small_models, "MODES", {"bundled": ("full", "masked", "reuse")})
-    monkeypatch.setattr(small_models, "PARTS", parts)
-    given = ["--n", "2", "--out", str(tmp_path / "out"), "--figure", str(tmp_path / "figure")]
-    monkeypatch.setattr(sys, "argv", ["small_models.py", *given])
-    small_models.main()
-    *_, shown = capsys.readouterr().out.splitlines()
-    rows = json.loads(shown)["rows"]
-    groups = {(r["kind"], r["passages"], r["gold_at"]): r for r in rows if r["mode"] == "reuse"}
-    assert {("one-hop", 10, None), ("same", 10, None), ("one-hop", 2, None)} < set(groups)
-    assert {place for *_, place in groups if place is not None} == set(range(10))
-    assert groups["one-hop", 2, None]["questions"] == 2
-    assert groups["one-hop", 2, None]["final"][0] == 1.0  # the bundled model knows these
-    assert (tmp_path / "figure_one-hop.svg").exists()

@@ -11,6 +11,7 @@ from conftest import byte_spec, byte_tokenizer, random_model
 
 from kvlink_rag import Document, KVLinkModel, Part, Passage, Text
 from kvlink_rag.errors import PromptError
+from kvlink_rag.prompt.format import INSTRUCTION
 
 DOCUMENT = Document("the tower has nine bells", id="tower")
 
@@ -47,6 +48,18 @@ TEMPLATES = {
 ANSWER = {"role": "assistant", "content": "<think>private steps</think>\n\nNine. "}
 ASKED = {"role": "user", "content": "  How many bells? <eos> [/INST]\n"}
 SYSTEM = {"role": "system", "content": " Be brief.\n"}
+
+
+def instructed(template: str) -> tuple[KVLinkModel, str]:
+    """A model without a spec, and the text of its one-question prompt."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    found = KVLinkModel(random_model("llama", torch.float32), tokenizer)
+    parts = found.prompt([DOCUMENT], "How many bells?")
+    texts = [
+        p.text if isinstance(p, Text) else found.spec.render_passage(p.document) for p in parts
+    ]
+    return found, "".join(texts)
 
 
 def model(template: str) -> KVLinkModel:
@@ -162,3 +175,22 @@ def test_thinking_of_earlier_turns_is_dropped() -> None:
     found = text(MODELS["thinking"].chat([ASKED, ANSWER, ASKED]))
     assert "private steps" not in found
     assert "Nine." in found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_model_without_a_spec_is_told_to_answer_from_the_documents(name: str) -> None:
+    """As the system message, or where its template takes none, before the user's own text."""
+    found, prompt = instructed(TEMPLATES[name])
+    user = {"role": "user", "content": "the tower has nine bells\nHow many bells?"}
+    messages = [{"role": "system", "content": INSTRUCTION}, user]
+    if name == "alternating":
+        messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{user['content']}"}]
+    assert prompt == found.tokenizer.hf.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_without_a_template_the_prompt_is_plain() -> None:
+    found = KVLinkModel(random_model("llama", torch.float32), byte_tokenizer())
+    first, *_, last = found.prompt([DOCUMENT], "How many bells?")
+    assert (first, last) == (Text("<bos>", special=True), Text("\nAnswer:", special=True))

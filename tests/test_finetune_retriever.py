@@ -1,4 +1,4 @@
-"""Contriever's fine-tuning, on the bundled encoder: it learns, and the result opens."""
+"""Contriever's fine-tuning, on a tiny random encoder: it learns, and the result opens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 
 from kvlink_rag import ContrieverEmbedder
 from kvlink_rag.datasets.rows import Source
 from kvlink_rag.datasets.sets import Skipped
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
-from kvlink_rag.training.finetune.retriever import (
+from kvlink_rag.training.retriever import (
     Pair,
     Recipe,
     _Collator,
@@ -46,12 +46,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_questions_find_their_passages_afterwards(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, saved_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = list(read_pairs(Source(str(file)), Skipped("refuse")))
-    before = ContrieverEmbedder.from_pretrained(BUNDLED_DIRECTORY / "encoder", device="cpu")
-    options = ["--steps", "40", "--batch", "8", "--learning-rate", "3e-3", "--out", str(tmp_path)]
-    assert main(["--model", "bundled", "--data", str(file), *options]) == 0
+    before = ContrieverEmbedder.from_pretrained(saved_pair[1], device="cpu")
+    options = ["--steps", "120", "--batch", "8", "--learning-rate", "1e-2", "--out", str(tmp_path)]
+    assert main(["--model", str(saved_pair[1]), "--data", str(file), *options]) == 0
     assert "8 pairs; the encoder is in" in capsys.readouterr().out
     after = ContrieverEmbedder.from_pretrained(tmp_path / "model", device="cpu")
     assert found(before, pairs) <= 0.5
@@ -59,7 +59,7 @@ def test_questions_find_their_passages_afterwards(
     assert after.fingerprint != before.fingerprint
 
 
-def test_the_loss_is_that_of_the_right_passage_among_all(tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_right_passage_among_all() -> None:
     """By hand: equal embeddings give log n, and an equal passage elsewhere leaves the sum."""
     vectors = torch.ones(3, 1, 4)
 
@@ -68,9 +68,7 @@ def test_the_loss_is_that_of_the_right_passage_among_all(tmp_path: Path) -> None
             return type("Output", (), {"last_hidden_state": vectors[: len(input_ids)]})
 
     trainer = _PairTrainer.__new__(_PairTrainer)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_DIRECTORY / "encoder")
+    tokenizer = byte_tokenizer()
     for passages, choices in ((["a", "b", "c"], (3, 3, 3)), (["a", "b", "a"], (2, 3, 2))):
         batch = _Collator(tokenizer, 8)([Pair("q", passage) for passage in passages])
         ones = {"input_ids": torch.ones(3, 1), "attention_mask": torch.ones(3, 1)}
@@ -96,4 +94,4 @@ def test_pairs_come_from_gold_documents(tmp_path: Path) -> None:
     ]
     assert skipped.reasons == {"pair": 3}
     with pytest.raises(ConfigError, match="found 1 pairs"):
-        train("bundled", pairs[:1], tmp_path, Recipe())
+        train("owner/any", pairs[:1], tmp_path, Recipe())

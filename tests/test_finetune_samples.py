@@ -17,11 +17,11 @@ from kvlink_rag import Document, Passage, Text
 from kvlink_rag.errors import ConfigError, ExampleError, PromptTooLong
 from kvlink_rag.prompt.layout import layout, visibility
 from kvlink_rag.prompt.tokenizer import PartTokenizer
-from kvlink_rag.training.finetune import distractors
-from kvlink_rag.training.finetune.attention import Plan
-from kvlink_rag.training.finetune.batches import FLEX_BLOCK, Collator, block_masks, plans
-from kvlink_rag.training.finetune.chat import LLAMA3, Chat, find_chat
-from kvlink_rag.training.finetune.config import (
+from kvlink_rag.training import distractors
+from kvlink_rag.training.attention import Plan
+from kvlink_rag.training.batches import FLEX_BLOCK, Collator, block_masks, plans
+from kvlink_rag.training.chat import LLAMA3, Chat, find_chat
+from kvlink_rag.training.config import (
     CONFIGS,
     FinetuneConfig,
     Links,
@@ -29,11 +29,11 @@ from kvlink_rag.training.finetune.config import (
     from_mapping,
     load,
 )
-from kvlink_rag.training.finetune.prepare import reserved_ids, with_tokens
-from kvlink_rag.training.finetune.questions import Asking
-from kvlink_rag.training.finetune.samples import IGNORED, Encoded, Sample, encode
-from kvlink_rag.training.finetune.stream import Mixture
-from kvlink_rag.training.finetune.transforms import TRANSFORMS, Format
+from kvlink_rag.training.prepare import reserved_ids, with_tokens
+from kvlink_rag.training.questions import Asking
+from kvlink_rag.training.samples import IGNORED, Encoded, Sample, encode
+from kvlink_rag.training.stream import Mixture
+from kvlink_rag.training.transforms import TRANSFORMS, Format
 
 ENCODER = PartTokenizer(byte_tokenizer())
 SPEC = byte_spec()
@@ -557,9 +557,7 @@ def test_questions_get_the_passages_that_score_highest(
     rows[3]["question"] = "red fox"
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(
-        distractors.ContrieverEmbedder, "from_pretrained", lambda *a, **k: WordEmbedder()
-    )
+    monkeypatch.setattr(distractors, "load_embedder", lambda *a, **k: WordEmbedder())
     out, plain = tmp_path / "out.jsonl", tmp_path / "plain.jsonl"
     given = ["--data", f"{data}:1-4", "--without", "rows.jsonl:2", "--embedder", "x"]
     given += ["--documents", "2", "--out", str(out), "--plain", str(plain)]

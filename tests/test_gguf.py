@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2T
 from kvlink_rag import KVLinkModel
 from kvlink_rag.documents import Document
 from kvlink_rag.engine.backbone import check_supported
-from kvlink_rag.errors import ConfigError, MissingExtra, ModelNotSupported
+from kvlink_rag.errors import ConfigError, ModelNotSupported
 from kvlink_rag.pretrained.gguf import model_directory
 from kvlink_rag.pretrained.gguf.metadata import GGUFFile
 from kvlink_rag.pretrained.gguf.tokenizer import build_tokenizer
@@ -514,16 +514,6 @@ def test_damaged_files_are_refused(tmp_path: Path, bytes_only: dict[str, Any], c
             refused += 1
     assert refused >= 22
     assert not list((cache / "gguf").glob("*.partial"))
-
-
-def test_the_missing_package_is_named(
-    tmp_path: Path, bytes_only: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = small_model("llama", size_of(bytes_only))
-    path = write_model(tmp_path / "a.gguf", "llama", model, bytes_only)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'kvlink-rag\[gguf\]'"):
-        model_directory(path)
 
 
 # The directory.

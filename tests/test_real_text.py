@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from kvlink_rag import ContrieverEmbedder, Document, KVLinkRAG
-from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
 from kvlink_rag.retrieval.rounds import embedded_text
 from kvlink_rag.retrieval.vector_index import VectorIndex
 
@@ -25,11 +24,13 @@ def questions(shared_data: Path) -> list[tuple[str, Document]]:
     ]
 
 
-def test_real_passages_are_searched_as_by_hand(questions: list[tuple[str, Document]]) -> None:
+def test_real_passages_are_searched_as_by_hand(
+    questions: list[tuple[str, Document]], saved_pair: tuple[Path, Path]
+) -> None:
     """Every fifth of the 2,655 passages: hits are those of plain inner products."""
     assert len(questions) == 2655
     some = questions[::5]
-    embedder = ContrieverEmbedder.from_pretrained(BUNDLED_DIRECTORY / "encoder", device="cpu")
+    embedder = ContrieverEmbedder.from_pretrained(saved_pair[1], device="cpu")
     vectors = embedder.embed([embedded_text(document) for _, document in some])
     index = VectorIndex(embedder.dimension)
     index.add(np.arange(len(some)), vectors)
@@ -42,12 +43,12 @@ def test_real_passages_are_searched_as_by_hand(questions: list[tuple[str, Docume
 
 
 def test_a_collection_of_real_passages_answers(
-    tmp_path: Path, questions: list[tuple[str, Document]]
+    tmp_path: Path, questions: list[tuple[str, Document]], saved_pair: tuple[Path, Path]
 ) -> None:
     """Real passages through the whole path; the answer equals the masked prefill's."""
-    with KVLinkRAG.open(tmp_path) as rag:
-        report = rag.add([document for _, document in questions[:60]])
-        assert report.encoded == len({d.canonical() for _, d in questions[:60]})
+    with KVLinkRAG.open(tmp_path, model=saved_pair[0], embedder=saved_pair[1]) as rag:
+        report = rag.add([document for _, document in questions[:30]])
+        assert report.encoded == len({d.canonical() for _, d in questions[:30]})
         answer = rag.ask(questions[0][0], k=5, max_new_tokens=16)
         assert answer.text.strip()
         assert answer.trace.snapshots_found == 5

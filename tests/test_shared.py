@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
@@ -44,7 +45,7 @@ def test_other_models_are_not_mixed_up(
 
 def test_names_and_devices_are_compared(tmp_path: Path) -> None:
     rag = shared_collection(tmp_path, device="cpu")
-    assert shared_collection(tmp_path, model="bundled", embedder="bundled") is rag
+    assert shared_collection(tmp_path, model="small", embedder="small") is rag
     assert shared_collection(tmp_path, device="cpu") is rag
     assert shared_collection(tmp_path, device="cuda") is not rag
     assert shared_collection(tmp_path, model="owner/other") is not rag
@@ -77,17 +78,21 @@ def test_it_is_closed_when_the_process_ends(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_one_whose_directory_is_gone_is_closed_without_a_word(tmp_path: Path) -> None:
+def test_one_whose_directory_is_gone_is_closed_without_a_word(
+    tmp_path: Path, saved_pair: tuple[Path, Path]
+) -> None:
+    lm, encoder = map(str, saved_pair)
     code = (
         "import logging, shutil; logging.basicConfig()\n"
         "from kvlink_rag import Document\n"
         "from kvlink_rag.collection.opened import shared_collection\n"
-        f"rag = shared_collection({str(tmp_path / 'c')!r}, device='cpu')\n"
+        f"rag = shared_collection({str(tmp_path / 'c')!r}, model={lm!r}, embedder={encoder!r})\n"
         "rag.add([Document('The harbour of Orvale.')])\n"
         f"shutil.rmtree({str(tmp_path / 'c')!r})"
     )
+    quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=quiet
     )
     assert (done.returncode, done.stderr) == (0, "")
 

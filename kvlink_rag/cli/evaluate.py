@@ -48,7 +48,7 @@ def evaluate(
     than the masked prefill.
 
     Args:
-        data_set: nq, 2wikimultihopqa, triviaqa, hotpotqa, musique, multinews, samsum or generated
+        data_set: nq, 2wikimultihopqa, triviaqa, hotpotqa, musique, multinews or samsum
         out: where answers and table go
         compare: only one table of several --out
         data: a file, folder or hub id with the set's rows (the hub's)

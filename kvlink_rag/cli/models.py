@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from kvlink_rag.pretrained.known import DEFAULT
 from kvlink_rag.quantities import size
 
 from . import terminal
@@ -49,8 +50,14 @@ def models(
         return 0
     terminal.show(line for each in found for line in _lines(each))
     if action == "get":
-        terminal.show([f"use them with: --model {name} --embedder {name}"])
+        terminal.show([_use(name)])
     return 0
+
+
+def _use(name: str) -> str:
+    if name == DEFAULT:
+        return "they are what is used where no model is named"
+    return f"use them with: --model {name} --embedder {name}"
 
 
 def _lines(model: Listed) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Options:
     dir: str | None = None
     """the collection's directory"""
     model: str | None = None
-    """a directory, GGUF file, hub id, or a name of `models` (the collection's, else bundled)"""
+    """a directory, GGUF file, hub id, or a name of `models` (the collection's, else small)"""
     embedder: str | None = None
     """likewise for the embedder"""
     device: str = "auto"
@@ -118,11 +118,11 @@ def load(rag: KVLinkRAG, *, embedder: bool = True) -> None:
 
 
 def load_model(options: Options) -> KVLinkModel:
-    """The model alone, the bundled one unless named."""
+    """The model alone, that of the pair small unless named."""
     with importing(options):
         from kvlink_rag.model.model import KVLinkModel
-        from kvlink_rag.pretrained.model_files import BUNDLED
-    name = options.model or BUNDLED
+        from kvlink_rag.pretrained.known import DEFAULT
+    name = options.model or DEFAULT
     with terminal.doing(f"loading the model {name!r}"):
         return KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
 
@@ -134,13 +134,13 @@ def opener(
     with importing(options):
         from kvlink_rag.collection.rag import KVLinkRAG
         from kvlink_rag.model.model import KVLinkModel
-        from kvlink_rag.pretrained.model_files import BUNDLED
+        from kvlink_rag.pretrained.known import DEFAULT
     known: dict[str, str] = {}
     if has_collection(options):
         with KVLinkRAG.open(directory_of(options), create=False) as rag:
             known = {"model": rag.model_name, "embedder": rag.embedder_name, "codec": rag.codec}
             known |= {"compression": rag.compression, "dtype": rag.storage_dtype}
-    name = options.model or known.get("model", BUNDLED)
+    name = options.model or known.get("model", DEFAULT)
     with terminal.doing(f"loading the model {name!r}"):
         model = KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
     kept, computed = known.get("dtype"), model.backbone.dtype_name
@@ -149,7 +149,7 @@ def opener(
     return lambda path: KVLinkRAG.open(
         path,
         model=model,
-        embedder=options.embedder or known.get("embedder", BUNDLED),
+        embedder=options.embedder or known.get("embedder", DEFAULT),
         device=options.device,
         codec=codec or known.get("codec"),
         compression=compression or known.get("compression"),

@@ -35,9 +35,9 @@ def train(
         as_json: print JSON (--dry-run)
     """
     with importing(options):
-        from kvlink_rag.training.finetune.config import load
-        from kvlink_rag.training.finetune.dry_run import estimate, lines
-        from kvlink_rag.training.finetune.trainer import ADAPTER, finetune
+        from kvlink_rag.training.config import load
+        from kvlink_rag.training.dry_run import estimate, lines
+        from kvlink_rag.training.trainer import ADAPTER, finetune
     loaded = load(config)
     if dry_run:
         found = estimate(loaded, tflops=tflops)

@@ -13,14 +13,13 @@ from typing import Any
 
 from kvlink_rag.documents import Hit, Part, Passage, Text
 from kvlink_rag.errors import PromptTooLong, TooManyPassages
+from kvlink_rag.prompt.format import INSTRUCTION
 from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
 
 from .answering import AnswerStream, Found
 from .rag import KVLinkRAG
 from .searching import search_distinct
-
-SYSTEM = "You answer questions from the documents."
 
 
 class Conversation:
@@ -43,7 +42,7 @@ class Conversation:
         self._rag, self._k, self._rounds = rag, k, rounds
         self.parts = rag.parts
         self.order = rag.order(order)
-        self._system = {"role": "system", "content": SYSTEM if system is None else system}
+        self._system = {"role": "system", "content": INSTRUCTION if system is None else system}
         self._turns: list[Turn] = []
         self._numbered = 0
 

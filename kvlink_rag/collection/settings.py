@@ -30,7 +30,8 @@ from kvlink_rag.arguments import (
 from kvlink_rag.disk.checked_file import check_compression
 from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.errors import ConfigError, SettingsMismatch, StorageError
-from kvlink_rag.pretrained.model_files import BUNDLED, find_device
+from kvlink_rag.pretrained.known import DEFAULT
+from kvlink_rag.pretrained.model_files import find_device
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.retrieval.embedder import Embedder, Vectors
@@ -44,6 +45,7 @@ from .storage import exact_dtype, known_codec, known_storage, model_identity, st
 if TYPE_CHECKING:
     from kvlink_rag.model.model import KVLinkModel
 
+GONE = "bundled"  # the demonstration pair that came with earlier releases
 UNFINISHED = "unfinished"  # an identity that nothing has: a re-encoding that was cut short
 
 
@@ -88,7 +90,7 @@ class Settings:
     """The model and embedder of one collection, loaded once, checked against what it remembers.
 
     Each is loaded under a lock of its own, so that a search does not wait for the language model.
-    Without a word and without memory: the bundled pair, and snapshots as `default_codec` says.
+    Without a word and without memory: the pair `small`, and snapshots as `default_codec` says.
     """
 
     def __init__(self, catalog: Catalog, asked: Asked) -> None:
@@ -168,7 +170,8 @@ class Settings:
             return self._model.format
         from kvlink_rag.model.loading import find_model
 
-        return find_model(self.model_name, self._asked.spec).format
+        with self._where_it_moved("model"):
+            return find_model(self.model_name, self._asked.spec).format
 
     def settle_model(self, allow: bool) -> bool:
         """Check model and codec that were asked for; True where one is new and `allow` takes it."""
@@ -207,7 +210,7 @@ class Settings:
 
     def _name(self, what: str, asked: Any) -> str:
         if asked is None:
-            return str(self._remembered.get(what, BUNDLED))
+            return str(self._remembered.get(what, DEFAULT))
         if isinstance(asked, str | Path):
             path = Path(asked).expanduser()
             return str(path.resolve()) if path.is_dir() else str(asked)
@@ -259,17 +262,29 @@ class Settings:
 
     @contextlib.contextmanager
     def _where_it_moved(self, what: str) -> Iterator[None]:
-        """Where a remembered path is no more, say what to do."""
+        """Where a remembered path or pair is no more, say what to do."""
         name = getattr(self, f"{what}_name")
         try:
             yield
         except ConfigError as error:
+            if self._remembered.get(what) == name == GONE:
+                raise ConfigError(self._told_gone(what)) from error
             if self._remembered.get(what) != name or not os.path.isabs(name) or Path(name).exists():
                 raise
             raise ConfigError(
                 f"this collection was made with the {what} at {name}, where nothing is now; if it "
                 f"moved, name its place once: {what}=… (kvlink-rag: --{what} …)"
             ) from error
+
+    def _told_gone(self, what: str) -> str:
+        parts = [part for part in ("model", "embedder") if self._remembered.get(part) == GONE]
+        arguments = ", ".join(f"{part}={DEFAULT!r}" for part in parts)
+        options = " ".join(f"--{part} {DEFAULT}" for part in parts)
+        return (
+            f"this collection was made with the {what} {GONE!r}, a demonstration of earlier "
+            f"releases that is gone; open it once with {arguments}, reencode=True (kvlink-rag: "
+            f"{options} --reencode) to encode its documents again"
+        )
 
     def _check(self, what: str, identity: str) -> None:
         """Compare with what is remembered now, by whichever process; the first to come is it."""

@@ -1,5 +1,4 @@
-"""When an answer is right: the metrics of SQuAD (Rajpurkar et al. 2016), of the KVLink paper and of
-the bundled questions.
+"""When an answer is right: the metrics of SQuAD (Rajpurkar et al. 2016) and of the KVLink paper.
 
 Knows strings only.
 """
@@ -11,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-ABSENT = "The documents do not say"  # what the bundled model was taught to say then
+ABSENT = "The documents do not say"  # where they hold no answer: the wording that is scored
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -50,17 +49,3 @@ def _f1(prediction: str, answer: str) -> float:
         return 0.0
     precision, recall = common / len(said), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
-
-
-def final_answer(text: str) -> str:
-    """What is scored of a reply to a bundled question, which may name a bridge before it.
-
-    The part after the last " is " of the first line: "Ann Bell, whose birthplace is Marnik." ->
-    "marnik"; anything that says the documents do not say -> that. Compared without case,
-    surrounding spaces and a closing full stop.
-    """
-    line = text.strip().split("\n", 1)[0].strip().rstrip(".").lower()
-    absent = ABSENT.lower()
-    if absent.removeprefix("the ") in line:
-        return absent
-    return line.rsplit(" is ", 1)[-1].strip()

@@ -24,16 +24,13 @@ log = logging.getLogger(__name__)
 SHOWN = 5
 TRIES = 40  # passages looked at for each distractor wanted
 
-Metric = Literal["answers", "rouge", "final"]
+Metric = Literal["answers", "rouge"]
 OnBad = Literal["skip", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """A set by name. source: where the hub has it, if it does; metric: how predictions are scored.
-
-    `generated` is the world that the bundled model was trained on (`kvlink_rag.training.held_out`).
-    """
+    """A set by name. source: where the hub has it; metric: how predictions are scored."""
 
     name: str
     source: Source
@@ -62,7 +59,6 @@ SETS: Mapping[str, DataSet] = {
         ),
         DataSet("musique", Source("dgslibisey/MuSiQue", None, "validation"), question_answering),
         DataSet("multinews", Source("alexfabbri/multi_news", None, "test"), multi_news, "rouge"),
-        DataSet("generated", Source(""), question_answering, "final"),
         DataSet("samsum", Source("knkarthick/samsum", None, "test"), samsum, "rouge"),
     )
 }

@@ -19,7 +19,7 @@ from kvlink_rag.datasets.sets import DataSet, Skipped, filled_up, find_set, read
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.model.verify import TOLERANCE
-from kvlink_rag.pretrained.model_files import BUNDLED, BUNDLED_DIRECTORY
+from kvlink_rag.pretrained.known import DEFAULT
 from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.retrieval.embedder_kinds import load_embedder
 
@@ -121,11 +121,6 @@ def _spec(model: KVLinkModel, request: Request) -> Any:
 def _cases(request: Request, data_set: DataSet, skipped: Skipped) -> list[Case]:
     """Examples, filled up or over retrieved documents, with the gold one at each place wanted."""
     source = data_set.source
-    if not (request.data or source.path):
-        raise ConfigError(
-            f"the set {data_set.name} is on no hub; write its rows with: python -m "
-            "kvlink_rag.training.held_out --out DIR, then give one of the files with --data"
-        )
     if request.data:
         source = Source(request.data, None, request.split or source.split)
     elif request.split:
@@ -163,9 +158,7 @@ def _retrieved(
 
 
 def _embedder(request: Request) -> Embedder:
-    name = request.embedder or BUNDLED
-    directory = BUNDLED_DIRECTORY / "encoder" if name == BUNDLED else name
-    return load_embedder(directory, device=request.device)
+    return load_embedder(request.embedder or DEFAULT, device=request.device)
 
 
 _ANSWERED_UNDER = (

@@ -1,189 +1,125 @@
-"""The demonstration: the bundled documents indexed, questions answered, times and bytes shown.
+"""The demonstration: real text indexed, questions answered, both ways to the first token timed.
 
-Everything printed is measured in the run itself. Knows `KVLinkRAG` and the bundled files; who
-runs it gives it a collection and a place to write.
+Everything printed is measured in the run itself. Knows `KVLinkRAG` and the passages that come with
+the package; who runs it gives it a collection and a place to write.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 
+from kvlink_rag.arguments import Mode
 from kvlink_rag.collection.answering import Answer
 from kvlink_rag.collection.rag import KVLinkRAG
-from kvlink_rag.datasets.answers import final_answer
-from kvlink_rag.datasets.bundled import Example, load_documents, load_examples
-from kvlink_rag.documents import Document, Part
-from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.pretrained.model_files import BUNDLED_DIRECTORY
+from kvlink_rag.datasets.countries import SOURCE, Question, passages, questions
 from kvlink_rag.quantities import number, size
-from kvlink_rag.snapshots.sources import Reuse
 
-ASKED = {"one-hop": 4, "two-hop": 4, "absent": 2}  # questions of each kind
 PASSAGES = 10
-ROUNDS = 2  # a question does not say whether it needs a second round, so all get one
-SHOWN = 3  # sources printed with an answer
-LONG_PASSAGES, LONG_TOKENS = 20, 200  # the second timing: as many and as long as in real use
+ANSWER_TOKENS = 32
+SHOWN = 1  # sources printed with an answer, besides those that hold it
 
 Say = Callable[[str], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Milliseconds to the first token, medians; reuse reads its snapshots from the disk."""
-
-    name: str
-    passages: int
-    tokens: int
-    reuse_ms: float
-    full_ms: float
-
-
-def run(
-    rag: KVLinkRAG, *, runs: int = 5, say: Say = print, data: Path = BUNDLED_DIRECTORY
-) -> dict[str, Any]:
-    """The whole demonstration; what it found, as JSON. Raises `ConfigError` without the files."""
-    documents, examples = load_documents(data), first_of_each_kind(load_examples(data))
-    indexed = _index(rag, documents, say)
-    answers = [_ask(rag, place, example, say) for place, example in enumerate(examples, 1)]
+def run(rag: KVLinkRAG, *, say: Say = print) -> dict[str, Any]:
+    """The whole demonstration; what it found, as JSON."""
+    indexed = _index(rag, say)
+    answers = [_ask(rag, place, asked, say) for place, asked in enumerate(questions(), 1)]
     right = sum(answer["right"] for answer in answers)
-    say(f"\n{right} of {len(answers)} answers right.")
-    timings = _time(rag, documents, examples[0], runs, say)
+    say(f"\n{right} of {len(answers)} answers right, by the expected ones.")
     return {
+        "model": rag.model_name,
         "threads": torch.get_num_threads(),
         "indexed": indexed,
         "answers": answers,
         "right": right,
-        "ttft": [asdict(timing) for timing in timings],
+        "ttft": _show_times(rag, answers, say),
         "disk": _show_disk(rag, say),
     }
 
 
-def first_of_each_kind(examples: Sequence[Example]) -> list[Example]:
-    """The first questions of each kind, as many as `ASKED` says."""
-    kinds = ([e for e in examples if e.kind == kind][:count] for kind, count in ASKED.items())
-    return [example for found in kinds for example in found]
-
-
-# ── documents and questions ──────────────────────────────────────────────────────────────────
-
-
-def _index(rag: KVLinkRAG, documents: Sequence[Document], say: Say) -> dict[str, Any]:
-    say(f"Indexing {number(len(documents), 'document')} with {rag.model.name!r} …")
+def _index(rag: KVLinkRAG, say: Say) -> dict[str, Any]:
+    documents = passages()
+    say(
+        f"Indexing {number(len(documents), 'passage')} of {SOURCE} (public domain) "
+        f"with {rag.model_name!r} …"
+    )
     start = time.perf_counter()
     report = rag.add(documents)
     seconds = time.perf_counter() - start
     say(
-        f"  {report.encoded} snapshots of {report.tokens:,} tokens made in {seconds:.1f} s; "
-        f"{report.unchanged} documents were there already"
+        f"  {number(report.encoded, 'snapshot')} of {report.tokens:,} tokens made in "
+        f"{seconds:.1f} s; {report.unchanged} were there already"
     )
-    return {"documents": len(documents), "tokens": report.tokens, "seconds": round(seconds, 3)}
+    return {"passages": len(documents), "tokens": report.tokens, "seconds": round(seconds, 3)}
 
 
-def _ask(rag: KVLinkRAG, place: int, example: Example, say: Say) -> dict[str, Any]:
-    answer = rag.ask(example.question, k=PASSAGES, rounds=ROUNDS, max_new_tokens=48)
-    right = final_answer(answer.text) == final_answer(example.answer)
-    say(f"\n{place}. {example.question}  ({example.kind})")
-    verdict = "right" if right else f"WRONG, expected: {example.answer}"
-    say(f"   {shorten(answer.text, 200, placeholder='…')}  [{verdict}]")
-    for source in _sources(answer, example):
+def _ask(rag: KVLinkRAG, place: int, asked: Question, say: Say) -> dict[str, Any]:
+    say(f"\n{place}. {asked.question}")
+    answer = rag.ask(asked.question, k=PASSAGES, max_new_tokens=ANSWER_TOKENS)
+    right = asked.is_right(answer.text)
+    expected = " or ".join(asked.answers) or "that the documents do not say"
+    verdict = "right" if right else f"WRONG, expected: {expected}"
+    said = shorten(answer.text, 160, placeholder="…")
+    say(f"   {said}  [{verdict}]")
+    for source in _sources(answer, asked):
         say(f"     {source}")
+    full_ms = _first_token_ms(rag, asked.question, "full")
     cost = answer.trace
+    reuse_ms = cost.first_token_ms
     say(
-        f"     first token after {cost.first_token_ms:.1f} ms, retrieval included; "
-        f"{cost.reused_tokens} tokens reused, {cost.computed_tokens} computed"
+        f"     first token: reuse {reuse_ms:,.0f} ms, full prefill {full_ms:,.0f} ms; "
+        f"{cost.reused_tokens:,} tokens reused, {cost.computed_tokens:,} computed"
     )
-    gold = [hit.document.id in example.gold for hit in answer.hits]
     return {
-        **asdict(example),
+        **asdict(asked),
         "said": answer.text,
         "right": right,
-        "gold_retrieved": sum(gold),
+        "gold_retrieved": sum(hit.document.id in asked.gold for hit in answer.hits),
+        "ttft": {"reuse_ms": reuse_ms, "full_ms": full_ms},
         "trace": cost.to_dict(),
     }
 
 
-def _sources(answer: Answer, example: Example) -> Iterable[str]:
-    """The best hits, and further down those that the answer rests on, marked."""
+def _sources(answer: Answer, asked: Question) -> Iterator[str]:
+    """The best hit, and those that hold the answer, marked."""
     for rank, hit in enumerate(answer.hits, 1):
-        gold = hit.document.id in example.gold
+        gold = hit.document.id in asked.gold
         if rank <= SHOWN or gold:
-            text = shorten(hit.document.text, 90, placeholder="…")
+            text = shorten(f"{hit.document.title}: {hit.document.text}", 90, placeholder="…")
             yield f"{'→' if gold else ' '} [{rank}] {text}"
 
 
-# ── times ────────────────────────────────────────────────────────────────────────────────────
+def _first_token_ms(rag: KVLinkRAG, question: str, mode: Mode) -> float:
+    """Retrieval to first token, as `mode` computes the same prompt."""
+    stream = rag.stream(question, k=PASSAGES, mode=mode, max_new_tokens=1)
+    for _ in stream:
+        pass
+    return stream.trace.first_token_ms
 
 
-def _time(
-    rag: KVLinkRAG, documents: Sequence[Document], example: Example, runs: int, say: Say
-) -> list[Timing]:
+def _show_times(rag: KVLinkRAG, answers: list[dict[str, Any]], say: Say) -> dict[str, float]:
+    """Medians over the questions."""
+    medians = {
+        way: statistics.median(answer["ttft"][way] for answer in answers)
+        for way in ("reuse_ms", "full_ms")
+    }
     say(
-        f"\nTime to first token, reuse beside full prefill of the same prompt: medians of {runs} "
-        f"interleaved runs on {rag.model.backbone.device}, "
-        f"{number(torch.get_num_threads(), 'thread')}; without retrieval"
+        f"Time to first token, retrieval included, median of {len(answers)} questions on "
+        f"{rag.model.backbone.device}, {number(torch.get_num_threads(), 'thread')}: reuse "
+        f"{medians['reuse_ms']:,.0f} ms, full prefill {medians['full_ms']:,.0f} ms "
+        f"({medians['full_ms'] / medians['reuse_ms']:.1f} times as long)"
     )
-    hits = rag.search(example.question, PASSAGES, rounds=ROUNDS)
-    own = rag.model.prompt([hit.document for hit in hits], example.question)
-    timings = [_measure("question 1", rag.model, own, rag.reuse, runs)]
-    with tempfile.TemporaryDirectory(prefix="kvlink-demo-") as directory:
-        long = lengthened(rag.model, documents)
-        with KVLinkRAG.open(directory, model=rag.model, embedder=rag.embedder) as other:
-            other.register(long)
-            parts = rag.model.prompt(long, example.question)
-            timings.append(_measure("longer passages", rag.model, parts, other.reuse, runs))
-    for each in timings:
-        say(
-            f"  {each.name:16} {each.passages:3} passages, {each.tokens:5,} tokens: reuse "
-            f"{each.reuse_ms:7.1f} ms, full {each.full_ms:7.1f} ms "
-            f"({each.full_ms / each.reuse_ms:.1f} times as long)"
-        )
-    return timings
-
-
-def _measure(name: str, model: KVLinkModel, parts: list[Part], reuse: Reuse, runs: int) -> Timing:
-    """Interleaved, after one run of each that does not count; nothing computed is kept."""
-    reuse = replace(reuse, prefix=None)
-    times: dict[str, list[float]] = {"reuse": [], "full": []}
-    for count in range(runs + 1):
-        for mode, taken in times.items():
-            stream = model.stream(parts, max_new_tokens=1, mode=mode, reuse=reuse)  # type: ignore[arg-type]
-            for _ in stream:
-                pass
-            taken += [stream.trace.first_token_ms] if count else []
-    prompt = model.layout(parts)
-    return Timing(
-        name,
-        len(prompt.passages),
-        len(prompt),
-        statistics.median(times["reuse"]),
-        statistics.median(times["full"]),
-    )
-
-
-def lengthened(model: KVLinkModel, documents: Sequence[Document]) -> list[Document]:
-    """Passages of about `LONG_TOKENS` tokens, of the documents' texts in turn."""
-    texts = iter(document.text for document in [*documents] * 3)
-    count = min(LONG_PASSAGES, model.spec.max_passages or LONG_PASSAGES)
-    made = []
-    for place in range(count):
-        text = ""
-        while len(model.tokenizer.encode(text)) < LONG_TOKENS - 10:
-            text = f"{text} {next(texts)}".strip()
-        made.append(Document(text, id=f"long-{place}"))
-    return made
-
-
-# ── bytes ────────────────────────────────────────────────────────────────────────────────────
+    return medians
 
 
 def _show_disk(rag: KVLinkRAG, say: Say) -> dict[str, Any]:

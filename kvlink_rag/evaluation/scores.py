@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvlink_rag.datasets.answers import contained, exact_match, f1, final_answer
+from kvlink_rag.datasets.answers import contained, exact_match, f1
 from kvlink_rag.datasets.sets import Metric
 from kvlink_rag.errors import MissingExtra
 
@@ -15,7 +15,7 @@ def scorer(metric: Metric) -> Score:
     """The function that scores a prediction. Raises `MissingExtra` (ROUGE)."""
     if metric == "rouge":
         return _rouge()
-    return {"answers": _answers, "final": _final}[metric]
+    return _answers
 
 
 def _answers(prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -24,12 +24,6 @@ def _answers(prediction: str, answers: Sequence[str]) -> dict[str, float]:
         "exact_match": exact_match(prediction, answers),
         "f1": f1(prediction, answers),
     }
-
-
-def _final(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-    """Whether the final answer is the right one: the bundled model may name a bridge before it."""
-    said = final_answer(prediction)
-    return {"final": float(any(said == final_answer(answer) for answer in answers))}
 
 
 def _rouge() -> Score:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvlink_rag.disk.digests import tokenizer_digest, weights_digest
 from kvlink_rag.errors import ConfigError
+from kvlink_rag.pretrained.known import ADAPTERS
 from kvlink_rag.prompt.spec import SPEC_FILE, Base, Spec
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -134,8 +135,11 @@ def find_adapter(
 ) -> tuple[str | Path, Adapter | None]:
     """The base to load, and the adapter to merge into it, if any.
 
-    The path of an adapter alone means the base that its `kvlink.json` names.
+    The path of an adapter alone means the base that its `kvlink.json` names; the name of a pair,
+    its reader with the adapter that comes with this package.
     """
+    if adapter is None:
+        adapter = ADAPTERS.get(str(path_or_id))
     if adapter is not None:
         return path_or_id, read_adapter(adapter)
     if is_adapter(path_or_id):

@@ -58,14 +58,14 @@ class ModelFiles:
 def find_model(
     path_or_id: str | Path, spec: Spec | None = None, adapter: str | Path | None = None
 ) -> ModelFiles:
-    """The files of a directory, a hub id, an adapter or "bundled", and how its prompts are written.
+    """The files of a directory, a hub id, an adapter or a pair, and how its prompts are written.
 
     spec: None takes the adapter's, else the `kvlink.json` beside the weights, else the built-in one
     of a published checkpoint, else one without link tokens.
     Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
     """
     base, found = find_adapter(path_or_id, adapter)
-    directory = resolve(base, bundled="lm")
+    directory = resolve(base, role="reader")
     config = load_config(directory)
     check_supported(config)
     spec = spec or (found.spec if found else find_spec(str(base), directory))
@@ -136,7 +136,7 @@ def load_tokenizer(directory: Path, spec: Spec | None) -> Any:
     """The checkpoint's tokenizer, or the one its spec names where it carries none."""
     if not _carries_tokenizer(directory) and spec is not None and spec.tokenizer is not None:
         directory = resolve(
-            spec.tokenizer, bundled="lm", files=["tokenizer*", "*.jinja", "special*"]
+            spec.tokenizer, role="reader", files=["tokenizer*", "*.jinja", "special*"]
         )
     if not _carries_tokenizer(directory):  # transformers 5.0 would make an empty one
         raise ConfigError(

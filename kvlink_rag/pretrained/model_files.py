@@ -1,6 +1,6 @@
 """Where model files lie, and on which device and in which dtype they are to be loaded.
 
-Directories, hub ids and "bundled" to a directory. Knows names and files; knows no kind of model.
+Directories, GGUF files, hub ids and known names to a directory. Knows no kind of model.
 `HF_HUB_OFFLINE` is honoured.
 """
 
@@ -15,26 +15,21 @@ import torch
 from kvlink_rag.errors import ConfigError
 
 from . import fetch, gguf
-from .known import PAIRS
-
-BUNDLED = "bundled"
-BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
+from .known import PAIRS, Role
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve(name: str | Path, *, bundled: str, files: list[str] | None = None) -> Path:
+def resolve(name: str | Path, *, role: Role, files: list[str] | None = None) -> Path:
     """The directory that holds the model `name`.
 
     That is a directory, a GGUF file, a known pair or a part of one by its own name, or a hub id.
-    What is not here is fetched, a GGUF file converted once. bundled: the part ("lm" or "encoder")
-    that the name of a pair, "bundled" too, means.
+    What is not here is fetched, a GGUF file converted once. role: the part that the name of a pair
+    means; its reader is the base alone, without the pair's adapter.
     Raises `ConfigError` where there is no such directory and no such repository at hand.
     """
-    if str(name) == BUNDLED:
-        return BUNDLED_DIRECTORY / bundled
     if str(name) in PAIRS:
-        return fetch.part(str(name), "embedder" if bundled == "encoder" else "reader")
+        return fetch.part(str(name), role)
     if packaged := fetch.named(str(name)):
         return fetch.directory_of(packaged)
     path = Path(name).expanduser()
@@ -67,10 +62,10 @@ def _snapshot(repository: str, files: list[str]) -> Path:
 
 @contextlib.contextmanager
 def quiet(directory: Path) -> Iterator[None]:
-    """No progress bars of transformers while the bundled pair loads, which takes no time."""
+    """No progress bars of transformers while a known pair loads, which takes a second."""
     from transformers.utils import logging
 
-    hush = directory.is_relative_to(BUNDLED_DIRECTORY) and logging.is_progress_bar_enabled()
+    hush = fetch.is_packaged(directory) and logging.is_progress_bar_enabled()
     if hush:
         logging.disable_progress_bar()
     try:

@@ -7,6 +7,7 @@ tensors of a model and no file.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,16 @@ from typing import Any
 from kvlink_rag.documents import Document, Part, Text
 from kvlink_rag.errors import PromptError, PromptTooLong
 
-from .chat import checked_role, content_parts, has_template, render, template_pieces
+from .chat import GAP, checked_role, content_parts, has_template, render, template_pieces
 from .layout import Layout, layout
 from .spec import PLAIN_PRESET, PromptPreset, Spec
 from .tokenizer import PartTokenizer
+
+# What the adapter of the pair `small` was trained with, and a good one for any chat model.
+INSTRUCTION = (
+    "Answer the question from the documents, as briefly as possible. "
+    "If they do not hold the answer, say: The documents do not say."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +93,26 @@ class PromptFormat:
 
 
 def default_spec(tokenizer: Any) -> Spec:
-    """A spec without link tokens; its preset is the tokenizer's own chat template, if any."""
+    """A spec without link tokens; its preset is the tokenizer's own chat template, if any.
+
+    There `INSTRUCTION` is the system message, or where the template has none begins the user's.
+    """
     if not has_template(tokenizer):
         bos = getattr(tokenizer, "bos_token", None) or ""
         return Spec(presets={"plain": replace(PLAIN_PRESET, before=bos)})
     try:
-        before, after = template_pieces(tokenizer, ["user"])
+        before, after = _instructed(tokenizer)
     except PromptError as error:
         raise PromptError(
             "the tokenizer's chat template drops the user's message; give a spec"
         ) from error
     return Spec(presets={"chat": PromptPreset(before=before, after=after)}, preset="chat")
+
+
+def _instructed(tokenizer: Any) -> tuple[str, str]:
+    """What stands before and after the user's text, with `INSTRUCTION`. Raises `PromptError`."""
+    with contextlib.suppress(PromptError):
+        system, user, answer = template_pieces(tokenizer, ["system", "user"])
+        return f"{system}{INSTRUCTION}{user}", answer
+    user, answer = template_pieces(tokenizer, ["user"])
+    return f"{user}{INSTRUCTION}{GAP}", answer

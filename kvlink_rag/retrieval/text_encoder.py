@@ -186,7 +186,7 @@ def _pad(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
 def find_encoder(path_or_id: str | Path, local_files_only: bool) -> Path:
     """The directory that `path_or_id` names. Raises `ConfigError` where there is none."""
     if not local_files_only or str(path_or_id) in PAIRS or Path(path_or_id).expanduser().is_dir():
-        return resolve(path_or_id, bundled="encoder", files=_FILES)
+        return resolve(path_or_id, role="embedder", files=_FILES)
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,211 +1,204 @@
-"""Trains the small encoder: BERT-shaped, mean pooling, inner product, in-batch negatives
-(Contriever's kind).
+"""Fine-tunes Contriever on (question, passage) pairs.
 
-Each pair is a question and a page that answers it. Second-round pairs put the text of the first
-page behind the question and ask for the page of the second hop, as in multi-hop dense retrieval.
-Every batch comes from one large world, so that most other pages of the batch are distractors of
-the same type. Knows no index and no file.
+    python -m kvlink_rag.training.retriever --data pairs.jsonl --out runs/contriever
+
+Each question must find its passage among all of the batch (in-batch negatives; Izacard et al.,
+arXiv 2112.09118, section 3). Passages that are equal do not count against each other. Embedded
+exactly as the collection will: mean pooling, inner product, title before text.
 """
 
 from __future__ import annotations
 
-import random
+import argparse
+import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from kvlink_rag.retrieval.rounds import embedded_text, followed
+from kvlink_rag.datasets.rows import Row, Source, rows
+from kvlink_rag.datasets.schemas import question_answering
+from kvlink_rag.datasets.sets import Skipped
+from kvlink_rag.documents import Document
+from kvlink_rag.errors import ConfigError, DocumentError, ExampleError, KVLinkError
+from kvlink_rag.pretrained.model_files import resolve
+from kvlink_rag.retrieval.contriever import mean_pooling
+from kvlink_rag.retrieval.rounds import embedded_text
 
-from .facts import KINDS
-from .formats import document
-from .names import Split
-from .questions import one_hop, two_hop, two_hop_facts
-from .world import Builder, Page, World
-
-POSITIONS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The encoder's run: `batch` pairs a step from a new world of `pages` pages of each kind."""
-
-    seed: int = 0
-    steps: int = 1000
-    batch: int = 96
-    rate: float = 2e-3
-    temperature: float = 0.05
-    longest: int = 160
-
-    def factor(self, step: int) -> float:
-        """Warm-up over 5 %, then a linear decay."""
-        return min((step + 1) / (0.05 * self.steps), (self.steps - step) / (0.95 * self.steps), 1.0)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query, the page it should find, and the pages that would be right as well (left out of
-    the loss).
+    """A question and the text of a passage that answers it, as it is embedded."""
+
+    question: str
+    passage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """batch: pairs a step, each other's negatives. longest: tokens a text."""
+
+    steps: int = 1000
+    batch: int = 64
+    learning_rate: float = 1e-5
+    temperature: float = 0.05
+    longest: int = 256
+    seed: int = 0
+    bf16: bool = False
+
+
+def read_pairs(source: Source, skipped: Skipped) -> Iterator[Pair]:
+    """Rows with `question` and `passage` (and `title`), or of any question-answering schema that
+    says which documents are gold (an only document is).
     """
-
-    query: str
-    page: Page
-    also: tuple[str, ...] = ()
-
-
-def build(vocabulary: int, seed: int = 0) -> BertModel:
-    """Random weights: 3 layers of 128, 512 positions."""
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=384,
-        max_position_embeddings=POSITIONS,
-        type_vocab_size=1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=1,
-    )
-    return BertModel(config, add_pooling_layer=False)
+    for number, row in enumerate(rows(source)):
+        try:
+            yield from _pairs(row, number)
+        except (ExampleError, DocumentError) as error:
+            skipped("pair", ExampleError(f"{source}, row {number}: {error}"))
 
 
-def embed(
-    model: BertModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    longest: int = POSITIONS,
-) -> Tensor:
-    """float32 [texts, hidden]: the mean of the last hidden states over the attention mask."""
-    inputs = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
-    )
-    mask = inputs["attention_mask"]
-    hidden = model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state.float()
-    pooled: Tensor = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    return pooled
+def _pairs(row: Row | ExampleError, number: int) -> list[Pair]:
+    if isinstance(row, ExampleError):
+        raise row
+    if "passage" in row:
+        gold = [Document(row["passage"], title=row.get("title") or "")]
+        question = row.get("question")
+        if not isinstance(question, str):
+            raise ExampleError(f"no usable column 'question'; found {', '.join(sorted(row))}")
+    else:
+        example = question_answering(row, number)
+        question, places = example.question, example.gold or range(len(example.documents) == 1)
+        gold = [example.documents[i] for i in places]
+    if not gold:
+        raise ExampleError("no document is marked as gold")
+    return [Pair(question, embedded_text(document)) for document in gold]
 
 
-def page_text(page: Page) -> str:
-    """What is embedded for a page, as the engine does it."""
-    return embedded_text(document(page))
+def train(model_name: str, pairs: Sequence[Pair], out: Path, recipe: Recipe) -> Path:
+    """Tune and write the encoder; the directory that `ContrieverEmbedder.from_pretrained` opens.
 
-
-def second_query(question: str, first: Page) -> str:
-    """What the second round asks with, as the engine does it."""
-    return followed(question, document(first))
-
-
-def large_world(rng: random.Random, split: Split, pages: int) -> World:
-    """A world of about `pages` pages over all kinds, linked among themselves, none dependent."""
-    counts = {kind: pages // len(KINDS) for kind in KINDS}
-    return Builder(rng, split, counts, linked=0.9).build()
-
-
-def pairs(world: World, rng: random.Random, n: int) -> list[Pair]:
-    """Two in five one-hop, two in five the first round of two-hop, one in five the second round."""
-    hops = list(two_hop_facts(world))
-    found: list[Pair] = []
-    ones = rng.sample(list(world.stated.values()), n)
-    for index in range(n):
-        first, second = rng.choice(hops)
-        question = two_hop(world, first, second, rng)
-        here, there = (world.pages[i] for i in question.gold)
-        if index % 5 < 2:
-            found.append(
-                Pair(one_hop(world, ones[index][0], rng).text, world.pages[ones[index][1]])
-            )
-        elif index % 5 < 4:
-            found.append(Pair(question.text, here, (there.id,)))
-        else:
-            found.append(Pair(second_query(question.text, here), there, (here.id,)))
-    return found
-
-
-def loss_of(
-    model: BertModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Pair], recipe: Recipe
-) -> Tensor:
-    """Each query against all pages of the batch; pages that are right as well do not count
-    against it.
+    Raises `ConfigError` where there are fewer pairs than a batch needs.
     """
-    with torch.autocast("cpu", torch.bfloat16):
-        queries = embed(model, tokenizer, [p.query for p in batch], recipe.longest)
-        pages = embed(model, tokenizer, [page_text(p.page) for p in batch], recipe.longest)
-    scores = queries @ pages.T / recipe.temperature / queries.shape[1] ** 0.5
-    same = torch.tensor(
-        [[q is not p and p.page.id in (q.page.id, *q.also) for p in batch] for q in batch]
+    if len(pairs) < 2:
+        raise ConfigError(f"found {len(pairs)} pairs, expected at least 2; look at the data's gold")
+    set_seed(recipe.seed)
+    directory = resolve(
+        model_name, role="embedder", files=["*.json", "*.txt", "*.safetensors", "*.bin"]
     )
-    return cross_entropy(scores.masked_fill(same, -torch.inf), torch.arange(len(batch)))
-
-
-def train(model: BertModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[str]:
-    """Train in place; yields a line of log now and then."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01
+    model, tokenizer = (
+        AutoModel.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
     )
-    losses: list[float] = []
-    for step in range(recipe.steps):
-        rng = random.Random(f"encoder-{recipe.seed}-{step}")
-        batch = pairs(large_world(rng, "train", 240), rng, recipe.batch)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * recipe.factor(step)
-        loss = loss_of(model, tokenizer, batch, recipe)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 25 == 0:
-            yield f"encoder step {step + 1} loss {sum(losses) / len(losses):.4f}"
-            losses = []
-
-
-@torch.no_grad()
-def recalls(
-    model: BertModel,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World,
-    *,
-    n: int = 500,
-    k: int = 10,
-    seed: int = 0,
-) -> dict[str, float]:
-    """recall@k over all pages: one-hop, any gold page of two-hop, and the second page in a
-    second round.
-    """
-    rng, ids = random.Random(seed), list(world.pages)
-    index = torch.cat(
-        [
-            embed(model, tokenizer, [page_text(world.pages[i]) for i in ids[at : at + 64]])
-            for at in range(0, len(ids), 64)
-        ]
+    trainer = _PairTrainer(
+        model=model,
+        args=_arguments(recipe, len(pairs), out),
+        train_dataset=list(pairs),
+        data_collator=_Collator(tokenizer, min(recipe.longest, tokenizer.model_max_length)),
     )
-    hits: dict[str, list[bool]] = {
-        "one-hop": [],
-        "two-hop first": [],
-        "two-hop second": [],
-        "two-hop both": [],
-    }
-    hops, facts = list(two_hop_facts(world)), [fact for fact, _ in world.stated.values()]
+    trainer.temperature = recipe.temperature
+    trainer.train()
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    return out / "model"
 
-    def top(query: str, k: int) -> list[str]:
-        scores = index @ embed(model, tokenizer, [query])[0]
-        return [ids[i] for i in scores.topk(k).indices.tolist()]
 
-    for _ in range(n):
-        question = one_hop(world, rng.choice(facts), rng)
-        hits["one-hop"].append(question.gold[0] in top(question.text, k))
-        question = two_hop(world, *rng.choice(hops), rng)
-        first = top(question.text, k)
-        hits["two-hop first"].append(bool(set(question.gold) & set(first)))
-        second = top(second_query(question.text, world.pages[question.gold[0]]), k)
-        hits["two-hop second"].append(question.gold[1] in second)
-        round_two = {
-            i for hit in first[:3] for i in top(second_query(question.text, world.pages[hit]), 3)
+def _arguments(recipe: Recipe, pairs: int, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=min(recipe.batch, pairs),
+        dataloader_drop_last=True,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=recipe.steps // 20,
+        seed=recipe.seed,
+        bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        logging_steps=max(1, recipe.steps // 20),
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Collator:
+    tokenizer: Any
+    longest: int
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Token ids of questions and passages; `same`: passages that are another pair's too."""
+        passages = [pair.passage for pair in pairs]
+        equal = [[a == b for b in passages] for a in passages]
+        same = torch.tensor(equal) & ~torch.eye(len(pairs), dtype=torch.bool)
+        return {
+            "questions": self._ids([pair.question for pair in pairs]),
+            "passages": self._ids(passages),
+            "same": same,
         }
-        hits["two-hop both"].append(set(question.gold) <= {*first, *round_two})
-    return {name: sum(found) / len(found) for name, found in hits.items()}
+
+    def _ids(self, texts: list[str]) -> dict[str, Tensor]:
+        found = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+        )
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+class _PairTrainer(Trainer):  # type: ignore[misc]
+    temperature = 1.0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Each question against all passages of the batch."""
+        questions, passages = (
+            mean_pooling(
+                model(**inputs[side]).last_hidden_state.float(), inputs[side]["attention_mask"]
+            )
+            for side in ("questions", "passages")
+        )
+        scores = (questions @ passages.T / self.temperature).masked_fill(inputs["same"], -torch.inf)
+        loss = cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+        return (loss, scores) if return_outputs else loss
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit code."""
+    standard = Recipe()
+    parser = argparse.ArgumentParser(description="Fine-tune Contriever on questions and passages.")
+    parser.add_argument("--model", default="facebook/contriever", help="a directory or hub id")
+    parser.add_argument("--data", required=True, help="a file, folder or hub id with pairs")
+    parser.add_argument("--split", default="train", help="of a hub data set")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=standard.steps)
+    parser.add_argument("--batch", type=int, default=standard.batch)
+    parser.add_argument("--learning-rate", type=float, default=standard.learning_rate)
+    parser.add_argument("--temperature", type=float, default=standard.temperature)
+    parser.add_argument("--longest", type=int, default=standard.longest, help="tokens a text")
+    parser.add_argument("--seed", type=int, default=standard.seed)
+    parser.add_argument("--bf16", action="store_true")
+    given = vars(parser.parse_args(argv))
+    source, out = Source(given.pop("data"), None, given.pop("split")), given.pop("out")
+    model, skipped = given.pop("model"), Skipped()
+    try:
+        pairs = list(read_pairs(source, skipped))
+        directory = train(model, pairs, out, Recipe(**given))
+    except KVLinkError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    told = f"; skipped: {dict(skipped.reasons)}" if skipped.reasons else ""
+    sys.stdout.write(f"{len(pairs):,} pairs{told}; the encoder is in {directory}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,9 +40,9 @@ class KVLinkDocumentsChain(RunnableSerializable[dict[str, Any], str]):
     tokenizer's chat template instead. Documents need not be registered: those that the collection
     does not know are encoded when they first come and kept.
 
-    llm: a `ChatKVLink`, by default one with the bundled model. Raises `PromptError` for an input
-    that lacks one of both, for an empty question and for a document without text, and of its kind
-    `TooManyPassages` for more documents than the model has link tokens for.
+    llm: a `ChatKVLink`, by default one with the reader of the pair small. Raises `PromptError` for
+    an input that lacks one of both, for an empty question and for a document without text, and of
+    its kind `TooManyPassages` for more documents than the model has link tokens for.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")

@@ -58,10 +58,10 @@ class CollectionFields(BaseModel):
 
     model: ModelLike = None
     """Name, directory or `kvlink_rag.KVLinkModel`; None: what the directory remembers, else the
-    bundled small model."""
+    reader of the pair small."""
     embedder: EmbedderLike = None
     """Name, directory, or embedding object of LangChain or kvlink_rag; None: what the directory
-    remembers, else the bundled small encoder."""
+    remembers, else the encoder of the pair small."""
     directory: str | Path | None = None
     """Where the collection is kept; None: the one of the `kvlink-rag` command line, in
     `KVLINK_CACHE_DIR` or the user's cache folder."""

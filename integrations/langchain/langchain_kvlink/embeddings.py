@@ -30,7 +30,7 @@ class ContrieverEmbeddings(BaseModel, Embeddings):
     """Vectors of texts, compared by inner product; Contriever's are not of length 1.
 
     embedder: a name, a directory (whose files say how it pools, else by the mean) or a `kvlink_rag`
-    embedder; None: the bundled small encoder.
+    embedder; None: that of the pair small.
     device: as everywhere in this package. The encoder is loaded at the first call. Calls from any
     number of threads are safe; the async methods work in a thread of the executor.
 
@@ -50,7 +50,7 @@ class ContrieverEmbeddings(BaseModel, Embeddings):
 
         with _loading:
             if self._encoder is None:
-                asked = "bundled" if self.embedder is None else self.embedder
+                asked = "small" if self.embedder is None else self.embedder
                 self._encoder = (
                     load_embedder(asked, device=self.device)
                     if isinstance(asked, str | Path)

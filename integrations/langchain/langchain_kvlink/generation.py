@@ -94,7 +94,7 @@ class GenerationFields(CollectionFields):
     def model_label(self) -> str:
         """The model's name as far as it is known without opening or loading anything."""
         rag = self._opened if self.rag is None else self.rag
-        return rag.model_name if rag is not None else named(self.model) or "bundled"
+        return rag.model_name if rag is not None else named(self.model) or "small"
 
     def facts(self) -> dict[str, Any]:
         """What an answer depends on, for LangChain's caches and traces."""

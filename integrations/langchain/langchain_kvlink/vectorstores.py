@@ -41,8 +41,8 @@ class KVLinkVectorStore(VectorStore):
         retriever = store.as_retriever(search_kwargs={"k": 5})
         llm = ChatKVLink(directory="my-collection")
 
-    model, embedder, directory, device, codec: as everywhere in this package; None is the bundled
-    pair and the directory of the `kvlink-rag` command line. `embedder` may be any LangChain
+    model, embedder, directory, device, codec: as everywhere in this package; None is the pair
+    small and the directory of the `kvlink-rag` command line. `embedder` may be any LangChain
     `Embeddings`. rag: an open `kvlink_rag.KVLinkRAG` instead of these five. The collection is
     opened at the first call; the async methods open it in their thread too.
 

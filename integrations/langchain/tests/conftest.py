@@ -1,7 +1,7 @@
 """A tiny random model with a byte tokenizer, words as vectors, and towns to ask about.
 
 What these tests compare is counts, texts and the engine's own oracle, so weights need not be
-trained. The standard suites of `langchain-tests` use the bundled pair.
+trained. The pair `small` is for the few that no other model would do for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Awaitable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_kvlink import ChatKVLink
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Spec
+from kvlink_rag.pretrained import fetch
+from kvlink_rag.pretrained.known import ADAPTERS, PAIRS, SMALL
 from kvlink_rag.prompt.spec import PromptPreset
 
 torch.set_num_threads(1)
@@ -64,8 +73,8 @@ def _spec() -> Spec:
     )
 
 
-@pytest.fixture(scope="session")
-def model() -> KVLinkModel:
+@cache
+def _model() -> KVLinkModel:
     config = LlamaConfig(
         vocab_size=263 + SLOTS * LINKS,
         hidden_size=32,
@@ -83,6 +92,28 @@ def model() -> KVLinkModel:
                 wide = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
                 parameter.normal_(0, wide / parameter.shape[1] ** 0.5)
     return KVLinkModel(lm.eval(), _tokenizer(), _spec(), name="tiny")
+
+
+@pytest.fixture(scope="session")
+def model() -> KVLinkModel:
+    return _model()
+
+
+@pytest.fixture(scope="session")
+def saved_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of the model and of a tiny random encoder."""
+    model = _model()
+    root = tmp_path_factory.mktemp("pair")
+    model.backbone.model.save_pretrained(root / "lm")
+    (root / "lm" / "kvlink.json").write_text(model.spec.to_json())
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    tokenizer = _tokenizer()
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
+    BertModel(config).save_pretrained(root / "encoder")
+    for part in ("lm", "encoder"):
+        tokenizer.save_pretrained(root / part)
+    return root / "lm", root / "encoder"
 
 
 class WordEmbeddings(Embeddings):
@@ -134,6 +165,23 @@ def towns() -> list[Document]:
 def _own_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no test names is in its own folder, not in the user's cache."""
     monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path / "cache"))
+
+
+_PLACES = {model: fetch.place_of(model) for model in PAIRS[SMALL]}  # the user's
+
+
+@pytest.fixture
+def small(_own_default_directory: None) -> str:
+    """The name of the default pair, in the test's own cache; skips where it is not here."""
+    if not all(place.is_dir() for place in _PLACES.values()):
+        pytest.skip("the pair small is not here; fetch it with: kvlink-rag models get small")
+    if not (ADAPTERS[SMALL] / "adapter_model.safetensors").is_file():
+        pytest.skip(f"the adapter of the pair small is not in {ADAPTERS[SMALL]}")
+    for model, place in _PLACES.items():
+        target = fetch.place_of(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(place, target_is_directory=True)
+    return SMALL
 
 
 class Responsive:

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,13 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMCompletionEndEvent
 from llama_index.core.schema import TextNode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, Part, Passage, Spec, Text
 from kvlink_rag.prompt.spec import PromptPreset
@@ -80,6 +87,17 @@ def tiny_model(window: int) -> KVLinkModel:
                 wide = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
                 parameter.normal_(0, wide / parameter.shape[1] ** 0.5)
     return KVLinkModel(model.eval(), _tokenizer(), _spec(), name=f"tiny-{window}")
+
+
+def saved_encoder(directory: Path) -> Path:
+    """A tiny random encoder, in `directory`."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    tokenizer = _tokenizer()
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
+    BertModel(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 class WordEmbedder:

@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from .convert import directories, directory_for, model_directory
-from .metadata import gguf_package
 
-__all__ = ["directories", "directory_for", "gguf_package", "model_directory"]
+__all__ = ["directories", "directory_for", "model_directory"]

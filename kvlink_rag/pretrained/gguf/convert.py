@@ -35,8 +35,8 @@ def model_directory(path: Path) -> Path:
     """The directory made of the GGUF file `path`, in the cache; made now if it is not there.
 
     Named by the file's SHA-256. Whoever is killed in the middle leaves nothing that counts, and of
-    several processes at once one does the work. Raises `ConfigError` (damaged),
-    `ModelNotSupported` and `MissingExtra`.
+    several processes at once one does the work. Raises `ConfigError` (damaged) and
+    `ModelNotSupported`.
     """
     target = directory_for(file_digest(path))
     if target.is_dir():

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvlink_rag.errors import ConfigError, MissingExtra, ModelNotSupported, first_line
+from kvlink_rag.errors import ConfigError, ModelNotSupported, first_line
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
@@ -67,10 +67,11 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Open a GGUF file. Raises `ConfigError` where it is none or is damaged, and `MissingExtra`."""
-    package = gguf_package()
+    """Open a GGUF file. Raises `ConfigError` where it is none or is damaged."""
+    import gguf  # here: most commands read no such file
+
     try:
-        reader = package.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: _tensor(tensor) for tensor in reader.tensors}
     except Exception as error:  # the reader trusts the file: it raises whatever comes of it
@@ -84,10 +85,11 @@ def read_gguf(path: Path) -> GGUFFile:
 
 def dequantised(tensor: GGUFTensor, rows: slice | Array) -> npt.NDArray[np.float32]:
     """Some rows of a tensor as float32 [rows, ...]. Raises `ModelNotSupported`."""
-    package = gguf_package()
+    import gguf
+
     try:
-        kind = package.GGMLQuantizationType[tensor.type]
-        values: npt.NDArray[np.float32] = package.dequantize(tensor.rows[rows], kind)
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        values: npt.NDArray[np.float32] = gguf.dequantize(tensor.rows[rows], kind)
     except NotImplementedError as error:
         raise ModelNotSupported(
             f"the tensor {tensor.name} is quantised as {tensor.type}, which the gguf package "
@@ -105,12 +107,3 @@ def _tensor(found: Any) -> GGUFTensor:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-def gguf_package() -> Any:
-    """The `gguf` package. Raises `MissingExtra`."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtra.of("gguf", "gguf", "reading a GGUF file") from error
-    return gguf

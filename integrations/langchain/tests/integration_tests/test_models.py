@@ -385,10 +385,13 @@ def test_what_streaming_changes(rag: KVLinkRAG) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ChatKVLink", "KVLinkLLM"])
-def test_a_stream_left_open_at_exit_says_nothing(kind: str, tmp_path: Path) -> None:
+def test_a_stream_left_open_at_exit_says_nothing(
+    kind: str, tmp_path: Path, saved_pair: tuple[Path, Path]
+) -> None:
+    words = f"directory={str(tmp_path)!r}, model={str(saved_pair[0])!r}"
     code = (
         f"from langchain_kvlink import {kind}\n"
-        f"stream = {kind}(directory={str(tmp_path)!r}, max_tokens=50).stream('Hello')\n"
+        f"stream = {kind}({words}, max_tokens=50).stream('Hello')\n"
         "next(stream)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The suites of `langchain-tests` that need a model, none overridden, on the bundled pair."""
+"""The suites of `langchain-tests` that need a model, none overridden, on a tiny random pair."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from langchain_tests.integration_tests import (
 
 
 class TestChatKVLink(ChatModelIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _pair(self, saved_pair: tuple[Path, Path]) -> None:
+        self.lm, _ = saved_pair
+
     @property
     def chat_model_class(self) -> type[ChatKVLink]:
         return ChatKVLink
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"max_tokens": 16}
+        return {"model": self.lm, "max_tokens": 16}
 
     @property
     def supports_model_override(self) -> bool:
@@ -36,17 +40,27 @@ class TestChatKVLink(ChatModelIntegrationTests):
 
 
 class TestContrieverEmbeddings(EmbeddingsIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _pair(self, saved_pair: tuple[Path, Path]) -> None:
+        _, self.encoder = saved_pair
+
     @property
     def embeddings_class(self) -> type[ContrieverEmbeddings]:
         return ContrieverEmbeddings
 
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"embedder": self.encoder}
+
 
 class TestKVLinkRetriever(RetrieversIntegrationTests):
     @pytest.fixture(autouse=True)
-    def _filled(self) -> None:
+    def _filled(self, saved_pair: tuple[Path, Path]) -> None:
         """The default collection of this test, with more than three documents."""
         self.store = KVLinkVectorStore.from_texts(
-            [f"House number {n} has a red door." for n in range(5)]
+            [f"House number {n} has a red door." for n in range(5)],
+            saved_pair[1],
+            model=saved_pair[0],
         )
 
     @property
@@ -60,5 +74,9 @@ class TestKVLinkRetriever(RetrieversIntegrationTests):
 
 class TestKVLinkVectorStore(VectorStoreIntegrationTests):
     @pytest.fixture
-    def vectorstore(self, tmp_path: Path) -> VectorStore:  # type: ignore[override]
-        return KVLinkVectorStore(self.get_embeddings(), directory=tmp_path / "collection")
+    def vectorstore(  # type: ignore[override]
+        self, tmp_path: Path, saved_pair: tuple[Path, Path]
+    ) -> VectorStore:
+        return KVLinkVectorStore(
+            self.get_embeddings(), model=saved_pair[0], directory=tmp_path / "collection"
+        )

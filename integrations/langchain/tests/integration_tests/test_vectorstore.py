@@ -27,7 +27,6 @@ from langchain_kvlink import (
 
 from kvlink_rag import KVLinkModel, KVLinkRAG, load_embedder
 from kvlink_rag.errors import ConfigError, DocumentError
-from kvlink_rag.pretrained.model_files import resolve
 
 
 @pytest.fixture
@@ -445,10 +444,11 @@ async def test_the_retriever(rag: KVLinkRAG, store: KVLinkVectorStore) -> None:
         retriever.invoke("Teldon", top=3)
 
 
-def test_an_encoder_is_loaded_as_its_own_files_say(tmp_path: Path) -> None:
-    plain = load_embedder("bundled", device="cpu")
-    directory = tmp_path / "encoder"
-    shutil.copytree(resolve("bundled", bundled="encoder"), directory)
+def test_an_encoder_is_loaded_as_its_own_files_say(
+    saved_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plain = load_embedder(saved_pair[1], device="cpu")
+    directory = shutil.copytree(saved_pair[1], tmp_path / "encoder")
     names = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     kinds = {path: f"sentence_transformers.models.{kind}" for path, kind in names.items()}
     steps = [{"path": path, "type": kind} for path, kind in kinds.items()]

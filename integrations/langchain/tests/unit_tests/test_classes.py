@@ -80,7 +80,7 @@ def test_without_langchain_the_error_names_the_install_line() -> None:
 
 
 @pytest.mark.parametrize("kind", WORDS)
-def test_no_argument_is_the_bundled_pair(kind: Any, tmp_path: Path) -> None:
+def test_no_argument_is_the_default_pair(kind: Any, tmp_path: Path) -> None:
     made = kind()
     assert (made.model, made.embedder, made.directory, made.device) == (None, None, None, "auto")
     assert not (tmp_path / "cache").exists()
@@ -139,7 +139,7 @@ def test_what_traces_and_caches_see(rag: KVLinkRAG) -> None:
     llm = ChatKVLink(temperature=0.5, max_tokens=7, stop=["x"], seed=3)
     params = llm._get_ls_params()
     assert params["ls_provider"] == "kvlink"
-    assert params["ls_model_name"] == "bundled"
+    assert params["ls_model_name"] == "small"
     assert params["ls_temperature"] == 0.5
     assert params["ls_max_tokens"] == 7
     assert params["ls_stop"] == ["x"]

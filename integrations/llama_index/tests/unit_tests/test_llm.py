@@ -435,11 +435,14 @@ def test_messages_to_prompt_makes_the_prompt(rag: KVLinkRAG, model: KVLinkModel)
 
 
 @pytest.mark.parametrize("call", ["stream_complete('Hello')", "stream_chat([ChatMessage('Hi')])"])
-def test_a_stream_left_open_at_exit_says_nothing(call: str, tmp_path: Path) -> None:
+def test_a_stream_left_open_at_exit_says_nothing(
+    call: str, tmp_path: Path, saved_model: Path
+) -> None:
+    words = f"directory={str(tmp_path)!r}, model={str(saved_model)!r}"
     code = (
         "from llama_index.core.llms import ChatMessage\n"
         "from llama_index.llms.kvlink import KVLink\n"
-        f"stream = KVLink(directory={str(tmp_path)!r}, max_new_tokens=50).{call}\n"
+        f"stream = KVLink({words}, max_new_tokens=50).{call}\n"
         "next(stream)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

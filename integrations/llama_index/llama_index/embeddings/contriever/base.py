@@ -15,7 +15,7 @@ from llama_index.llms.kvlink.errors import ArgumentError
 if TYPE_CHECKING:
     from kvlink_rag import Embedder
 
-BUNDLED = "bundled"
+DEFAULT = "small"
 
 
 class ContrieverEmbedding(BaseEmbedding):
@@ -23,7 +23,8 @@ class ContrieverEmbedding(BaseEmbedding):
 
     Args:
         embedder: name (such as "facebook/contriever"), directory (whose files say how it pools,
-            else by the mean), or a `kvlink_rag` embedder; None: the bundled small encoder.
+            else by the mean), or a `kvlink_rag` embedder; None: the encoder of the pair
+            small.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         embed_batch_size: texts handed over at once.
 
@@ -51,10 +52,10 @@ class ContrieverEmbedding(BaseEmbedding):
         named = embedding_fields.pop("model_name", None)
         if unknown := sorted(set(embedding_fields) - set(type(self).model_fields)):
             raise ArgumentError(f"ContrieverEmbedding takes no argument {unknown[0]!r}")
-        if embedder is None and named not in (None, BUNDLED):
+        if embedder is None and named not in (None, DEFAULT):
             embedder = str(named)
         name = None if embedder is None else _name(embedder)
-        ours: dict[str, Any] = {"embedder": name, "device": device, "model_name": name or BUNDLED}
+        ours: dict[str, Any] = {"embedder": name, "device": device, "model_name": name or DEFAULT}
         super().__init__(
             embed_batch_size=embed_batch_size,
             callback_manager=callback_manager or CallbackManager([]),
@@ -74,7 +75,7 @@ class ContrieverEmbedding(BaseEmbedding):
 
         with self._lock:
             if self._source is None or isinstance(self._source, str | Path):
-                self._source = load_embedder(self._source or BUNDLED, device=self.device)
+                self._source = load_embedder(self._source or DEFAULT, device=self.device)
             encoder: Embedder = self._source
             return encoder
 

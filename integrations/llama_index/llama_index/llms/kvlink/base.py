@@ -73,7 +73,7 @@ class KVLink(CollectionFields, CustomLLM):
 
     Args:
         model: name, directory or `kvlink_rag.KVLinkModel`; None: what the directory remembers,
-            else the bundled small model.
+            else the reader of the pair small.
         embedder: name, directory, or embedding object of kvlink_rag, LlamaIndex or LangChain;
             None likewise. The LLM itself never embeds.
         directory: where the collection is kept; None: the one of the `kvlink-rag` command line.

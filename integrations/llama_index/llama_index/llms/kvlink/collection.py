@@ -45,8 +45,8 @@ class Collection:
     """A collection that is opened when first used.
 
     model: a name, a directory or a `KVLinkModel`; embedder: a name, a directory, an embedder of
-    kvlink_rag, of LlamaIndex or of LangChain; None: what the directory remembers, else the bundled
-    pair. directory: None is the one that `kvlink-rag` uses on the command line. codec: how
+    kvlink_rag, of LlamaIndex or of LangChain; None: what the directory remembers, else the pair
+    small. directory: None is the one that `kvlink-rag` uses on the command line. codec: how
     snapshots are kept, "exact", "bf16", "int8", "int4" or "fp8"; None: as the directory remembers,
     else "bf16" on a CPU, "exact" on a GPU. rag: an open collection instead of the other five.
     """

@@ -1,9 +1,10 @@
-"""Every class without a model argument: the bundled pair, in a directory of its own."""
+"""Every class without a model argument: the pair `small`, in a directory of its own."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from llama_index.response_synthesizers.kvlink import KVLinkSynthesizer
 from llama_index.retrievers.kvlink import KVLinkRetriever
 
 from kvlink_rag import load_embedder
-from kvlink_rag.pretrained.model_files import resolve
+from kvlink_rag.errors import KVLinkError
 
 QUESTION = "When was the harbour of Orvale built?"
 
@@ -34,15 +35,10 @@ def nodes() -> list[TextNode]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path))
-
-
-def test_no_arguments_anywhere(tmp_path: Path) -> None:
+def test_no_arguments_anywhere(small: str, tmp_path: Path) -> None:
     retriever = KVLinkRetriever(k=2)
     retriever.add(nodes())
-    engine = RetrieverQueryEngine(retriever, KVLinkSynthesizer())
+    engine = RetrieverQueryEngine(retriever, KVLinkSynthesizer(KVLink(max_new_tokens=4)))
     response = engine.query(QUESTION)
     assert response.response
     assert response.source_nodes[0].node_id == "orvale"
@@ -50,12 +46,32 @@ def test_no_arguments_anywhere(tmp_path: Path) -> None:
     assert told["trace"]["snapshots_found"] == 2
     assert (tmp_path / "collection" / "catalog.sqlite").exists()
     assert retriever.rag is KVLink().rag is KVLinkRegister().rag
+    assert (retriever.rag.model_name, retriever.rag.embedder_name) == (small, small)
+    # and as the model counts
+    llm = KVLink()
+    usage = llm.complete(QUESTION, max_new_tokens=1).raw["usage"]
+    outside = usage["prompt_tokens"] - len(llm.tokenizer(QUESTION))
+    assert 0 < outside < 64  # the template round one message
+    assert llm.rag.model.window - 512 < llm.metadata.context_window < llm.rag.model.window
 
 
-def test_an_encoder_is_loaded_as_its_own_files_say(tmp_path: Path) -> None:
-    plain = load_embedder("bundled", device="cpu")
-    directory = tmp_path / "encoder"
-    shutil.copytree(resolve("bundled", bundled="encoder"), directory)
+@pytest.mark.parametrize(
+    "first_use",
+    [lambda: KVLink().complete(QUESTION), lambda: KVLinkRetriever().add(nodes())],
+    ids=["model", "retriever"],
+)
+def test_a_newcomer_is_told_how_to_get_it(
+    first_use: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(KVLinkError, match="kvlink-rag models get small"):
+        first_use()
+
+
+def test_an_encoder_is_loaded_as_its_own_files_say(encoder: Path, tmp_path: Path) -> None:
+    plain = load_embedder(encoder, device="cpu")
+    directory = shutil.copytree(encoder, tmp_path / "encoder")
     names = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     kinds = {path: f"sentence_transformers.models.{kind}" for path, kind in names.items()}
     steps = [{"path": path, "type": kind} for path, kind in kinds.items()]
@@ -68,8 +84,8 @@ def test_an_encoder_is_loaded_as_its_own_files_say(tmp_path: Path) -> None:
     assert ContrieverEmbedding(directory).get_query_embedding("a mill") == expected
 
 
-def test_the_swap_with_the_default_store() -> None:
-    llm = KVLink(max_new_tokens=16)
+def test_the_swap_with_the_default_store(small: str) -> None:
+    llm = KVLink(max_new_tokens=4)
     index = VectorStoreIndex(
         nodes(), transformations=[KVLinkRegister()], embed_model=ContrieverEmbedding()
     )
@@ -78,11 +94,3 @@ def test_the_swap_with_the_default_store() -> None:
     assert response.source_nodes[0].node_id == "orvale"
     assert response.response
     assert response.response != "Empty Response"
-
-
-def test_counts_as_the_model_counts() -> None:
-    llm = KVLink()
-    usage = llm.complete(QUESTION, max_new_tokens=1).raw["usage"]
-    outside = usage["prompt_tokens"] - len(llm.tokenizer(QUESTION))
-    assert 0 < outside < 64  # the template round one message
-    assert llm.rag.model.window - 512 < llm.metadata.context_window < llm.rag.model.window

@@ -54,7 +54,7 @@ class Prepared:
 
 def prepare(config: FinetuneConfig) -> Prepared:
     """Tokenizer and spec of a run, without weights. Raises `ConfigError` and its kin."""
-    directory = resolve(config.model, bundled="lm")
+    directory = resolve(config.model, role="reader")
     check_supported(load_config(directory))
     brought = find_spec(config.model, directory)
     tokenizer = load_tokenizer(directory, brought)

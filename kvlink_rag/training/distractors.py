@@ -1,6 +1,6 @@
 """Rows for training and evaluation: each question with the passages an embedder retrieves for it.
 
-    python -m kvlink_rag.training.finetune.distractors --data nq_qed_train.jsonl \\
+    python -m kvlink_rag.training.distractors --data nq_qed_train.jsonl \\
         --data nq_open_oracle.jsonl:1-2155 --without nq_open_oracle.jsonl:35,96 \\
         --embedder DIR --documents 24 --out retrieved.jsonl --plain plain.jsonl
 
