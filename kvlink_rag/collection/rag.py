@@ -96,8 +96,8 @@ class KVLinkRAG:
         LlamaIndex's, see `as_embedder`); None: what the directory remembers, else the pair
         `small`. dtype: what the model computes in; "auto": as in `KVLinkModel.from_pretrained`; it
         is no part of the collection. codec: how snapshots are kept, "exact" (what the model
-        computes in), "bf16", "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the price);
-        None: as the directory remembers, else "bf16" where the dtype is left to a CPU, else
+        computes in), "bf16", "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the
+        price); None: as the directory remembers, else "bf16" where the dtype is left to a CPU, else
         "exact". compression: "zstd" compresses snapshots on top of the
         codec, without loss; "none"; None: as the directory remembers, else none. search: how the
         nearest passages are found, "exact", "ivf" or "auto", which goes by size (see
