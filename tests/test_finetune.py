@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from kvlink_rag import Document, KVLinkModel, Passage, Text
 from kvlink_rag.cli.main import main
 from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.model.loading import load_config
 from kvlink_rag.training import trainer as module
 from kvlink_rag.training.attention import NAME
 from kvlink_rag.training.batches import Collator
@@ -259,7 +260,7 @@ def test_bfloat16_is_near(
     directory = finetune(other, device="cpu")
     assert losses(other) != losses(short)
     assert losses(other) == pytest.approx(losses(short), rel=0.05)
-    model = KVLinkModel.from_pretrained(directory, device="cpu")
+    model = KVLinkModel.from_pretrained(directory, device="cpu", dtype=load_config(directory).dtype)
     assert model.backbone.dtype == torch.bfloat16
 
 
