@@ -5,7 +5,7 @@
 
 Each runs in a new temporary folder, with a new kernel of this Python. What is kept: sources,
 outputs, numbers of the cells. `KVLINK_MODEL` and `KVLINK_EMBEDDER` name other models than the
-bundled pair.
+pair `small`.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from kvlink_rag.datasets.countries import DIRECTORY, SOURCE, Question, passages,
 from kvlink_rag.evaluation import demonstration
 from kvlink_rag.evaluation.demonstration import PASSAGES, run
 
-# How many of the questions the trained pair answers; None until it is trained.
-RIGHT: int | None = None
+RIGHT = 6  # of ten; 7 on an AVX2 processor, of which rounding elsewhere may cost one
 
 
 def some_passages() -> list[Document]:
@@ -82,8 +81,6 @@ def test_the_source_and_its_licence_stand_beside_the_passages() -> None:
 
 def test_the_pair_answers(tmp_path: Path, small: str) -> None:
     """Over the passages that hold the answers and a few others."""
-    if RIGHT is None:
-        pytest.skip("the pair small is still being trained")
     asked = questions()
     with KVLinkRAG.open(tmp_path / "c", device="cpu", dtype=torch.float32) as rag:
         rag.add(some_passages())

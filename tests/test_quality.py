@@ -109,8 +109,13 @@ def test_a_model_that_nobody_tuned_says_so_once(
     with KVLinkRAG.open(tmp_path, model=model, embedder=embedder) as rag:
         rag.add(documents(3, seed=23))
         rag.ask("what?", k=2, max_new_tokens=1, repair="first:16")
+        rag.ask("what?", k=2, max_new_tokens=1, mode="full")
         assert told() == 0
         for _ in range(2):
             rag.ask("what?", k=2, max_new_tokens=1)
         assert told() == 1
     assert "repair='first:16'" in caplog.text
+    caplog.clear()
+    with KVLinkRAG.open(tmp_path, model=model, embedder=embedder, repair="first:4") as rag:
+        rag.ask("what?", k=2, max_new_tokens=1, repair=None)  # as the command line asks
+        assert told() == 0

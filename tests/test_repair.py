@@ -168,6 +168,33 @@ def test_a_collection_repairs_and_remembers_how(
         assert rag.ask("what?", k=3, max_new_tokens=2, repair="none").trace.repaired_tokens == 0
 
 
+@pytest.mark.parametrize("repair", ["first:2", "select:50%"])
+def test_what_is_verified_are_the_snapshots_whatever_is_repaired(
+    make_model: ModelMaker, embedder: WordEmbedder, tmp_path: Path, repair: str
+) -> None:
+    model = make_model("llama", F32)
+    with collection(tmp_path, model, embedder, repair=repair) as rag:
+        rag.add(documents(5, seed=17))
+        assert rag.ask("what?", k=3, max_new_tokens=1).trace.repaired_tokens
+        assert rag.verify().holds
+
+
+@pytest.mark.parametrize("repair", ["first:4", "select:30%"])
+@pytest.mark.parametrize("codec", ["exact", "int8"])
+def test_snapshots_in_device_memory_are_repaired_alike(
+    make_model: ModelMaker, embedder: WordEmbedder, tmp_path: Path, codec: str, repair: str
+) -> None:
+    model, docs = make_model("llama", F32), documents(4, seed=16)
+    parts = model.prompt(docs, "what?")
+    with collection(tmp_path, model, embedder, codec=codec, device_budget="1GB") as rag:
+        rag.add(docs)
+        kept = [model.prefill(parts, repair=repair, reuse=rag.reuse) for _ in range(2)]
+    alone = Reuse(EncodeNow(model.backbone, codec))
+    expected = model.prefill(parts, repair=repair, reuse=alone).logits
+    for found in kept:  # on the way there, then there
+        assert difference(found.logits, expected) < TOLERANCE[F32]
+
+
 @pytest.mark.parametrize("name", ["first", "first:-1", "select:101%", "select:15", "all", "", 16])
 def test_a_repair_that_there_is_not_is_told(
     make_model: ModelMaker, embedder: WordEmbedder, tmp_path: Path, name: Any

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvlink_rag.arguments import NO_REPAIR, parse_repair
+from kvlink_rag.arguments import parse_repair
 from kvlink_rag.documents import Hit, Part
 from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
@@ -22,11 +22,11 @@ from kvlink_rag.trace import Trace
 from .parts import Parts
 from .searching import search_distinct
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from kvlink_rag.model.text_stream import TextStream
     from kvlink_rag.prompt.format import PromptFormat
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,11 @@ class AnswerStream(Iterator[str]):
         found = self._find(self.trace)
         self.hits = found.hits
         # 2. parts → layout → snapshots → live cache → first token → text
-        if self._arguments.get("repair", self._parts.settings.repair) in (None, NO_REPAIR):
-            self._warn_untuned(loaded.model.format)
         self._stream = loaded.model.stream(
             found.parts, reuse=loaded.reuse, trace=self.trace, **self._arguments
         )
+        if self.trace.mode == "reuse" and not self._stream.repair:
+            self._warn_untuned(loaded.model.format)
         yield from self._stream
 
     def _warn_untuned(self, format: PromptFormat) -> None:

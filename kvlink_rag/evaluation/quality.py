@@ -94,7 +94,8 @@ def measure(
         warm = PromptRun(model.backbone, laid, Trace(mode="reuse"), reuse)
         warm.start(room=0)
         warm.end()
-        said, expected, spent = _teach(model, plain, reuse, tokens)
+        room = min(tokens, model.window - len(laid))
+        said, expected, spent = _teach(model, plain, reuse, room)
         seen[FULL].append(_Seen([True] * len(said), [0.0] * len(said), spent))
         for repair in repairs:
             mended = replace(reuse, repair=repair)
@@ -106,13 +107,15 @@ def measure(
 
 
 def _teach(
-    model: KVLinkModel, plain: Layout, reuse: Reuse, tokens: int
+    model: KVLinkModel, plain: Layout, reuse: Reuse, room: int
 ) -> tuple[list[int], Tensor, float]:
-    """The greedy answer of full attention, the logits [tokens, vocab] behind it, milliseconds."""
+    """The greedy answer of full attention, up to `room` tokens.
+
+    With the logits [tokens, vocab] behind it, and the milliseconds to the first of them.
+    """
     run = PromptRun(model.backbone, plain, Trace(mode=FULL), reuse)
-    logits, rows, said = run.start(room=tokens), [], []
+    logits, rows, said = run.start(room=room), [], []
     spent = run.trace.elapsed_ms()
-    room = min(tokens, model.window - len(plain))
     for _ in range(room):
         rows.append(logits.float().cpu())
         said.append(int(_sayable(model, rows[-1]).argmax()))

@@ -84,10 +84,10 @@ class PromptRun:
             return prefill(backbone, self.prompt, assembled)
 
     def _repaired(self, room: int) -> Tensor:
-        """As `_start`, some tokens of the passages computed again."""
+        """As `_start`, some tokens of the passages computed again; assembly is timed with it."""
         trace, prompt = self.trace, self.prompt
         snapshots = self._snapshots()
-        with trace.stage("prefill", self.backbone.synchronize):  # and assembly, token by token
+        with trace.stage("prefill", self.backbone.synchronize):
             runs = exact_runs(prompt, self._kept_runs(), self.reuse.repair)
             found = repaired(self.backbone, prompt, snapshots, runs, self.reuse.repair, room=room)
         self.cache = found.cache

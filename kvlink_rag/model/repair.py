@@ -45,7 +45,7 @@ class Repaired:
 
 
 @torch.inference_mode()
-def side_by_side(
+def _side_by_side(
     backbone: Backbone,
     prompt: Layout,
     snapshots: Sequence[Source],
@@ -80,12 +80,12 @@ def repaired(
     *,
     room: int = 0,
 ) -> Repaired:
-    """Assemble and prefill under `repair`; arguments as in `side_by_side`.
+    """Assemble and prefill under `repair`; arguments as in `_side_by_side`.
 
     runs: such as `exact_runs` leaves. Raises `ConfigError` where the model has one layer only and
     the second is to choose.
     """
-    cache, filled = side_by_side(backbone, prompt, snapshots, runs, room)
+    cache, filled = _side_by_side(backbone, prompt, snapshots, runs, room)
     passage = prompt.segments != 0
     if repair.share:
         left = (passage | ~filled).nonzero()[:, 0]

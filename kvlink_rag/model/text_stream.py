@@ -12,7 +12,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import Mode
+from kvlink_rag.arguments import Mode, Repair
 from kvlink_rag.documents import Part
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.sampling import Sampling, sample
@@ -58,6 +58,11 @@ class TextStream(Iterator[str]):
         piece = next(self._pieces)
         self.text += piece
         return piece
+
+    @property
+    def repair(self) -> Repair:
+        """What is computed again of reused passages."""
+        return self._reuse.repair
 
     def close(self) -> None:
         """Stop generating."""

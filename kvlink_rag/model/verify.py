@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvlink_rag.arguments import Mode
+from kvlink_rag.arguments import UNREPAIRED, Mode
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.snapshot import EXACT, Source
@@ -87,7 +87,7 @@ def verify(backbone: Backbone, prompt: Layout, reuse: Reuse) -> Verification:
     Snapshots in a codec are compared with the masked prefill over their own keys and values,
     which must be equal, and with the exact one, which says what the codec costs.
     """
-    fresh = replace(reuse, prefix=None)
+    fresh = replace(reuse, prefix=None, repair=UNREPAIRED)  # the snapshots as they are
     logits = first_logits(backbone, prompt, "reuse", fresh)
     masked = first_logits(backbone, prompt, "masked", fresh)
     tolerance = TOLERANCE.get(backbone.dtype, 6e-2)
