@@ -294,6 +294,25 @@ def test_adapters_train_themselves_and_the_new_tokens_only(
 
 
 @pytest.mark.filterwarnings(*PEFT)
+def test_an_adapter_is_tuned_further(config: FinetuneConfig, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    lora = dataclasses.replace(config, lora=Lora(rank=4, alpha=8))
+    adapter = finetune(lora, device="cpu")
+    learned = load_file(adapter / "adapter_model.safetensors")
+    again = dataclasses.replace(
+        lora, out=str(tmp_path / "again"), adapter=str(adapter), learning_rate=0.0, steps=1
+    )
+    found = load_file(finetune(again, device="cpu") / "adapter_model.safetensors")
+    assert found.keys() == learned.keys()
+    assert all(torch.equal(found[name], learned[name]) for name in learned)
+    for other_lora in (Lora(rank=2, alpha=8), Lora(rank=4, alpha=4)):
+        out = str(tmp_path / f"{other_lora.rank}")
+        other = dataclasses.replace(again, out=out, lora=other_lora)
+        with pytest.raises(ConfigError, match="its rank is 4, its alpha 8"):
+            finetune(other, device="cpu")
+
+
+@pytest.mark.filterwarnings(*PEFT)
 @pytest.mark.parametrize("distill", [0.5, 1.0])
 def test_the_models_own_full_attention_is_learned(
     config: FinetuneConfig, tmp_path: Path, distill: float

@@ -81,13 +81,14 @@ class FinetuneConfig:
     `model/`, the result (of adapters: `adapter/`). links: None keeps the spec the model brings.
     links_share: of the examples that have link tokens, the others go without; below 1 the model
     answers with and without them. chat: `llama3` or `template` (the tokenizer's). preset: the
-    prompt that is trained and then used. distill: the share of the loss that is the divergence
-    from the model's own answer tokens under full attention, the rest is that of the answers given.
-    absent_answer: what answers a question that the passages do not. batch: sets of passages with
-    their questions a step, over all devices; device_batch: of them in memory at once on one. bf16:
-    multiply in bfloat16 where the processor does. master: dtype of the weights that are trained.
-    stored: dtype of the result. fsdp: transformers' FSDP options, such as "full_shard auto_wrap".
-    on_bad: what happens to examples that cannot be used.
+    prompt that is trained and then used. adapter: directory of an adapter of the same base, rank
+    and link tokens to go on from; steps and optimiser begin anew. distill: the share of the loss
+    that is the divergence from the model's own answer tokens under full attention, the rest is that
+    of the answers given. absent_answer: what answers a question that the passages do not. batch:
+    sets of passages with their questions a step, over all devices; device_batch: of them in memory
+    at once on one. bf16: multiply in bfloat16 where the processor does. master: dtype of the
+    weights that are trained. stored: dtype of the result. fsdp: transformers' FSDP options, such as
+    "full_shard auto_wrap". on_bad: what happens to examples that cannot be used.
     """
 
     model: str
@@ -99,6 +100,7 @@ class FinetuneConfig:
     instruction: str = INSTRUCTION
     preset: Literal["evaluation", "training"] = "evaluation"
     lora: Lora | None = None
+    adapter: str | None = None
     distill: float = 0.0
     absent_answer: str = "The documents do not say."
     steps: int = 6000
@@ -224,6 +226,8 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError(
             "found lora and fsdp, expected one: merging sharded adapters is not built"
         )
+    if config.adapter is not None and config.lora is None:
+        raise ConfigError("found adapter without lora; give the rank and alpha it was trained with")
     for name in ("distill", "links_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, expected 0 to 1")

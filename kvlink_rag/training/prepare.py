@@ -25,6 +25,7 @@ from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.digests import tokenizer_digest, weights_digest
 from kvlink_rag.engine.families import check_supported
 from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.model.adapter import Adapter, read_adapter
 from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer
 from kvlink_rag.pretrained.model_files import resolve
 from kvlink_rag.prompt.spec import SPEC_FILE, Base, Spec
@@ -147,7 +148,36 @@ def load_weights(config: FinetuneConfig, prepared: Prepared, *, attention: str) 
         return model
     if prepared.new_ids and model.config.tie_word_embeddings:
         _untie(model, size)
-    return _with_adapters(model, config.lora, prepared.new_ids)
+    model = _with_adapters(model, config.lora, prepared.new_ids)
+    if config.adapter is not None:
+        _go_on_from(model, read_adapter(config.adapter), prepared)
+    return model
+
+
+def _go_on_from(model: Any, adapter: Adapter, prepared: Prepared) -> None:
+    """Give the adapters of `model` the numbers of `adapter`. Raises `ConfigError`."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = prepared.spec.base
+    assert base is not None
+    if (adapter.base.weights, adapter.base.tokenizer) != (base.weights, base.tokenizer):
+        raise ConfigError(
+            f"{adapter.directory} was trained on {adapter.base.name}, and the model in "
+            f"{prepared.directory} has other weights or another tokenizer; give that base"
+        )
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    alpha = model.peft_config["default"].lora_alpha
+    if (
+        shapes != {name: tuple(tensor.shape) for name, tensor in adapter.weights.items()}
+        or adapter.settings["lora_alpha"] != alpha
+        or adapter.spec.special_ids() != prepared.spec.special_ids()
+    ):
+        raise ConfigError(
+            f"{adapter.directory} has another rank, alpha, targets or link tokens than the config; "
+            f"its rank is {adapter.settings['r']}, its alpha {adapter.settings['lora_alpha']:g}"
+        )
+    set_peft_model_state_dict(model, dict(adapter.weights))
 
 
 def _untie(model: Any, vocabulary: int) -> None:
