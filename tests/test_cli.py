@@ -408,8 +408,9 @@ def test_index_brings_changed_files_up_to_date(pair: list[str], tmp_path: Path) 
     ran = here("--dir", "col", "index", "docs", "--json", cwd=tmp_path)
     assert (ran.code, ran.json["added"], ran.json["removed"]) == (0, 1, 2)
     assert ran.json["gone"] == ["docs/sub/tarn.txt"]
-    deleted = here("--dir", "col", "delete", "--source", "docs/sub/tarn.txt", cwd=tmp_path)
-    assert deleted == Ran(0, "deleted 4 passages\n", "")
+    words = ["delete", "--source", "docs/sub/tarn.txt", "--now"]
+    assert here("--dir", "col", *words, cwd=tmp_path) == Ran(0, "deleted 4 passages\n", "")
+    assert b"crane" not in (tmp_path / "col/catalog.sqlite").read_bytes()
     texts = here("--dir", "col", "ask", "?", "--json", "--max-new-tokens", "1", cwd=tmp_path).out
     assert "1912" in texts
     assert "1911" not in texts
@@ -571,7 +572,26 @@ def test_ask_samples_as_it_is_told(collection: Path) -> None:
     assert ask("--min-p", "1").json["answer"] == greedy
     again = ask("--top-k", "1", "--repetition-penalty", "9").json["answer"]
     assert again != greedy
-    assert "min_p is 2.0" in the_error(ask("--min-p", "2"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--min-p", "2", "from 0 to 1"),
+        ("--top-p", "0", "above 0 and at most 1"),
+        ("--temperature", "nan", "finite"),
+        ("--repetition-penalty", "-1", "above 0"),
+        ("--repair", "first:x", "first:16"),
+    ],
+)
+def test_how_to_sample_is_checked_before_anything_is_opened(
+    option: str, value: str, expected: str, tmp_path: Path
+) -> None:
+    for command in (["ask", "Who?"], ["chat"]):
+        ran = here("--dir", "nowhere", *command, option, value, cwd=tmp_path)
+        assert option in (said := the_error(ran, code=2))
+        assert expected in said
+        assert "nowhere" not in said
 
 
 def test_the_question_may_come_from_standard_input(collection: Path) -> None:

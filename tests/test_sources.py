@@ -12,9 +12,10 @@ import torch
 from conftest import ModelMaker, WordEmbedder
 
 from kvlink_rag import Document, KVLinkRAG
-from kvlink_rag.ingest.index_files import IngestReport, gone, ids_from, ingest
+from kvlink_rag.errors import DocumentNotFound
+from kvlink_rag.ingest.index_files import IngestReport, gone, ingest, remove
 from kvlink_rag.ingest.readers import find
-from kvlink_rag.ingest.sources import FILE_KEY
+from kvlink_rag.ingest.sources import FILE_KEY, matching
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_lines_with_a_source_belong_to_their_file(rag: KVLinkRAG) -> None:
     assert counts(index(rag, "w.jsonl")[0]) == (1, 0, 0, 1)
     (document,) = rag.documents()
     assert document.metadata["source"] == "https://ex.org/f"
-    assert ids_from(rag, ["w.jsonl"]) == ids_from(rag, ["https://ex.org/f"]) == {document.id}
+    assert set(matching(rag, "w.jsonl")) == set(matching(rag, "https://ex.org/f")) == {document.id}
     write("w.jsonl", "")
     assert counts(index(rag, "w.jsonl")[0]) == (0, 0, 0, 1)
 
@@ -212,7 +213,8 @@ def test_sources_may_be_files_folders_and_patterns(rag: KVLinkRAG, monkeypatch: 
     index(rag, ".")
 
     def found(*wanted: str) -> list[str]:
-        return sorted(d.metadata["source"] for d in rag.get(ids_from(rag, wanted)))
+        ids = {id for each in wanted for id in matching(rag, each)}
+        return sorted(d.metadata["source"] for d in rag.get(ids))
 
     assert found("docs") == found("./docs/") == ["docs/a.md", "docs/b.txt", "docs/sub/c.md"]
     assert found("docs/b.txt") == ["docs/b.txt"]
@@ -220,6 +222,25 @@ def test_sources_may_be_files_folders_and_patterns(rag: KVLinkRAG, monkeypatch: 
     assert found("nothing") == found("docs/*.pdf") == []
     monkeypatch.chdir("docs2")
     assert found("../docs/sub", "d.md") == ["docs/sub/c.md", "docs2/d.md"]
+
+
+def test_what_another_file_holds_stays_when_a_file_is_deleted(rag: KVLinkRAG) -> None:
+    both = '{"id": "x", "text": "Of both."}'
+    write("a.jsonl", both + '\n{"id": "y", "text": "Of one."}')
+    write("sub/b.jsonl", both)
+    write("c.jsonl", '{"id": "z", "text": "Of none of them."}')
+    index(rag, ".")
+    with pytest.raises(DocumentNotFound, match=r"'no\.md'"):
+        remove(rag, ["a.jsonl", "no.md"])
+    assert remove(rag, ["a.jsonl"]) == (1, 1)
+    assert texts(rag) == ["Of both.", "Of none of them."]
+    assert list(matching(rag, "sub/b.jsonl")) == ["x"]
+    assert matching(rag, "a.jsonl") == {}
+    (kept,) = rag.get(["x"])
+    assert kept.metadata["source"] == "sub/b.jsonl"
+    index(rag, "a.jsonl")
+    assert remove(rag, ["a.jsonl", "sub"], ids=["z"]) == (3, 0)
+    assert texts(rag) == []
 
 
 def test_a_collection_of_before_is_brought_up_to_date(rag: KVLinkRAG) -> None:

@@ -14,7 +14,17 @@ from kvlink_rag.errors import ConfigError
 
 from . import terminal
 from .opening import OPTIONS, Options, collection, load, require_documents
-from .values import Count, CountOrAll, Json, Seed
+from .values import (
+    Count,
+    CountOrAll,
+    Json,
+    Penalty,
+    Probability,
+    Repair,
+    Seed,
+    Share,
+    Temperature,
+)
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.answering import AnswerStream
@@ -31,19 +41,19 @@ class Answering:
     """of passages in the prompt: best first, or by id, which reuses more (the collection's)"""
     mode: Mode = "reuse"
     """reuse snapshots; or compute all, masked as reuse is or in full"""
-    repair: str | None = None
+    repair: Repair | None = None
     """compute again of passages: first:16 (tokens of each), select:15%, none (the collection's)"""
     max_new_tokens: Count = 256
     """the most tokens of an answer"""
-    temperature: Annotated[float, Parameter(show_default=str)] = 0.0
+    temperature: Annotated[Temperature, Parameter(show_default=str)] = 0.0
     """0 is greedy"""
-    top_p: float = 1.0
+    top_p: Probability = 1.0
     """sample from the likeliest tokens that together have this probability"""
     top_k: CountOrAll = 0
     """sample from so many of the likeliest tokens; 0: from all"""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """sample from tokens with at least this share of the likeliest one's probability"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Penalty = 1.0
     """above 1: what was said already becomes less likely"""
     seed: Seed | None = None
     """of sampling"""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter, Token
 
-from kvlink_rag.arguments import MAX_SEED, check_encoding, parse_size
+from kvlink_rag.arguments import MAX_SEED, check_encoding, parse_repair, parse_size
 from kvlink_rag.evaluation.request import GROUPS, By
 
 
@@ -45,6 +46,26 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _number(allowed: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Reads a finite number that is `allowed`."""
+
+    def parse(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not (math.isfinite(found) and allowed(found)):
+            raise ValueError(f"found {text[:40]!r}, expected {expected}")
+        return found
+
+    return parse
+
+
+def _repair(text: str) -> str:
+    parse_repair(text)
+    return text
+
+
 def _sample(text: str) -> int | None:
     """How many; None for all."""
     return None if text == "all" else 0 if text == "0" else _count(text)
@@ -71,6 +92,13 @@ def _groups(text: str) -> tuple[str, ...]:
 Count = Annotated[int, _of_text(_count)]
 CountOrAll = Annotated[int, _of_text(_or_all)]
 Seed = Annotated[int, _of_text(_seed)]
+Temperature = Annotated[float, _of_text(_number(lambda n: n >= 0, "a finite number >= 0"))]
+Probability = Annotated[
+    float, _of_text(_number(lambda n: 0 < n <= 1, "a number above 0 and at most 1"))
+]
+Share = Annotated[float, _of_text(_number(lambda n: 0 <= n <= 1, "a number from 0 to 1"))]
+Penalty = Annotated[float, _of_text(_number(lambda n: n > 0, "a number above 0"))]
+Repair = Annotated[str, _of_text(_repair)]
 Encoding = Annotated[str, _of_text(check_encoding)]
 Sample = Annotated[int | None, _of_text(_sample)]
 Size = Annotated[int, _of_text(lambda text: parse_size(text, least=1))]

@@ -15,6 +15,7 @@ from typing import Any
 from kvlink_rag.arguments import MAX_TOKENS
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
+from kvlink_rag.errors import DocumentNotFound
 from kvlink_rag.retrieval.embedder import Windowed
 
 from .readers import MAX_BYTES, OnProblem, Problem, ReadOptions, SourceFile, read_file
@@ -23,6 +24,7 @@ from .sources import (
     Known,
     digest,
     exists,
+    files_of,
     gone_files,
     identity,
     is_below,
@@ -164,7 +166,12 @@ def _settle(
 
 
 def _held_by(document: Document, files: Iterable[str]) -> Document:
-    return replace(document, metadata={**document.metadata, FILE_KEY: sorted(files)})
+    """The passage as one of `files`; the source shown is one of them where it was a file's."""
+    held, source = sorted(files), document.metadata.get("source")
+    metadata = {**document.metadata, FILE_KEY: held}
+    if isinstance(source, str) and identity(source) in set(files_of(document)) - set(held):
+        metadata["source"] = shown(held[0])
+    return replace(document, metadata=metadata)
 
 
 def gone(rag: KVLinkRAG, paths: Iterable[str | PathLike[str]]) -> list[str]:
@@ -173,9 +180,28 @@ def gone(rag: KVLinkRAG, paths: Iterable[str | PathLike[str]]) -> list[str]:
     return [shown(file) for file in gone_files(files, map(identity, paths))]
 
 
-def ids_from(rag: KVLinkRAG, sources: Iterable[str]) -> set[str]:
-    """Ids of all passages of `sources`: files, folders, patterns such as `docs/*.md`."""
-    return {id for source in sources for id in matching(rag, source)}
+def remove(
+    rag: KVLinkRAG, sources: Iterable[str], *, ids: Iterable[str] = (), now: bool = False
+) -> tuple[int, int]:
+    """Delete the passages of `sources` (files, folders, patterns such as `docs/*.md`), and `ids`.
+
+    A passage that a file outside `sources` holds too stays, and is that file's. now: as in
+    `KVLinkRAG.delete`. Returns how many were deleted, how many stay. Raises `DocumentNotFound`,
+    and deletes none, where a source or an id means no passage.
+    """
+    left: dict[str, frozenset[str]] = {}
+    for source in sources:
+        if not (found := matching(rag, source)):
+            raise DocumentNotFound(f"no passage of {source!r} in {rag.directory}")
+        for id, files in found.items():
+            left[id] = left.get(id, files) & files
+    left |= dict.fromkeys(ids, frozenset())
+    kept = {id: files for id, files in left.items() if files}
+    documents = rag.get(kept)
+    count = rag.delete(sorted(left.keys() - kept.keys()), now=now)
+    if documents:
+        rag.add([_held_by(document, kept[str(document.id)]) for document in documents])
+    return count, len(kept)
 
 
 def splitting_encoder(rag: KVLinkRAG, max_tokens: int) -> Encoder:

@@ -103,24 +103,26 @@ def _stem(source: str) -> str:
     return Path(source).stem
 
 
-def matching(rag: KVLinkRAG, wanted: str) -> set[str]:
-    """Ids of the passages of a file, of all files in a folder, or of those that a pattern takes.
+def matching(rag: KVLinkRAG, wanted: str) -> dict[str, frozenset[str]]:
+    """Passages of a file, of all files in a folder, or of those that a pattern takes.
 
-    Where no file is meant, of those whose `source` is `wanted`. A name that is there is no pattern.
+    For each id, the files that hold it and are not meant. Where no file is meant, the passages
+    whose `source` is `wanted`. A name that is there is no pattern.
     """
     path, pattern = identity(wanted), _pattern(wanted)
-    found: list[set[str]] = [set(), set(), set()]
+    found: list[dict[str, frozenset[str]]] = [{}, {}, {}]
     for document in rag.documents():
+        id, files = str(document.id), files_of(document)
         source = document.metadata.get("source")
-        files = files_of(document)
-        meant = (
-            any(is_below(file, [path]) for file in files),
-            any(map(pattern, files)),
-            isinstance(source, str) and (source == wanted or pattern(source)),
-        )
-        if any(meant):
-            found[meant.index(True)].add(str(document.id))
-    return next(filter(None, found), set())
+        inside = {file for file in files if is_below(file, [path])}
+        alike = {file for file in files if pattern(file)}
+        if inside:
+            found[0][id] = frozenset(files) - inside
+        elif alike:
+            found[1][id] = frozenset(files) - alike
+        elif isinstance(source, str) and (source == wanted or pattern(source)):
+            found[2][id] = frozenset()
+    return next(filter(None, found), {})
 
 
 def _pattern(wanted: str) -> Callable[[str], bool]:
