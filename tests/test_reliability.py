@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -285,6 +286,46 @@ def test_a_read_only_collection_answers(directory: Path) -> None:
     if code == storage_workers.SKIPPED:
         pytest.skip("mounting is not allowed here")
     assert code == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_closed_collection_on_a_full_disk_answers(directory: Path, tmp_path: Path) -> None:
+    """No byte is free, not even for SQLite's shared memory: it is read; room, and it is written."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    lost = next((directory / "snapshots").rglob("*.safetensors"))
+    lost.unlink()
+
+    def work() -> None:
+        storage_workers._mount("-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place))
+        shutil.copytree(directory, place / "c")
+        fill(place / "filler")
+        with open_tiny(place / "c") as rag:
+            assert {document.id for document in rag.documents()} >= {"hux"}
+            assert trust.wrong_answers(rag, random.Random(0), 3) == []
+            assert rag.ask("harbour?", k=10, max_new_tokens=1).trace.snapshots_encoded == 1
+            assert rag.search("Hux", 1)[0].document.id == "hux"
+            assert rag.stats().documents == 10
+            with pytest.raises(StorageError):
+                rag.add([Document("new", id="new")])
+            (place / "filler").unlink()
+            rag.add([Document("new", id="new")])
+            assert rag.get(["new"])[0].text == "new"
+            assert rag.ask("harbour?", k=10, max_new_tokens=1).trace.snapshots_encoded == 1
+            assert rag.ask("harbour?", k=10, max_new_tokens=1).trace.snapshots_encoded == 0
+            assert rag.check() == []
+
+    code = ended(fork(work))
+    if code == storage_workers.SKIPPED:
+        pytest.skip("mounting is not allowed here")
+    assert code == 0
+
+
+def fill(path: Path) -> None:
+    """Take all room that is left on the disk, to the last byte."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

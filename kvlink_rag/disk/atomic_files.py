@@ -20,6 +20,7 @@ from pathlib import Path
 from .forks import undivided
 
 _SUFFIX = ".tmp"
+_ROOM = 256 * 1024  # shared memory takes 32 KiB, the first pages of a log a few more
 
 
 @contextlib.contextmanager
@@ -78,6 +79,12 @@ def temporary_for(path: Path) -> str | None:
 def is_read_only(directory: Path) -> bool:
     """Whether `directory` lies on a file system that nobody can write to for now."""
     return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+
+
+def is_full(directory: Path) -> bool:
+    """Whether the file system of `directory` has no room for what SQLite needs to read a log."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize < _ROOM
 
 
 def link(source: Path, target: Path) -> None:

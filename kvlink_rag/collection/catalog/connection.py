@@ -2,7 +2,8 @@
 
 One transaction a change, on the disk before it is acknowledged (WAL, `synchronous=FULL`). What
 SQLite and the system raise is told as ours. A file that was removed or replaced is noticed before
-each transaction; on a read-only file system it is read as it stands.
+each transaction; on a read-only file system it is read as it stands, and so is one that nobody has
+open on a disk that is full, where SQLite finds no room for its log.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ _PRAGMAS = (
 )
 _BUSY_SECONDS = 60
 _IDLE_CONNECTIONS = 4
+_TRIES = 3  # to read a file that somebody writes to
 
 Sql = sqlite3.Connection
 _Result = TypeVar("_Result")
@@ -97,6 +99,17 @@ class Database:
                 self._idle.pop().close()
 
     def _transact(self, begin: str, action: Callable[[Sql], _Result]) -> _Result:
+        try:
+            return self._on_connection(begin, action)
+        except CatalogError as error:
+            if not (
+                _lacks_room(error) and begin == "BEGIN" and atomic_files.is_full(self.path.parent)
+            ):
+                raise
+        with undivided(), errors(self.path):
+            return _as_it_stands(self.path, action)
+
+    def _on_connection(self, begin: str, action: Callable[[Sql], _Result]) -> _Result:
         with undivided(), errors(self.path), self._connection() as sql:
             before = sql.total_changes
             sql.execute(begin)
@@ -154,19 +167,51 @@ def opening(path: Path) -> Iterator[None]:
 
 def connect(path: Path, journal: str = "journal_mode=WAL") -> Sql:
     """A connection that never creates the file; for reading, on a read-only file system."""
-    frozen = atomic_files.is_read_only(path.parent)
-    if frozen:
-        _refuse_log(path)
+    if atomic_files.is_read_only(path.parent):
+        return _connect_frozen(path, "a read-only file system")
+    return _connected(f"{path.as_uri()}?mode=rw", (*_PRAGMAS, journal))
+
+
+def read_once(path: Path, action: Callable[[Sql], _Result]) -> _Result:
+    """Run `action` on a connection of its own; on a full disk, where need be, as `path` stands."""
+    try:
+        with contextlib.closing(connect(path)) as sql:
+            return action(sql)
+    except sqlite3.OperationalError as error:
+        if not (_lacks_room(error) and atomic_files.is_full(path.parent)):
+            raise
+    return _as_it_stands(path, action)
+
+
+def _as_it_stands(path: Path, action: Callable[[Sql], _Result]) -> _Result:
+    """Run `action` on the file alone: without log, shared memory and locks, which need room.
+
+    Raises `CatalogError` where a log holds changes, or somebody writes meanwhile.
+    """
+    for _ in range(_TRIES):
+        before = path.stat()
+        with contextlib.closing(_connect_frozen(path, "a full disk")) as sql:
+            result = action(sql)
+        after = path.stat()
+        _refuse_log(path, "a full disk")
+        if (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
+            return result
+    raise CatalogError(f"{path} is being written, on a disk that is full; make room and try again")
+
+
+def _connect_frozen(path: Path, where: str) -> Sql:
+    """A connection to a file that nobody writes to meanwhile."""
+    _refuse_log(path, where)
+    return _connected(f"{path.as_uri()}?mode=ro&immutable=1", _PRAGMAS)
+
+
+def _connected(uri: str, pragmas: Sequence[str]) -> Sql:
     sql = sqlite3.connect(
-        f"{path.as_uri()}?{'mode=ro&immutable=1' if frozen else 'mode=rw'}",
-        uri=True,
-        timeout=_BUSY_SECONDS,
-        isolation_level=None,
-        check_same_thread=False,
+        uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
     )
     sql.text_factory = _decode
     try:
-        for pragma in _PRAGMAS if frozen else (*_PRAGMAS, journal):
+        for pragma in pragmas:
             sql.execute(f"PRAGMA {pragma}")
     except BaseException:
         sql.close()
@@ -209,13 +254,20 @@ def _decode(data: bytes) -> str:
     return data.decode(errors="backslashreplace")
 
 
-def _refuse_log(path: Path) -> None:
-    """Raise where changes wait in the log: on a read-only file system nobody can bring them in."""
+def _lacks_room(error: Exception) -> bool:
+    """Whether SQLite failed as it does where its log or shared memory finds no room."""
+    return any(
+        words in str(error) for words in ("disk is full", "disk I/O error", "unable to open")
+    )
+
+
+def _refuse_log(path: Path, where: str) -> None:
+    """Raise where changes wait in the log: nobody can bring them in there."""
     log = path.with_name(f"{path.name}-wal")
     if log.exists() and log.stat().st_size:
         raise CatalogError(
-            f"{path} lies on a read-only file system and {log.name} holds changes; open it once "
-            "where it can be written"
+            f"{path} lies on {where} and {log.name} holds changes; open it once where it can be "
+            "written"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.errors import CatalogError
 
-from .connection import connect
+from .connection import Sql, connect, read_once
 
 VERSION = 1
 APPLICATION_ID = 0x4B564C4B  # "KVLK"
@@ -102,11 +102,7 @@ def _write(path: Path) -> None:
 
 def _check(path: Path) -> None:
     """Raise `CatalogError` unless the database is a catalog of this version, unaltered."""
-    with contextlib.closing(connect(path)) as sql:
-        (application,) = sql.execute("PRAGMA application_id").fetchone()
-        (version,) = sql.execute("PRAGMA user_version").fetchone()
-        names = "SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
-        found = {text for (text,) in sql.execute(names)}
+    application, version, found = read_once(path, _facts)
     if application != APPLICATION_ID:
         raise CatalogError(f"{path} is not a catalog: found application id {application:#x}")
     if version != VERSION:
@@ -116,3 +112,11 @@ def _check(path: Path) -> None:
         )
     if found != set(_STATEMENTS):
         raise CatalogError(f"{path} is damaged: its tables are not those of a catalog")
+
+
+def _facts(sql: Sql) -> tuple[int, int, set[str]]:
+    """Application id, schema version, and the statements that made the tables."""
+    (application,) = sql.execute("PRAGMA application_id").fetchone()
+    (version,) = sql.execute("PRAGMA user_version").fetchone()
+    names = "SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+    return application, version, {text for (text,) in sql.execute(names)}

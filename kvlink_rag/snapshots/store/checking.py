@@ -37,7 +37,7 @@ def check(table: Table, temporary: Path, fix: bool) -> Iterator[str]:
 
 def sweep(table: Table, temporary: Path) -> None:
     """Remove what dead writers left: their temporary file, and its link without a row."""
-    if atomic_files.is_read_only(table.directory):
+    if table.frozen:
         return
     for leftover in atomic_files.abandoned(temporary):
         file = atomic_files.temporary_for(leftover) or ""
@@ -72,7 +72,7 @@ def _check_rows(table: Table, fix: bool) -> Iterator[str]:
 def _settled_row(table: Table, statement: str, rowid: int) -> list[tuple[Any, ...]]:
     """The row once no writer is in the middle of a change: one unlinks before it deletes."""
     again = f"{statement} WHERE rowid = ?"
-    if atomic_files.is_read_only(table.directory):
+    if table.frozen:
         return table.query(again, rowid)
     return table.change(lambda rows: rows.sql(again, rowid))
 

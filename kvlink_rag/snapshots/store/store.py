@@ -260,7 +260,7 @@ class SnapshotStore:
     def _shrink(self) -> None:
         """Evict what was stored under a larger limit, and say how much that is."""
         limit = self.size_limit
-        if limit is None or self.bytes() <= limit or atomic_files.is_read_only(self.directory):
+        if limit is None or self.bytes() <= limit or self._table.frozen:
             return
 
         def shrink(rows: Rows) -> tuple[int, int]:

@@ -172,11 +172,12 @@ class Rows:
 class Table:
     """The table of the store in `directory`: opened, rebuilt when damaged, changed in one piece.
 
+    frozen: it can be read and not written, on a read-only file system or a disk that is full.
     Raises `StorageError` where it cannot be used for now.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.frozen = directory, False
         self._lock = threading.RLock()
         self._rows: Rows | None = None
         self._inode = 0
@@ -213,7 +214,7 @@ class Table:
             return action(self._current())
         except _TABLE_ERRORS as error:
             self.close()  # rolls back
-            if not _means_damage(error):
+            if self.frozen or not _means_damage(error):
                 raise self._error(error) from error
             damage = error
         try:
@@ -241,13 +242,18 @@ class Table:
         """The open table; opened again where its file has been replaced or removed."""
         self._leave_to_parent()
         rows = self._rows
-        if rows is None or _inode(self.directory / DATABASE) != self._inode:
+        if rows is None or _inode(self.directory / DATABASE) != self._inode or self._has_thawed():
             try:
                 with self._lock, self._exclusive():
                     return self._open()
             except OSError as error:
                 raise self._error(error) from error
         return rows
+
+    def _has_thawed(self) -> bool:
+        """Whether a disk that was full has room again."""
+        where = self.directory
+        return self.frozen and not (atomic_files.is_read_only(where) or atomic_files.is_full(where))
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the parent's connections must neither be used nor closed."""
@@ -266,12 +272,23 @@ class Table:
     def _open(self) -> Rows:
         """Open the table, made if need be."""
         path = self.directory / DATABASE
-        frozen = atomic_files.is_read_only(self.directory)
-        if not frozen:
+        self.frozen = atomic_files.is_read_only(self.directory)
+        if not self.frozen:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         self._inode = _inode(path)  # the one to rebuild, should it be damaged
-        self._rows = Rows(_ReadOnly(self.directory)) if frozen else _open(self.directory)
+        self._rows = Rows(_ReadOnly(self.directory)) if self.frozen else self._open_to_write()
         return self._rows
+
+    def _open_to_write(self) -> Rows:
+        """The table; as it stands, where the disk has no room for SQLite's log."""
+        try:
+            return _open(self.directory)
+        except sqlite3.OperationalError as error:
+            if _means_damage(error) or not atomic_files.is_full(self.directory):
+                raise
+            logger.warning("the disk is full: what is in %s is read as it stands", self.directory)
+        self.frozen = True
+        return Rows(_ReadOnly(self.directory))
 
     def _forget(self) -> None:
         """Remove the table's files; whoever has them open notices by the inode."""
@@ -320,7 +337,7 @@ def _connect(directory: Path) -> Any:
 
 
 class _ReadOnly:
-    """The table on a read-only file system, in place of diskcache, which writes when it opens."""
+    """The table where nothing can be written, in place of diskcache, which writes when it opens."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.disk = str(directory), SnapshotDisk(str(directory))
@@ -341,7 +358,7 @@ class _ReadOnly:
 
     def transact(self) -> Any:
         """Refused."""
-        raise sqlite3.OperationalError("attempt to write on a read-only file system")
+        raise sqlite3.OperationalError("attempt to write on a read-only file system or a full disk")
 
     delete = set = transact
 
