@@ -63,7 +63,7 @@ def only_problem(*paths: str | Path, **limits: int) -> str:
 
 def test_folders_are_read_in_order_without_hidden_and_unknown_files():
     names = ("b/z.txt", "b/A.TXT", "a.txt", "c.md", ".hidden/x.txt", "b/.x.txt")
-    for name in (*names, "b/x.docx", "b/y.docx", "x.png"):
+    for name in (*names, "b/x.doc", "b/y.doc", "x.png"):
         write(f"docs/{name}", "some text")
     documents, (problem,) = read("docs")
     assert [d.metadata["source"] for d in documents] == [
@@ -74,8 +74,8 @@ def test_folders_are_read_in_order_without_hidden_and_unknown_files():
     ]
     assert not problem.skipped
     assert str(problem) == (
-        "docs: 3 files of unknown kinds passed over (2 .docx, 1 .png): "
-        "docs/b/x.docx, docs/b/y.docx, docs/x.png"
+        "docs: 3 files of unknown kinds passed over (2 .doc, 1 .png): "
+        "docs/b/x.doc, docs/b/y.doc, docs/x.png"
     )
 
 
@@ -835,7 +835,16 @@ def test_a_missing_package_is_told_before_anything_is_read(monkeypatch):
     write("0.txt", "x")
     write("a.pdf", "x")
     monkeypatch.setattr("kvlink_rag.ingest.readers.pdf.find_spec", lambda *_: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'kvlink-rag\[pdf\]'"):
+    install = r"pip install 'kvlink-rag\[pdf\]'"
+    for paths in (["a.pdf"], [".", "a.pdf"]):
+        with pytest.raises(MissingExtra, match=install):
+            next(read_paths(paths))
+    documents, (problem,) = read(".")
+    assert [d.text for d in documents] == ["x"]
+    assert problem.skipped
+    assert re.match(rf"a\.pdf: 1 file is left out: .*{install}", str(problem))
+    Path("0.txt").unlink()
+    with pytest.raises(MissingExtra, match=install):
         next(read_paths(["."]))
 
 

@@ -1,20 +1,21 @@
-"""Files and folders to documents: text, Markdown, HTML, JSON lines, PDF and programs.
+"""Files and folders to documents: text, Markdown, HTML, PDF, office files, tables, programs.
 
 A file, line or page that cannot be read is one `Problem` and does not stop the rest. Each format
-has its own module here; `pdf` alone knows pypdf. Documents come whole (a PDF page by page); the
-splitter makes passages of them.
+has its own module here. Documents come whole (a PDF page by page, a book by chapters, a workbook by
+sheets); the splitter makes passages of them.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from os import PathLike
 from typing import Any
 
 from kvlink_rag.documents import Document
-from kvlink_rag.errors import DocumentError
+from kvlink_rag.errors import DocumentError, MissingExtra
 
 from .files import MAX_BYTES, Problem, ReadOptions, SourceFile, find_files
 
@@ -87,9 +88,19 @@ _READERS = {
     ".jsonl": "jsonl.read_jsonl",
     ".ndjson": "jsonl.read_jsonl",
     ".pdf": "pdf.read_pdf",
+    ".docx": "office.read_docx",
+    ".pptx": "office.read_pptx",
+    ".xlsx": "office.read_xlsx",
+    ".epub": "epub.read_epub",
+    ".csv": "tables.read_csv",
+    ".tsv": "tables.read_csv",
+    ".ipynb": "notebook.read_notebook",
     **dict.fromkeys(CODE, "text.read_code"),
 }
-_NEEDS = {".pdf": "pdf.require"}
+_NEEDS = {
+    ".pdf": "pdf.require",
+    **dict.fromkeys((".docx", ".pptx", ".xlsx"), "office.require"),
+}
 
 SUFFIXES = tuple(suffix for suffix in _READERS if suffix not in CODE)  # … and programs
 
@@ -108,16 +119,15 @@ def read_paths(
 
     Folders are read recursively in the order of names, without hidden files, unknown suffixes and
     loops of links. A document's metadata name its `source` (the path as given, then down to the
-    file) and, for a PDF, its `page`. Titles: the first top heading, else HTML's <title> or a PDF's
-    title, else the file's name; for JSON lines, the line's.
+    file) and its place in that: `page`, `slide`, `sheet` or `chapter`. Titles: the first top
+    heading, else HTML's <title> or a PDF's title, else the file's name; for JSON lines, the line's.
 
     on_problem: called with each problem, and reading goes on. Without it, what must be skipped
         raises `DocumentError`, and a warning is logged.
     max_bytes: the most bytes of one file, or of one line of a .jsonl file.
     encoding: of all text, in place of what the files say or look like. text_key: the key under
         which JSON lines have their text.
-    Raises `ConfigError` (no such encoding), and `MissingExtra` before anything is read where a
-    file needs a package that is missing.
+    Raises `ConfigError` (no such encoding), and `MissingExtra` (see `find`) before anything is read.
     """
     report, options = on_problem or raise_or_log, ReadOptions(max_bytes, encoding, text_key)
     for file in find(paths, report):
@@ -125,10 +135,23 @@ def read_paths(
 
 
 def find(paths: Iterable[str | PathLike[str]], on_problem: OnProblem) -> list[SourceFile]:
-    """The files that `read_paths` reads, each once. Raises `MissingExtra`."""
-    files, problems = find_files(paths, tuple(_READERS))
-    for suffix in sorted({file.suffix for file in files} & set(_NEEDS)):
-        _function(_NEEDS[suffix])()
+    """The files that `read_paths` reads, each once.
+
+    Files of a folder whose format needs a package that is missing are one problem. Raises
+    `MissingExtra` where such a file is named itself, or there is no other.
+    """
+    named = [os.fspath(path) for path in paths]
+    files, problems = find_files(named, tuple(_READERS))
+    for require in sorted({_NEEDS[file.suffix] for file in files if file.suffix in _NEEDS}):
+        try:
+            _function(require)()
+        except MissingExtra as error:
+            left_out = [file for file in files if _NEEDS.get(file.suffix) == require]
+            files = [file for file in files if file not in left_out]
+            if not files or any(os.fspath(file.path) in named for file in left_out):
+                raise
+            count = "1 file is" if len(left_out) == 1 else f"{len(left_out)} files are"
+            problems.append(Problem(left_out[0].source, f"{count} left out: {error}"))
     for problem in problems:
         on_problem(problem)
     return files

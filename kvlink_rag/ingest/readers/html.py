@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from kvlink_rag.documents import Document
 
 from .encodings import WESTERN, Decoded, declared_as, decoded
-from .files import Problem, ReadOptions, SourceFile, clean, warned
+from .files import Problem, ReadOptions, SourceFile, clean, not_text, warned
 from .html_text import to_markdown
 from .text import empty, markdown_document, top_heading
 
@@ -27,15 +27,27 @@ def read_html(file: SourceFile, options: ReadOptions) -> Iterator[Document | Pro
         return
     found = _decoded(data, options.encoding)
     yield from warned(found, file.source)
+    if not found.binary:
+        yield from _page(found.text, file.source, file)
+
+
+def page_document(data: bytes, place: str, file: SourceFile) -> Document | Problem | None:
+    """A page inside a file: what it says, or the problem at `place`; None where it says nothing."""
+    found = _decoded(data, None)
     if found.binary:
+        return not_text(place)
+    pages = [each for each in _page(found.text, place, file) if each != empty(file)]
+    return pages[-1] if pages else None
+
+
+def _page(html: str, place: str, file: SourceFile) -> Iterator[Document | Problem]:
+    if html.count("<") > _MOST_TAGS:
+        yield Problem(place, f"more than {_MOST_TAGS:,} tags in one page; split it")
         return
-    if found.text.count("<") > _MOST_TAGS:
-        yield Problem(file.source, f"more than {_MOST_TAGS:,} tags in one page; split it")
-        return
-    page = to_markdown(found.text)
-    if not page.text and (page := to_markdown(found.text, whole=True)).text:
+    page = to_markdown(html)
+    if not page.text and (page := to_markdown(html, whole=True)).text:
         message = "all of its text is navigation, or hidden; read all the same"
-        yield Problem(file.source, message, skipped=False)
+        yield Problem(place, message, skipped=False)
     text, title = clean(page.text), clean(page.title)[:_TITLE_CHARACTERS]
     if text:
         yield markdown_document(text, top_heading(text) or title or file.stem, file)
