@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from kvlink_rag import KVLinkRAG
 from kvlink_rag.serving.app import make_app
 from kvlink_rag.serving.keys import Keys
 from kvlink_rag.serving.library import Library
+from kvlink_rag.serving.run import bound
 from kvlink_rag.serving.runner import Limits
 from kvlink_rag.serving.service import Service
 
@@ -59,7 +59,7 @@ def running(root: Path, *, keys: str = "", hosts: Any = None, **limits: Any) -> 
     service = Service.of(library, Keys.parse(keys), Limits(**limits), k=3)
     app = make_app(service, **({} if hosts is None else {"hosts": hosts}))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with bound("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
