@@ -127,6 +127,7 @@ def plot(axes: Any, rows: list[Row]) -> None:
         )
     axes.set_xscale("log")
     axes.set_xlabel("documents in the collection")
+    axes.set_ylim(0, None)
     axes.set_ylabel("tokens beside passages taken from kept runs (%)")
     axes.legend()
 

@@ -350,21 +350,49 @@ def best_attention(model: KVLinkModel) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def label(row: Row) -> str:
-    return " ".join(str(row[part]) for part in ("way", "codec", "place") if part in row)
+IN_WORDS = {
+    "floor": "floor: transformers' own forward of\nreuse's tokens, all else in memory",
+    "full": "full prefill (transformers' generate)",
+    "forward": "full prefill (transformers' forward alone)",
+    "prefix": "prefix caching, one passage shared",
+    "naive": "snapshots side by side, no link tokens",
+    "cacheblend": "CacheBlend: 15 % computed again",
+    "epic": "EPIC: 16 tokens a passage computed again",
+}
+WHERE = {"cold": "cold files", "cached": "files in the page cache", "ram": "in memory"}
+
+
+def in_words(row: Row) -> str:
+    """A way, for people."""
+    if row["way"] != "reuse":
+        return IN_WORDS[row["way"]]
+    return f"reuse: {row['codec']} snapshots, {WHERE[row['place']]}"
 
 
 def plot(axes: Any, rows: list[Row]) -> None:
-    """TTFT over context tokens, a line for each way."""
-    for name in dict.fromkeys(map(label, rows)):
-        mine = [row for row in rows if label(row) == name]
-        mine.sort(key=lambda row: row["passages"] * row["tokens_per_passage"])
-        tokens = [row["passages"] * row["tokens_per_passage"] for row in mine]
-        axes.plot(tokens, [row["ttft_p50_s"] for row in mine], marker="o", label=name)
-    axes.set_xlabel("context tokens")
-    axes.set_ylabel("seconds to first token (median)")
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    """A bar for each size and way, from zero, with its seconds and its share of a full prefill."""
+    names, at = [], 0.0
+    for size in dict.fromkeys(row["size"] for row in rows):
+        passages, tokens = size.split("x")
+        names.append((at, f"{passages} passages of {tokens} tokens"))
+        for row in (row for row in rows if row["size"] == size):
+            at += 1
+            names.append((at, in_words(row)))
+            seconds, share = row["ttft_p50_s"], row.get("over_full")
+            colour = {"reuse": "#1f77b4", "floor": "#9ecae1"}.get(row["way"], "#bdbdbd")
+            axes.barh(at, seconds, color=colour, height=0.7)
+            told = f" {seconds:.3g} s" + (
+                f" ({100 * share:.1f} %)" if share not in (None, 1) else ""
+            )
+            axes.text(seconds, at, told, va="center", fontsize=8)
+        at += 1.6
+    axes.set_yticks([place for place, _ in names], [name for _, name in names], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("seconds to first token, median (share of full prefill, of the same rounds)")
+    axes.figure.set_size_inches(8, 1.2 + 0.3 * at)
 
 
 def parse() -> argparse.Namespace:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -52,6 +53,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 7168,
+    "max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -60,6 +73,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
 }
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}  # theirs are beyond 460
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
@@ -71,6 +85,54 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "ministral": (
+        transformers.MinistralConfig,
+        transformers.MinistralForCausalLM,
+        {
+            "head_dim": 32,
+            "sliding_window": 24,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "ministral3": (
+        transformers.Ministral3Config,
+        transformers.Ministral3ForCausalLM,
+        {"head_dim": 32, "sliding_window": None, "rope_parameters": MINISTRAL3_ROPE},
+    ),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM, ENDS),
+    "granite": (
+        transformers.GraniteConfig,
+        transformers.GraniteForCausalLM,
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "arcee": (transformers.ArceeConfig, transformers.ArceeForCausalLM, ENDS),
+    "seed_oss": (transformers.SeedOssConfig, transformers.SeedOssForCausalLM, {"head_dim": 32}),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM, {"head_dim": 32}),
+    "starcoder2": (
+        transformers.Starcoder2Config,
+        transformers.Starcoder2ForCausalLM,
+        {**ENDS, "sliding_window": 24, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    ),
+    "cwm": (
+        transformers.CwmConfig,
+        transformers.CwmForCausalLM,
+        {**ENDS, "head_dim": 32, "sliding_window": 24, "rope_parameters": LLAMA3_ROPE},
+    ),
 }
 
 

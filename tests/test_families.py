@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
 import pytest
+import torch
+import transformers
 
 import kvlink_rag
+from kvlink_rag import Document, KVLinkModel
 from kvlink_rag.engine.families import FAMILIES, check_supported, masks_by_layer, window_of
-from kvlink_rag.errors import ModelNotSupported
+from kvlink_rag.errors import ModelNotSupported, PromptTooLong
 
 
 def test_the_oracle_covers_every_family_and_no_other() -> None:
@@ -22,6 +27,24 @@ def test_the_oracle_covers_every_family_and_no_other() -> None:
 def test_other_families_are_refused_with_the_names_of_those_there_are() -> None:
     with pytest.raises(ModelNotSupported, match="'gpt2', expected one of llama, mistral, qwen2"):
         check_supported(SimpleNamespace(model_type="gpt2"))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "compressed-tensors", "bitsandbytes"])
+def test_quantised_checkpoints_are_refused_by_name(
+    method: str, saved_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(saved_pair[0], tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    fields = json.loads(file.read_text()) | {"quantization_config": {"quant_method": method}}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ModelNotSupported, match=f"quantised by {method}, expected plain weights"):
+        KVLinkModel.from_pretrained(tmp_path / "m")
+
+
+def test_multimodal_checkpoints_are_refused_with_the_remedy() -> None:
+    config = transformers.Mistral3Config()
+    with pytest.raises(ModelNotSupported, match=r"multimodal.*'mistral3'.*\(type 'mistral'\)"):
+        check_supported(config)
 
 
 def test_nothing_else_tests_a_model_type() -> None:
@@ -49,7 +72,26 @@ def asked_windows(name: str) -> tuple[int | None, list[int | None]]:
         ("qwen2", (None, [None])),
         ("qwen2-window", (24, [None, 24])),
         ("qwen3", (None, [None])),
+        ("qwen3_moe", (None, [None])),
+        ("mixtral", (None, [None])),
+        ("ministral", (24, [None, 24])),
+        ("starcoder2", (24, [24])),
+        ("olmo2", (None, [None])),
+        ("cwm", (24, [None, 24])),
     ],
 )
 def test_masks_and_windows(name: str, expected: object) -> None:
     assert asked_windows(name) == expected
+
+
+def test_queries_scaled_by_position_bound_the_window() -> None:
+    """Ministral 3 scales them beyond the original window: no passage may stand there."""
+    rope = {**conftest.MINISTRAL3_ROPE, "original_max_position_embeddings": 64}
+    model = conftest.random_model("ministral3", torch.float32, rope_parameters=rope)
+    made = KVLinkModel(model, conftest.byte_tokenizer(), conftest.byte_spec())
+    assert made.window == 64
+    documents = [Document("a harbour of grey stone"), Document("a crane of the year 1911")]
+    with pytest.raises(PromptTooLong):
+        made.prefill(made.prompt(documents, "where is it now?"))
+    short = made.prompt([Document("a harbour"), Document("a crane")], "where?")
+    assert made.verify(short).holds

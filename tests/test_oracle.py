@@ -68,7 +68,7 @@ def rule_logits(model: KVLinkModel, laid: Layout) -> torch.Tensor:
     config = model.backbone.config
     kinds = getattr(config, "layer_types", None) or []
     window = config.sliding_window if getattr(config, "sliding_window", None) else None
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "starcoder2"):  # one mask for all layers, with its window
         mask = rule_mask(laid, window)[None, None]
     elif "sliding_attention" in kinds:
         mask = {

@@ -23,6 +23,7 @@ from kvlink_rag.ingest.markdown import headings
 from kvlink_rag.ingest.readers import Problem, read_paths
 from kvlink_rag.ingest.readers.html_text import to_markdown
 from kvlink_rag.ingest.readers.pdf import _Budget, _mended, _open, _page, _TooMuchWork
+from kvlink_rag.ingest.readers.pdf_lines import turned
 from kvlink_rag.ingest.splitter import split_document
 
 
@@ -770,6 +771,63 @@ def pdf(*pages: str, title: str = "") -> bytes:
     trailer = f"<< /Size {len(objects) + 1} /Root 1 0 R /Info {len(objects)} 0 R >>"
     out.write(f"trailer\n{trailer}\nstartxref\n{start}\n%%EOF\n".encode())
     return out.getvalue()
+
+
+def drawn(*strings: tuple[int, int, str]) -> bytes:
+    """A PDF of one page: each string at its place (x, y), drawn in this order."""
+    moves = (f"1 0 0 1 {x} {y} Tm ({text}) Tj" for x, y, text in strings)
+    return pdf(") Tj ET BT /F1 10 Tf " + " ".join(moves) + " (")
+
+
+LEFT = [
+    "The lighthouse was lit in",
+    "autumn by a keeper who",
+    "came from Vrana. He had",
+    "no lamp of his own.",
+]
+RIGHT = [
+    "Bread was sold here from",
+    "the year 1921 on, by the",
+    "widow Moe, who had the",
+    "shop from her father.",
+]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_columns_are_read_one_after_the_other(apart):
+    """Drawn line by line over the page, or column by column."""
+    rows = [(72, 700 - 12 * i, text) for i, text in enumerate(LEFT)]
+    others = [(320, 700 - 12 * i, text) for i, text in enumerate(RIGHT)]
+    mixed = [each for pair in zip(rows, others, strict=True) for each in pair]
+    ends = [(72, 600, "A last line that goes over the whole page, from side to side of it.")]
+    first = [(72, 730, "A heading over both of the columns of this page, a long one.")]
+    write("f.pdf", drawn(*first, *(rows + others if apart else mixed), *ends))
+    text = one("f.pdf").text
+    assert " ".join(text.split()) == " ".join([first[0][2], *LEFT, *RIGHT, ends[0][2]])
+
+
+def test_rows_of_a_table_stay_together():
+    rows = [("Ferry to Vrana", "12 crowns a day"), ("Ferry to Orvale", "15 crowns a day")] * 3
+    cells = [
+        (x, 700 - 12 * i, text)
+        for i, row in enumerate(rows)
+        for x, text in zip((72, 320), row, strict=True)
+    ]
+    write("f.pdf", drawn(*cells))
+    lines = [" ".join(line.split()) for line in one("f.pdf").text.splitlines()]
+    assert lines == [" ".join(row) for row in rows]
+
+
+BUILT_IN = "بني الميناء سنة ١٩١١."
+ERECTED = "המגדלור של העיר הוקם בקיץ."
+
+
+@pytest.mark.parametrize("text", [BUILT_IN, ERECTED])
+def test_lines_from_right_to_left_are_turned_where_they_stand_backwards(text):
+    assert turned(text) == text
+    assert turned(text[::-1]) == text
+    assert turned(f"Port 1911\n{text[::-1]}\n") == f"Port 1911\n{text}\n"
+    assert turned("Only Latin letters.") == "Only Latin letters."
 
 
 def test_pdf_pages():

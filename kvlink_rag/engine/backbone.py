@@ -25,7 +25,7 @@ from .attention import NAME as GROUPED
 from .attention import pack_mask
 from .capture import Capture, Hooks
 from .copy_stream import CopyStream
-from .families import check_supported, family_of, masks_by_layer, window_of
+from .families import check_supported, family_of, masks_by_layer, reach_of, window_of
 from .identity import WeightsIdentity
 from .live_cache import LiveCache, WorkspacePool, as_argument
 from .rope import rotate_into
@@ -81,13 +81,15 @@ class Backbone:
             or self.config.hidden_size // self.config.num_attention_heads
         )
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
-        self.window: int = self.config.max_position_embeddings
+        self.window = reach_of(self.config)
         self.side = CopyStream(self.device)
         self.workspaces: WorkspacePool | None = None  # the plain forward alone
         self._capture = Capture()
         attentions = (layer.self_attn for layer in self.model.model.layers)
         self._hooks = Hooks(attentions, self.family, self._capture)
-        self._identity = WeightsIdentity(self.model, self.config, source, states, adapter)
+        self._identity = WeightsIdentity(
+            self.model, self.config, source, states, adapter, self.family.shaping
+        )
         self._spare: tuple[Tensor, Tensor] | None = None
         self._spare_lock = ForkSafeLock()
 
@@ -224,7 +226,9 @@ class Backbone:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Hidden states [1, tokens, hidden_size] of int64 [tokens] on the device."""
-        return self.model.model.embed_tokens(token_ids[None])  # type: ignore[no-any-return]
+        hidden: Tensor = self.model.model.embed_tokens(token_ids[None])
+        scale = self.family.embeddings
+        return hidden if scale is None else hidden * getattr(self.config, scale)
 
     def step(self, at: Tensor, key_at: Tensor, key_seg: Tensor, *, causal: bool = False) -> Step:
         """What the layers take for computed tokens at positions `at` over the entries of a cache.
@@ -256,20 +260,23 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """float32 logits [vocabulary] of the hidden state [1, hidden_size] of one token."""
-        return self.model.lm_head(self.model.model.norm(hidden))[0].float()  # type: ignore[no-any-return]
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))[0]
+        scale = self.family.logits
+        return (logits if scale is None else logits / getattr(self.config, scale)).float()
 
     def _states(
         self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Keys after RoPE and values that `layer` makes: [kv_heads, tokens, head_dim] each."""
-        attention, states = layer.self_attn, layer.input_layernorm(hidden)[0]
+        norm, attention = self.family.input_norm, layer.self_attn
+        states = (hidden if norm is None else getattr(layer, norm)(hidden))[0]
         shape = (len(states), self.kv_heads, self.head_dim)
         values = getattr(attention, self.family.values)(states).view(shape).transpose(0, 1)
         first, *rest = (getattr(attention, name) for name in self.family.keys)
-        keys = first(states).view(shape)
+        keys = first(states) if self.family.over_heads else first(states).view(shape)
         for module in rest:
             keys = module(keys)
-        keys = keys.transpose(0, 1)
+        keys = keys.view(shape).transpose(0, 1)
         turned = torch.empty_like(keys)
         rotate_into(turned, keys, rotary[0][0], rotary[1][0])
         return turned, values

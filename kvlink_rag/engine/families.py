@@ -20,19 +20,30 @@ class Family:
     """What the engine must know of the models of one type.
 
     keys: modules of an attention block that keys go through before RoPE, in order; the first takes
-    the hidden states, a later one takes each head. values: the module that gives values.
+    the hidden states, a later one takes each head, or all heads at once (over_heads). values: the
+    module that gives values. input_norm: what attention's input goes through, if anything.
     one_mask: whether all layers take one and the same mask, else one for each of
-    `config.layer_types`. slides: whether layers may have a sliding window. rope_types: the kinds of
-    RoPE for which stored keys can be re-encoded.
+    `config.layer_types`. slides: whether layers may have a sliding window. embeddings, logits:
+    settings that embeddings are multiplied with, and logits divided by, outside their modules.
+    shaping: settings that shape keys and values besides those of every family (`identity`).
+    rope_types: the kinds of RoPE for which stored keys can be re-encoded.
     """
 
     model_type: str
     keys: tuple[str, ...] = ("k_proj",)
+    over_heads: bool = False
     values: str = "v_proj"
+    input_norm: str | None = "input_layernorm"
     one_mask: bool = False
     slides: bool = True
+    embeddings: str | None = None
+    logits: str | None = None
+    shaping: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ROPE_TYPES
 
+
+_EXPERTS = ("num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+_NORMED = ("k_proj", "k_norm")
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -40,7 +51,27 @@ FAMILIES: Mapping[str, Family] = {
         Family("llama", one_mask=True, slides=False),
         Family("mistral", one_mask=True),
         Family("qwen2"),
-        Family("qwen3", keys=("k_proj", "k_norm")),
+        Family("qwen3", keys=_NORMED),
+        Family("qwen3_moe", keys=_NORMED, one_mask=True, shaping=_EXPERTS),
+        Family("mixtral", one_mask=True, shaping=_EXPERTS),
+        Family("ministral"),
+        Family("ministral3", one_mask=True),
+        Family(
+            "olmo2", keys=_NORMED, over_heads=True, input_norm=None, one_mask=True, slides=False
+        ),
+        Family(
+            "granite",
+            one_mask=True,
+            slides=False,
+            embeddings="embedding_multiplier",
+            logits="logits_scaling",
+            shaping=("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+        ),
+        Family("arcee", one_mask=True, slides=False),
+        Family("seed_oss", one_mask=True, slides=False),
+        Family("gemma", one_mask=True, slides=False, shaping=("hidden_activation",)),
+        Family("starcoder2", one_mask=True, shaping=("norm_epsilon", "use_bias")),
+        Family("cwm"),
     )
 }
 
@@ -48,6 +79,12 @@ FAMILIES: Mapping[str, Family] = {
 def family_of(config: Any) -> Family:
     """The family of a model's configuration. Raises `ModelNotSupported` where it has none."""
     family = FAMILIES.get(config.model_type)
+    text = getattr(config, "text_config", None)
+    if family is None and text is not None:
+        raise ModelNotSupported(
+            f"found a multimodal model of type {config.model_type!r}, expected a language model; "
+            f"load it with transformers and save its text part (type {text.model_type!r}) as one"
+        )
     if family is None:
         raise ModelNotSupported(
             f"found a model of type {config.model_type!r}, expected one of "
@@ -59,6 +96,14 @@ def family_of(config: Any) -> Family:
 def check_supported(config: Any) -> None:
     """Raise `ModelNotSupported` unless reuse is proved for this configuration."""
     kinds = family_of(config).rope_types
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        raise ModelNotSupported(
+            f"found a checkpoint quantised by {facts.get('quant_method', 'an unknown method')!s}, "
+            "expected plain weights, for which reuse is proved; load the original one, or a GGUF "
+            "file of it"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in kinds or any(isinstance(value, dict) for value in rope.values()):
@@ -68,6 +113,18 @@ def check_supported(config: Any) -> None:
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelNotSupported("found a partial rotary factor, expected RoPE over whole heads")
+
+
+def reach_of(config: Any) -> int:
+    """Positions that a prompt may have: where queries are scaled by position, those before that.
+
+    Beyond, what a passage's tokens see in each other depends on where the passage stands.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    most: int = config.max_position_embeddings
+    if rope.get("llama_4_scaling_beta"):
+        return min(most, int(rope.get("original_max_position_embeddings", most)))
+    return most
 
 
 def window_of(config: Any) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 class WeightsIdentity:
     """The name of a model's weights, for as long as they are what it names.
 
-    source, states, merged: as in `LoadedWeights`. For any number of threads.
+    source, states, merged: as in `LoadedWeights`. shaping: settings of the family that count
+    besides. For any number of threads.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class WeightsIdentity:
         source: Path | None,
         states: FileStates | None = None,
         merged: str = "",
+        shaping: Sequence[str] = (),
     ) -> None:
+        self._shaping = (*_SHAPING, *shaping)
         self._weights, self._config = LoadedWeights(model, source, states, merged), config
         self._lock = ForkSafeLock()
         self._known: tuple[Look, str, str] | None = None
@@ -79,5 +83,5 @@ class WeightsIdentity:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _shape(self) -> str:
-        shape = {name: getattr(self._config, name, None) for name in _SHAPING}
+        shape = {name: getattr(self._config, name, None) for name in self._shaping}
         return json.dumps(shape, sort_keys=True, default=str)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvlink_rag.engine.attention import NAME as GROUPED
-from kvlink_rag.engine.families import check_supported
+from kvlink_rag.engine.families import check_supported, reach_of
 from kvlink_rag.engine.processor import computing_dtype
 from kvlink_rag.errors import ConfigError, ModelNotSupported, first_line
 from kvlink_rag.pretrained.model_files import quiet, resolve
@@ -70,7 +70,7 @@ def find_model(
     check_supported(config)
     spec = spec or (found.spec if found else find_spec(str(base), directory))
     tokenizer = load_tokenizer(directory, spec)
-    window = int(config.max_position_embeddings)
+    window = reach_of(config)
     return ModelFiles(PromptFormat.of(str(path_or_id), window, tokenizer, spec), directory, found)
 
 

@@ -127,7 +127,7 @@ def read_paths(
     max_bytes: the most bytes of one file, or of one line of a .jsonl file.
     encoding: of all text, in place of what the files say or look like. text_key: the key under
         which JSON lines have their text.
-    Raises `ConfigError` (no such encoding), and `MissingExtra` (see `find`) before anything is read.
+    Raises `ConfigError` (no such encoding), and `MissingExtra` (see `find`).
     """
     report, options = on_problem or raise_or_log, ReadOptions(max_bytes, encoding, text_key)
     for file in find(paths, report):

@@ -12,6 +12,7 @@ from kvlink_rag.documents import Document
 from kvlink_rag.errors import MissingExtra
 
 from .files import Problem, ReadOptions, SourceFile, clean
+from .pdf_lines import columns_apart, side_by_side, turned
 
 if TYPE_CHECKING:
     from pypdf import PageObject, PdfReader
@@ -23,6 +24,7 @@ _STEPS_A_PAGE = 500  # fonts are looked at for every page anew
 _BYTES_A_STEP = 10
 _RANGES = 20
 _DRAWING = re.compile(rb"(?<![^\s\])>])(?:Do|BI|sh|[fFSsBb]\*?)(?![^\s])")
+_SHOWING = (b"Tj", b"TJ", b"'", b'"')  # operators that draw a string
 _LIGATURES = dict(zip("ﬀﬁﬂﬃﬄﬅﬆ", ("ff", "fi", "fl", "ffi", "ffl", "st", "st"), strict=True))
 _LIGATURE = re.compile("[ﬀ-ﬆ]")
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
@@ -102,8 +104,18 @@ def _page(reader: PdfReader, index: int, budget: _Budget) -> tuple[str, bool]:
         content = stream.get_data()
         budget.take(len(content) // _BYTES_A_STEP)
         draws = draws or _DRAWING.search(content) is not None
-    text = page.extract_text(visitor_operand_before=lambda *_: budget.take(1))
-    return _mended(clean(text).replace("\0", "")), draws
+    places: list[tuple[float, float]] = []  # of each string, in the order in which they are drawn
+
+    def step(operator: bytes, operands: Any, cm: Sequence[float], tm: Sequence[float]) -> None:
+        budget.take(1)
+        if operator in _SHOWING:
+            places.append((tm[4] + cm[4], tm[5] + cm[5]))
+
+    text = page.extract_text(visitor_operand_before=step)
+    if side_by_side(places):
+        budget.take(len(places))
+        text = columns_apart(page.extract_text(extraction_mode="layout")) or text
+    return _mended(turned(clean(text).replace("\0", ""))), draws
 
 
 def _contents(page: PageObject) -> Iterator[Any]:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from .lookalikes import begun, codes
+from .lookalikes import heads as loose_heads
 from .stretches import Stretch
 
 HEAD = 32  # characters of a text that are looked up first
@@ -26,7 +28,6 @@ AT_ONCE = 1 << 15  # places of a prompt looked up together
 PATIENCE = 1 << 24  # characters and rows looked at for one prompt, besides eight a character
 BRACKETS = frozenset("<>[](){}\"'`|*#~«»“”„‘’‹›")  # of tags, quotes, fences and tables
 LEADS = frozenset(":=-–—•·")  # after a label or a bullet
-BEGUN = 256  # places of a prompt where a text that is not there may begin
 LOOK = 512  # what looking at one place costs of it
 
 Array = npt.NDArray[Any]
@@ -37,7 +38,9 @@ _MULTIPLIER = np.uint64(secrets.randbits(64) | 1)
 _LENGTH = np.uint64(LONGEST)
 _HASH = np.uint64(~LONGEST & (1 << 64) - 1)
 _SEED = secrets.randbits(64)
-ENTRY = np.dtype([("digest", np.uint64), ("row", np.int64), ("neck", np.uint32)])
+ENTRY = np.dtype(
+    [("digest", np.uint64), ("row", np.int64), ("neck", np.uint32), ("loose", np.uint64)]
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,8 +48,9 @@ class Table:
     """Known texts, sorted by the hash of their first `HEAD` characters and then by length.
 
     heads: uint64 [n], 40 bits of hash and 24 of length. entries: `ENTRY` [n]. sizes: the head
-    lengths that occur. titles: of documents with one text, filled as they are met. Apart from that
-    never changed: another version is another table.
+    lengths that occur. titles: of documents with one text, filled as they are met. loose: heads as
+    `lookalikes` takes them, sorted, with the lengths of their texts, made when first asked for.
+    Apart from these never changed: another version is another table.
     """
 
     version: int = 0
@@ -54,6 +58,7 @@ class Table:
     entries: Array = field(default_factory=lambda: np.empty(0, ENTRY))
     sizes: frozenset[int] = frozenset()
     titles: dict[int, dict[str, int]] = field(default_factory=dict)
+    loose: tuple[Array, Array] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,14 +82,14 @@ class Table:
         """Every stretch of `prompt` that is a known text and does not begin or end in a word."""
         if not len(self.heads) or not prompt:
             return []
-        codes = _codes(prompt)
-        kind = np.full(len(codes) + 2, _SPACE, dtype=np.uint8)
-        kind[1:-1] = _KINDS[np.minimum(codes, len(_KINDS) - 1)]
+        letters = codes(prompt)
+        kind = np.full(len(letters) + 2, _SPACE, dtype=np.uint8)
+        kind[1:-1] = _KINDS[np.minimum(letters, len(_KINDS) - 1)]
         border = (kind[:-1] != _WORD) | (kind[1:] != _WORD)
         starts = np.flatnonzero(border[:-1] & (kind[1:-1] != _SPACE))
         found: list[Stretch] = []
         patience = PATIENCE + 8 * len(prompt)
-        for start, low in self._probe(codes, starts):
+        for start, low in self._probe(letters, starts):
             near = self._near(low, prompt[start : start + NECK])
             stops = start + (self.heads[near] & _LENGTH).astype(np.int64)
             fit = border[np.minimum(stops, len(prompt))] & (stops <= len(prompt))
@@ -105,28 +110,19 @@ class Table:
         return found
 
     def begun(self, prompt: str) -> list[tuple[int, int]]:
-        """Where a known text begins, and where it would end, whatever the prompt goes on with."""
-        if not len(self.heads) or not prompt:
-            return []
-        codes = _codes(prompt)
-        kind = _KINDS[np.minimum(codes, len(_KINDS) - 1)]
-        before = np.concatenate([[_SPACE], kind[:-1]])
-        starts = np.flatnonzero((kind != _SPACE) & ((kind != _WORD) | (before != _WORD)))
-        begun: list[tuple[int, int]] = []
-        end, tried = 0, 0
-        for start, low in self._probe(codes, starts):
-            if start < end or (tried := tried + 1) > BEGUN:
-                continue
-            near = self._near(low, prompt[start : start + NECK])[-1:]  # the longest of them
-            length = int(self.heads[near].max(initial=0) & _LENGTH)
-            if length >= HEAD:
-                end = min(start + length, len(prompt))
-                begun.append((start, end))
-        return begun
+        """Where a known text seems to begin, and where it would end; see `lookalikes`."""
+        if self.loose is None:
+            order = np.lexsort((self.heads & _LENGTH, self.entries["loose"]))
+            loose = self.entries["loose"][order]
+            last = np.append(loose[1:] != loose[:-1], True) & (loose != 0)  # the longest of each
+            lengths = (self.heads & _LENGTH)[order[last]].astype(np.int64)
+            object.__setattr__(self, "loose", (loose[last], lengths))
+        assert self.loose is not None
+        return begun(prompt, *self.loose)
 
-    def _probe(self, codes: Array, starts: Array) -> Iterator[tuple[int, int]]:
+    def _probe(self, letters: Array, starts: Array) -> Iterator[tuple[int, int]]:
         """Positions where a known head stands, and the first place of that head in the table."""
-        padded = np.concatenate([codes, np.zeros(HEAD, codes.dtype)])
+        padded = np.concatenate([letters, np.zeros(HEAD, letters.dtype)])
         for first in range(0, len(starts), AT_ONCE):
             yield from sorted(self._probe_some(padded, starts[first : first + AT_ONCE]))
 
@@ -159,7 +155,10 @@ def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array]:
     heads, entries = [np.empty(0, np.uint64)], [np.empty(0, ENTRY)]
     while batch := list(islice(known, 1024)):
         heads.append(_heads([text for _, text in batch]))
-        values = [(_digest(text), row, _neck(text)) for row, text in batch]
+        loose = loose_heads([text for _, text in batch]).tolist()
+        values = [
+            (_digest(t), row, _neck(t), head) for (row, t), head in zip(batch, loose, strict=True)
+        ]
         entries.append(np.array(values, dtype=ENTRY))
     order = np.argsort(np.concatenate(heads), kind="stable")
     return np.concatenate(heads)[order], np.concatenate(entries)[order]
@@ -168,12 +167,12 @@ def _hashed(texts: Iterable[tuple[int, str]]) -> tuple[Array, Array]:
 def _heads(texts: Sequence[str]) -> Array:
     """uint64 [texts]: hash of the first characters, and length."""
     joined = "".join(text[:HEAD].ljust(HEAD, "\0") for text in texts)
-    codes = _codes(joined).reshape(len(texts), HEAD).astype(np.uint64)
+    letters = codes(joined).reshape(len(texts), HEAD).astype(np.uint64)
     lengths = np.array([len(text) for text in texts], dtype=np.uint64)
     sizes = np.minimum(lengths, HEAD)
     hashes = np.zeros(len(texts), dtype=np.uint64)
     for i in range(HEAD):
-        hashes = np.where(i < sizes, hashes * _MULTIPLIER + codes[:, i], hashes)
+        hashes = np.where(i < sizes, hashes * _MULTIPLIER + letters[:, i], hashes)
     return _key(hashes, sizes) | lengths
 
 
@@ -190,12 +189,6 @@ def _digest(text: str) -> int:
 def _neck(text: str) -> int:
     """Hash of the first `NECK` characters, 32 bits; 0 where there are fewer."""
     return 0 if len(text) < NECK else _digest(text[:NECK]) & 0xFFFFFFFF or 1
-
-
-def _codes(text: str) -> Array:
-    """Code points, uint32 [characters]."""
-    codes: Array = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    return codes
 
 
 def _kind(character: str) -> int:

@@ -70,7 +70,7 @@ class Recogniser:
     min_tokens: shorter stretches stay text. most: passages at most, as a model has slots; those
     after them stay text.
     The table of known texts is made at the first call and follows the catalog's changes, whichever
-    process made them: 28 bytes a passage.
+    process made them: 36 bytes a passage.
     """
 
     def __init__(
