@@ -25,8 +25,9 @@ import torch
 from conftest import byte_tokenizer, random_model
 
 from kvlink_rag import KVLinkRAG
-from kvlink_rag.cli import chat, check, terminal
+from kvlink_rag.cli import check, terminal
 from kvlink_rag.cli.main import find_commands, main
+from kvlink_rag.collection.citing import cited
 from kvlink_rag.documents import Document, Hit
 from kvlink_rag.quantities import size
 
@@ -131,7 +132,7 @@ def the_error(ran: Ran, code: int = 1) -> str:
 
 COMMANDS = (
     *("ask", "bench", "chat", "check", "delete", "demo", "eval", "index", "list", "models"),
-    *("plan", "stats", "train", "verify"),
+    *("plan", "serve", "stats", "train", "verify"),
 )
 # Each costs more than all of help may: these three and what they bring are seconds of start-up.
 HEAVY = {"torch", "transformers", "numpy", "faiss", "sqlite3", "tqdm", "huggingface_hub"}
@@ -991,7 +992,7 @@ def test_an_answer_cites_the_passages_with_its_words(answer: str, numbers: list[
         3: "The pier is of granite blocks.",
         4: "Granite, in blocks: the mole too.",
     }
-    assert chat.cited(answer, "When was the harbour built?", passages) == numbers
+    assert cited(answer, "When was the harbour built?", passages) == numbers
 
 
 def test_a_chat_is_saved_turn_by_turn(collection: Path, tmp_path: Path) -> None:

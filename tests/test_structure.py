@@ -29,7 +29,7 @@ BENEATH = {
     "datasets": ["disk"],
     "evaluation": ["ingest", "compare", "datasets"],
     "training": ["ingest", "compare", "datasets"],
-    "serving": ["ingest", "compare", "datasets"],  # foreseen
+    "serving": ["ingest", "_version"],
     "cli": ["evaluation", "training", "serving", "_version"],
     "__init__": ["cli"],  # the public face, which nothing beneath may import
     "__main__": ["cli"],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+from kvlink_rag.collection.citing import cited
 
 from . import terminal
 from .ask import Answering
@@ -19,9 +20,6 @@ from .values import Count
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.conversation import Turn
-
-_WORDS = re.compile(r"\w{4,}|\d+")
-CITED = 3  # passages cited in an answer's line at most
 
 
 def chat(
@@ -76,25 +74,6 @@ def _answer(turn: Turn, passages: dict[int, str]) -> list[str]:
         passages[number] = f"{hit.document.title}\n{hit.document.text}"
     numbers = "".join(f" [{number}]" for number in cited(turn.text, turn.question, passages))
     return [numbers, *terminal.sources(turn.hits, turn.first_number)]
-
-
-def cited(answer: str, question: str, passages: Mapping[int, str]) -> list[int]:
-    """Numbers of the passages that hold most of the words that `answer` adds to `question`.
-
-    Those that hold as many as any does, `CITED` at most, the latest first; none where no passage
-    holds half of them, or no more than one word that is no number. It compares words; what the
-    model looked at is not known.
-    """
-    said = _words(answer) - _words(question)
-    held = {number: said & _words(text) for number, text in passages.items()}
-    most = max(map(len, held.values()), default=0)
-    shared = [number for number, words in held.items() if len(words) == most]
-    telling = [number for number in shared if most > 1 or any(map(str.isdigit, held[number]))]
-    return sorted(telling, reverse=True)[:CITED] if 2 * most >= len(said) else []
-
-
-def _words(text: str) -> set[str]:
-    return set(_WORDS.findall(text.lower()))
 
 
 def _questions() -> Iterator[str]:

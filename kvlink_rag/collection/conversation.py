@@ -8,7 +8,7 @@ computed runs are kept by the collection. Knows `KVLinkRAG`; knows nothing of te
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from kvlink_rag.documents import Hit, Part, Passage, Text
@@ -18,6 +18,7 @@ from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.trace import Trace
 
 from .answering import AnswerStream, Found
+from .parts import Parts
 from .rag import KVLinkRAG
 from .searching import search_distinct
 
@@ -52,11 +53,8 @@ class Conversation:
 
     def hits(self, question: str) -> list[Hit]:
         """New passages for `question`: asked alone, and after the last question."""
-        found = search_distinct(self.parts, question, self._k, rounds=self._rounds)
-        if self._turns:
-            both = f"{self._turns[-1].question} {question}"
-            again = search_distinct(self.parts, both, self._k, rounds=self._rounds)
-            found = _interleaved(found, again)
+        before = [turn.question for turn in self._turns[-1:]]
+        found = hits_for(self.parts, question, before, k=self._k, rounds=self._rounds)
         shown = {hit.document.text.strip() for turn in self._turns for hit in turn.hits}
         return [hit for hit in found if hit.document.text.strip() not in shown][: self._k]
 
@@ -107,6 +105,20 @@ class Turn(AnswerStream):
     def _run(self) -> Generator[str, None, None]:
         yield from super()._run()
         self._conversation.finish(self)
+
+
+def hits_for(
+    parts: Parts, question: str, before: Sequence[str], *, k: int, rounds: int = 1
+) -> list[Hit]:
+    """Hits for `question` asked alone, and after the questions `before` it, by turns.
+
+    At most `k` of each, no text twice.
+    """
+    found = search_distinct(parts, question, k, rounds=rounds)
+    for earlier in before:
+        again = search_distinct(parts, f"{earlier} {question}", k, rounds=rounds)
+        found = _interleaved(found, again)
+    return found
 
 
 def _interleaved(first: list[Hit], second: list[Hit]) -> list[Hit]:

@@ -1,0 +1,1 @@
+"""Collections over HTTP, as OpenAI's API: models, answers, embeddings, files and vector stores."""

@@ -1,0 +1,376 @@
+"""OpenAI's API, by OpenAI's own client over real HTTP: every endpoint against the library."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("starlette")
+
+import trust  # noqa: E402
+from conftest import WordEmbedder  # noqa: E402
+from server import EMBEDDER, READER, TOWNS, Running, make_towns, running  # noqa: E402
+
+from kvlink_rag.documents import Passage, Text  # noqa: E402
+from kvlink_rag.ingest.sources import FILE_KEY  # noqa: E402
+
+QUESTION = "Orvale harbour?"
+MESSAGES: Any = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    root = tmp_path_factory.mktemp("served")
+    make_towns(root)
+    with running(root) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_models(client: Any) -> None:
+    assert [m.id for m in client.models.list()] == ["kvlink/towns", READER, EMBEDDER]
+    assert client.models.retrieve("kvlink/towns").id == "kvlink/towns"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("kvlink/elsewhere")
+
+
+def test_a_collection_answers_as_the_library_does(server: Running, client: Any) -> None:
+    answer = client.chat.completions.create(model="kvlink/towns", messages=MESSAGES, max_tokens=12)
+    with server.towns() as rag:
+        expected = rag.ask(QUESTION, k=3, max_new_tokens=12)
+        prompt = rag.model.layout(
+            rag.model.prompt([hit.document for hit in expected.hits], QUESTION)
+        )
+    (choice,) = answer.choices
+    assert choice.message.content == expected.text
+    assert choice.finish_reason == "length"
+    sources = answer.model_extra["kvlink"]["sources"]
+    assert [s["id"] for s in sources] == [hit.document.id for hit in expected.hits]
+    assert [s["text"] for s in sources] == [hit.document.text for hit in expected.hits]
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == len(prompt) + 12
+    assert prompt.reused_tokens <= answer.usage.prompt_tokens_details.cached_tokens < len(prompt)
+
+
+@pytest.mark.parametrize("model", ["kvlink/towns", READER])
+def test_a_stream_is_the_answer_in_pieces(client: Any, model: str) -> None:
+    asked = {"model": model, "messages": MESSAGES, "max_completion_tokens": 12}
+    whole = client.chat.completions.create(**asked)
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options=options))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert len(chunks) > 4
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 12
+    assert all(c.usage is None for c in chunks[:-1])
+    assert {c.id for c in chunks} == {chunks[0].id}
+
+
+def test_the_bare_reader_recognises_passages(server: Running, client: Any) -> None:
+    _, title, text = max(TOWNS, key=lambda row: len(row[2]))
+    prompt = f"Use this.\n\n{title}\n{text}\n\nQuestion: where is it?"
+    answer = client.chat.completions.create(
+        model=READER, messages=[{"role": "user", "content": prompt}], max_tokens=6
+    )
+    with server.towns() as rag:
+        expected = rag.complete(prompt, max_new_tokens=6)
+        said = "".join(expected)
+    assert answer.choices[0].message.content == said
+    assert answer.model_extra["kvlink"]["trace"]["passages"] == expected.trace.passages == 1
+    assert answer.usage.prompt_tokens_details.cached_tokens >= len(text)
+
+
+def test_what_stands_before_the_question_is_kept(server: Running, client: Any) -> None:
+    before: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Tell of Teldon."},
+        {"role": "assistant", "content": "A town."},
+    ]
+    sent = [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *before[1:]]
+    answer = client.chat.completions.create(
+        model="kvlink/towns", messages=[*sent, *MESSAGES], max_tokens=12
+    )
+    sources = answer.model_extra["kvlink"]["sources"]
+    with server.towns() as rag:
+        alone, both = (rag.search(q, 3) for q in (QUESTION, f"Tell of Teldon. {QUESTION}"))
+        by_turns = [h.document.id for pair in zip(alone, both, strict=True) for h in pair]
+        assert [source["id"] for source in sources] == list(dict.fromkeys(by_turns))[:3]
+        passages = [Passage(document) for document in rag.get([s["id"] for s in sources])]
+        last = {"role": "user", "content": [*passages, Text(QUESTION)]}
+        parts = rag.model.chat([*before, last])
+        expected = rag.model.generate(parts, mode="masked", max_new_tokens=12)
+        assert answer.usage.prompt_tokens == len(rag.model.layout(parts))
+    assert answer.choices[0].message.content == expected
+
+
+def test_sampling_options(client: Any) -> None:
+    asked = {"model": READER, "messages": MESSAGES, "max_tokens": 16}
+    greedy = client.chat.completions.create(**asked).choices[0].message.content
+    hot = {**asked, "temperature": 1.5, "top_p": 0.9}
+    seeded = [client.chat.completions.create(**hot, seed=-7) for _ in range(2)]
+    assert seeded[0].choices[0].message.content == seeded[1].choices[0].message.content != greedy
+    stop = greedy[4:6]
+    stopped = client.chat.completions.create(**asked, stop=[stop])
+    assert stopped.choices[0].message.content == greedy[: greedy.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+    fewer = client.chat.completions.create(
+        model="kvlink/towns", messages=MESSAGES, max_tokens=1, extra_body={"k": 1}
+    )
+    assert len(fewer.model_extra["kvlink"]["sources"]) == 1
+
+
+def test_an_answer_cites_the_passages_with_its_words(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvlink_rag.serving.completions.cited", lambda *texts: [1])
+    asked = {"model": "kvlink/towns", "messages": MESSAGES, "max_tokens": 6}
+    answer = client.chat.completions.create(**asked)
+    second = answer.model_extra["kvlink"]["sources"][1]
+    (citation,) = answer.choices[0].message.annotations
+    assert citation.url_citation.title == second["title"]
+    assert citation.url_citation.url == f"urn:kvlink:towns:{second['id']}"
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    (told,) = [
+        d.model_extra["annotations"]
+        for c in chunks
+        if "annotations" in ((d := c.choices[0].delta).model_extra or {})
+    ]
+    assert told == [citation.model_dump()]
+
+
+def test_completions(server: Running, client: Any) -> None:
+    prompts = ["Orvale?", "Teldon mill?"]
+    answer = client.completions.create(model=READER, prompt=prompts, max_tokens=8)
+    with server.towns() as rag:
+        expected = ["".join(rag.complete(prompt, max_new_tokens=8)) for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == expected
+    assert answer.usage.completion_tokens == 16
+    texts = ["", ""]
+    for chunk in client.completions.create(model=READER, prompt=prompts, max_tokens=8, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"n": 2},
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"presence_penalty": 0.5},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        {"messages": [{"role": "tool", "content": "4", "tool_call_id": "1"}]},
+        {"messages": [{"role": "assistant", "content": "Hello."}]},
+        {"max_tokens": 0},
+        {"stop": ""},
+        {"temperature": 3},
+        {"repair": "all of it"},
+    ],
+    ids=json.dumps,
+)
+def test_what_is_not_served_is_a_400_in_openais_form(server: Running, asked: Any) -> None:
+    body = {"model": "kvlink/towns", "messages": MESSAGES, **asked}
+    with server.client() as http:
+        answer = http.post("/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert any(word in error["message"] for word in (*asked, "role", "last message"))
+
+
+def test_a_prompt_beyond_the_window_is_told(client: Any) -> None:
+    messages = [{"role": "user", "content": "mill " * 2000}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=READER, messages=messages, max_tokens=4, stream=True)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_embeddings(client: Any) -> None:
+    texts = ["Orvale harbour", "salt"]
+    expected = WordEmbedder().embed(texts)
+    found = client.embeddings.create(model=EMBEDDER, input=texts)  # asks for base64
+    assert np.allclose([row.embedding for row in found.data], expected)
+    plain = client.embeddings.create(model=EMBEDDER, input=texts[0], encoding_format="float")
+    assert np.allclose(plain.data[0].embedding, expected[0])
+    raw = client.embeddings.with_raw_response.create(
+        model=EMBEDDER, input=texts, encoding_format="base64"
+    )
+    coded = json.loads(raw.text)["data"][1]["embedding"]
+    assert np.allclose(np.frombuffer(base64.b64decode(coded), "<f4"), expected[1])
+    with pytest.raises(openai.BadRequestError, match="64 dimensions"):
+        client.embeddings.create(model=EMBEDDER, input="a", dimensions=7)
+
+
+def test_token_ids_are_those_that_langchain_sends(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Encoding:
+        def decode(self, ids: list[int]) -> str:
+            return " ".join({1: "Orvale", 2: "salt"}[i] for i in ids)
+
+    monkeypatch.setattr("kvlink_rag.serving.embeddings._encoding", Encoding)
+    for given, texts in (([1, 2], ["Orvale salt"]), ([[1], [2, 2]], ["Orvale", "salt salt"])):
+        found = client.embeddings.create(model=EMBEDDER, input=given)
+        assert np.allclose([row.embedding for row in found.data], WordEmbedder().embed(texts))
+    with pytest.raises(openai.BadRequestError, match="token id"):
+        client.embeddings.create(model=EMBEDDER, input=[99])
+
+
+# Files and vector stores
+
+
+def test_a_store_from_upload_to_erasure(server: Running, client: Any, tmp_path: Path) -> None:
+    path = tmp_path / "quarry.md"
+    path.write_text("# Quarry\n\nThe quarry of Zubrin gives slate number 7741.\n")
+    file = client.files.create(file=path, purpose="assistants")
+    assert (file.filename, file.bytes) == ("quarry.md", path.stat().st_size)
+    assert client.files.content(file.id).read() == path.read_bytes()
+    assert file.id in [each.id for each in client.files.list()]
+
+    store = client.vector_stores.create(name="stones", metadata={"of": "tests"})
+    assert store.status == "completed"
+    held = client.vector_stores.files.create_and_poll(
+        file.id, vector_store_id=store.id, attributes={"year": 1911}, poll_interval_ms=10
+    )
+    assert (held.status, held.last_error, held.attributes) == ("completed", None, {"year": 1911})
+    store = client.vector_stores.retrieve(store.id)
+    assert (store.file_counts.completed, store.file_counts.total) == (1, 1)
+    assert store.usage_bytes > 0
+
+    (hit,) = client.vector_stores.search(store.id, query="quarry of Zubrin")
+    assert "7741" in hit.content[0].text
+    assert (hit.file_id, hit.filename) == (file.id, "quarry.md")
+    assert hit.attributes["year"] == 1911
+    assert FILE_KEY not in hit.attributes
+    for kind, value, count in (("eq", 1911, 1), ("gt", 1911, 0), ("lte", 1911, 1), ("ne", 1, 1)):
+        filters = {"type": kind, "key": "year", "value": value}
+        found = client.vector_stores.search(store.id, query="quarry", filters=filters)
+        assert len(found.data) == count, kind
+
+    answer = client.chat.completions.create(
+        model="kvlink/stones", messages=[{"role": "user", "content": "Zubrin?"}], max_tokens=4
+    )
+    (source,) = answer.model_extra["kvlink"]["sources"]
+    assert (source["file_id"], source["filename"]) == (file.id, "quarry.md")
+    assert str(server.root) not in answer.model_dump_json()
+    renamed = client.vector_stores.update(store.id, name="rocks")
+    assert renamed.name == "rocks"
+    assert client.models.retrieve("kvlink/rocks").id == "kvlink/rocks"
+
+    data = server.root / "data"
+    assert holding(data, b"7741")
+    assert client.vector_stores.delete(store.id).deleted
+    assert not holding(data, b"7741")
+    assert not (data / "stores" / store.id).exists()
+    with pytest.raises(openai.NotFoundError):
+        client.vector_stores.retrieve(store.id)
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_deleting_a_file_takes_it_out_of_every_store(
+    server: Running, client: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "wells.txt"
+    path.write_text("The wells of Krumm hold brine number 5512.")
+    file = client.files.create(file=path, purpose="assistants")
+    stores = [client.vector_stores.create(name="w", file_ids=[file.id]) for _ in range(2)]
+    for store in stores:
+        client.vector_stores.files.poll(file.id, vector_store_id=store.id, poll_interval_ms=10)
+    assert len(holding(server.root / "data", b"5512")) >= 3  # the original and two catalogs
+    client.vector_stores.files.delete(file.id, vector_store_id=stores[0].id)
+    assert client.vector_stores.search(stores[0].id, query="Krumm").data == []
+    assert client.files.retrieve(file.id).id == file.id
+    client.files.delete(file.id)
+    assert client.vector_stores.search(stores[1].id, query="Krumm").data == []
+    assert not holding(server.root / "data", b"5512")
+    for store in stores:
+        client.vector_stores.delete(store.id)
+
+
+def test_files_that_cannot_be_read_say_why(client: Any, tmp_path: Path) -> None:
+    store = client.vector_stores.create(name="bad")
+    for name, content, word in (
+        ("a.png", b"\x89PNG", "known kind"),
+        ("b.pdf", b"%PDF-1.7 none", "PDF"),
+        ("c.md", b"", "no text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        held = client.vector_stores.files.upload_and_poll(
+            vector_store_id=store.id, file=tmp_path / name, poll_interval_ms=10
+        )
+        assert held.status == "failed", name
+        assert word in held.last_error.message
+    failed = client.vector_stores.files.list(store.id, filter="failed")
+    assert len(failed.data) == 3
+    client.vector_stores.delete(store.id)
+
+
+def test_lists_come_in_pages(client: Any) -> None:
+    made = [client.vector_stores.create(name=f"page {n}").id for n in range(5)]
+    assert [s.id for s in client.vector_stores.list(limit=2)][:5] == made[::-1]
+    first = client.vector_stores.list(limit=2, order="asc")
+    assert first.has_more
+    assert first.data[0].id == "towns"
+    last = client.vector_stores.list(limit=2, before=made[0])
+    assert [s.id for s in last.data] == made[2:0:-1]
+    for id in made:
+        client.vector_stores.delete(id)
+
+
+def test_a_given_collection_is_searched_and_stays(server: Running, client: Any) -> None:
+    with server.towns() as rag:
+        expected = [hit.document.text for hit in rag.search(QUESTION, 3)]
+    found = client.vector_stores.search("towns", query=QUESTION, max_num_results=3)
+    assert [hit.content[0].text for hit in found] == expected
+    with pytest.raises(openai.BadRequestError, match="not deleted here"):
+        client.vector_stores.delete("towns")
+    assert len(trust.NAMES) == client.vector_stores.retrieve("towns").model_extra["kvlink_passages"]
+
+
+def test_what_is_half_done_is_finished_by_the_next_server(tmp_path: Path) -> None:
+    make_towns(tmp_path)
+    with running(tmp_path) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        file = client.files.create(file=("a.txt", b"The kiln of Ostrava."), purpose="assistants")
+        left = client.files.create(file=("b.txt", b"The mine of Ostrava."), purpose="assistants")
+        stores = [client.vector_stores.create(name=name) for name in ("kept", "leaving")]
+        records = server.service.library.records
+        records.leave_store(stores[1].id)
+        records.leave_file(left.id)
+        server.service.shelf._stopping = True  # as if killed before the file's turn
+        client.vector_stores.files.create(stores[0].id, file_id=file.id)
+        client.close()
+    with running(tmp_path) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        held = client.vector_stores.files.poll(
+            file.id, vector_store_id=stores[0].id, poll_interval_ms=10
+        )
+        assert held.status == "completed"
+        assert [s.id for s in client.vector_stores.list()] == [stores[0].id, "towns"]
+        assert [f.id for f in client.files.list()] == [file.id]
+        assert not (tmp_path / "data" / "files" / left.id).exists()
+        client.close()
+
+
+def holding(root: Path, text: bytes) -> list[Path]:
+    """Files below `root` that hold `text`."""
+    return [p for p in root.rglob("*") if p.is_file() and text in p.read_bytes()]
