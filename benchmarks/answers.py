@@ -85,9 +85,10 @@ def questions(arguments: argparse.Namespace) -> Iterator[Asked]:
     pool = list(read(find_set("nq"), Source(arguments.data), Skipped()))
     others = list(dict.fromkeys(document for each in pool for document in each.documents))
     last = None if arguments.limit is None else arguments.first + arguments.limit
-    for example in islice(pool, arguments.first, last):
+    unanswered = len(pool) if arguments.unanswered is None else arguments.unanswered
+    for number, example in enumerate(islice(pool, arguments.first, last)):
         gold = [example.documents[i] for i in example.gold] or list(example.documents[:1])
-        for answerable in (True, False):
+        for answerable in (True, False)[: 1 + (number < unanswered)]:
             rng = random.Random(f"{arguments.seed}-{example.id}-{answerable}")
             chosen = passages(example, gold, others, arguments.documents, answerable, rng)
             held = any(contained(f"{d.title} {d.text}", example.answers) for d in chosen)
@@ -170,6 +171,9 @@ def parse() -> argparse.Namespace:
     options.add_argument("--data", required=True, help="rows: JSONL, JSON or parquet")
     options.add_argument("--first", type=int, default=0, help="the first row that is asked")
     options.add_argument("--limit", type=int, help="rows that are asked (default: all)")
+    options.add_argument(
+        "--unanswered", type=int, help="rows asked without their gold passage too (default: all)"
+    )
     options.add_argument("--documents", type=int, default=10, help="passages a question")
     options.add_argument("--modes", default=MODES)
     options.add_argument("--tokens", type=int, default=32, help="the most of an answer")

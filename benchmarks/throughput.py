@@ -1,11 +1,14 @@
-"""Questions a second, and the first token's wait, under several askers at once.
+"""Answers and tokens a second, and the first token's wait, under several askers at once.
 
     python benchmarks/throughput.py --sizes 10x200 --askers 1 2 4 8 --questions 16
+    python benchmarks/throughput.py --askers 1 8 --new-tokens 32 --load 0.7
 
 So many threads share one model and one store. Each asks new questions over the same passages, in an
 order of its own, one after the other, `--new-tokens` tokens each; snapshots are in the page cache.
-The wait runs from the question to its first token, what other askers cost included. Every question
-must have read all its snapshots. The last line is one JSON object.
+The wait runs from the question to its first token, what other askers cost included. With `--load`,
+then also questions that arrive at random (exponential pauses, a fixed seed) at that share of the
+last rate of answers. Every question must have read all its snapshots. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from kvlink_rag.arguments import CODECS
 from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse
 
-COLUMNS = ("size", "codec", "askers", "questions", "questions_per_s", "ttft_p50_s", "ttft_p95_s")
+COLUMNS = ("size", "codec", "askers", "questions", "answers_per_s", "tokens_per_s", "over_one",
+           "ttft_p50_s", "ttft_p95_s", "ttft_p95_over_one")  # fmt: skip
 
 
 def main() -> None:
@@ -44,7 +48,7 @@ def main() -> None:
 def measure(
     model: KVLinkModel, directory: Path, size: str, arguments: argparse.Namespace
 ) -> list[Row]:
-    """One row for each number of askers."""
+    """One row for each number of askers, and one of questions that arrive at random."""
     passages, tokens = (int(n) for n in size.split("x"))
     generator = torch.Generator().manual_seed(passages * tokens)
     documents = [Document(words(tokens, generator)) for _ in range(passages)]
@@ -59,31 +63,56 @@ def measure(
         ]
         start = time.perf_counter()
         with ThreadPoolExecutor(askers) as pool:
-            waits = list(pool.map(lambda p: ask(model, p, reuse, arguments.new_tokens), prompts))
-        rows.append(
-            {
-                "model": model.name,
-                "size": size,
-                "codec": arguments.codec,
-                "askers": askers,
-                "questions": len(prompts),
-                "questions_per_s": round(len(prompts) / (time.perf_counter() - start), 4),
-                "ttft_p50_s": round(median(waits), 4),
-                "ttft_p95_s": round(percentile(waits, 0.95), 4),
-            }
-        )
+            traces = list(pool.map(lambda p: ask(model, p, reuse, arguments.new_tokens), prompts))
+        rows.append(row(f"{askers}", traces, time.perf_counter() - start))
+    if arguments.load:
+        rate = arguments.load * rows[-1]["answers_per_s"]
+        rows.append(arriving(model, prompts, reuse, arguments.new_tokens, rate))
+    for each in rows:
+        each |= {"model": model.name, "size": size, "codec": arguments.codec}
+        each["over_one"] = round(each["tokens_per_s"] / rows[0]["tokens_per_s"], 3)
+        each["ttft_p95_over_one"] = round(each["ttft_p95_s"] / rows[0]["ttft_p50_s"], 3)
     laid.close()
     return rows
 
 
-def ask(model: KVLinkModel, prompt: list[Part], reuse: Reuse, new_tokens: int) -> float:
-    """Seconds to the first token of one whole answer."""
+def arriving(
+    model: KVLinkModel, prompts: list[list[Part]], reuse: Reuse, new_tokens: int, rate: float
+) -> Row:
+    """Questions at random times, `rate` a second on average, each asked as it arrives."""
+    pauses = random.Random(0)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = []
+        for prompt in prompts:
+            time.sleep(pauses.expovariate(rate))
+            answers.append(pool.submit(ask, model, prompt, reuse, new_tokens))
+        traces = [answer.result() for answer in answers]
+    return row(f"{rate:.3g} a second", traces, time.perf_counter() - start)
+
+
+def row(askers: str, traces: list[Trace], seconds: float) -> Row:
+    """What came of some questions in `seconds`."""
+    waits = [trace.first_token_ms / 1e3 for trace in traces]
+    tokens = sum(trace.generated_tokens for trace in traces)
+    return {
+        "askers": askers,
+        "questions": len(traces),
+        "answers_per_s": round(len(traces) / seconds, 4),
+        "tokens_per_s": round(tokens / seconds, 3),
+        "ttft_p50_s": round(median(waits), 4),
+        "ttft_p95_s": round(percentile(waits, 0.95), 4),
+    }
+
+
+def ask(model: KVLinkModel, prompt: list[Part], reuse: Reuse, new_tokens: int) -> Trace:
+    """What one whole answer cost."""
     trace = Trace()
     for _ in model.stream(prompt, max_new_tokens=new_tokens, reuse=reuse, trace=trace):
         pass
     if trace.snapshots_encoded or not trace.snapshots_found:
         refuse(f"a snapshot was encoded, not read ({trace})")
-    return trace.first_token_ms / 1e3
+    return trace
 
 
 def shuffled(documents: list[Document], seed: int) -> list[Document]:
@@ -98,6 +127,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--askers", nargs="+", type=int, default=[1, 2, 4, 8])
     options.add_argument("--questions", type=int, default=16, help="for each number of askers")
     options.add_argument("--new-tokens", type=int, default=8)
+    options.add_argument("--load", type=float, help="share of the last rate at which others arrive")
     return options.parse_args()
 
 

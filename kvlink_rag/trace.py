@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 class Trace:
     """Filled in while a question runs; final once its stream ends. Times in milliseconds.
 
+    waiting_ms: until no other prompt of the same model was in the way of this one's prefill.
     passages: passages in the prompt. reused_tokens: their tokens, taken from snapshots;
     repaired_tokens: those of them that were computed again (see `model.repair`), whose assembly is
     part of `prefill_ms`.
@@ -34,6 +35,7 @@ class Trace:
     read_ms: float = 0.0
     encode_ms: float = 0.0
     assembly_ms: float = 0.0
+    waiting_ms: float = 0.0
     prefill_ms: float = 0.0
     first_token_ms: float = 0.0
     total_ms: float = 0.0

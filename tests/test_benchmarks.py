@@ -341,8 +341,10 @@ def test_gpu_has_no_figures_of_a_forward_not_taken(
 
 def test_throughput() -> None:
     arguments = ["--sizes", "2x16", "--askers", "1", "2", "--questions", "3", "--codec", "int8"]
-    rows = last_line("throughput.py", *TINY, *arguments)["rows"]
-    assert [(row["askers"], row["questions"]) for row in rows] == [(1, 3), (2, 3)]
+    rows = last_line("throughput.py", *TINY, *arguments, "--load", "0.5")["rows"]
+    assert [(row["askers"], row["questions"]) for row in rows[:2]] == [("1", 3), ("2", 3)]
+    assert rows[2]["askers"].endswith(" a second")
+    assert rows[0]["over_one"] == 1
     assert all(0 < row["ttft_p50_s"] <= row["ttft_p95_s"] for row in rows)
 
 

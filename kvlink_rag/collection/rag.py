@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from kvlink_rag.arguments import check_question, parse_size
+from kvlink_rag.arguments import check_question, is_count, parse_size
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, Hit, Part
 from kvlink_rag.errors import ConfigError, DocumentNotFound, StorageError
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from kvlink_rag.model.verify import Verification
 
 PREFIX_BUDGET = 256 << 20  # bytes
+AT_ONCE = 8  # questions of `ask_many` under way
 VERIFIED = 32  # snapshots that `verify` encodes again
 
 logger = logging.getLogger(__name__)
@@ -259,6 +261,20 @@ class KVLinkRAG:
         for _ in stream:
             pass
         return stream.answer
+
+    def ask_many(
+        self, questions: Iterable[str], *, at_once: int = AT_ONCE, **arguments: Any
+    ) -> list[Answer]:
+        """The whole answers to several questions, in their order, as `ask` gives each.
+
+        at_once: how many are under way together; their tokens are computed together, for which a
+        model takes little longer than for one. Arguments as in `ask`. Raises what the first
+        question that fails raises, once those under way have ended.
+        """
+        if not is_count(at_once):
+            raise ConfigError(f"at_once is {at_once!r}, expected a whole number of at least 1")
+        with ThreadPoolExecutor(at_once, "questions") as askers:
+            return list(askers.map(lambda question: self.ask(question, **arguments), questions))
 
     def verify(
         self,

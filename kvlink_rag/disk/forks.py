@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Protocol
 
 
 class _Gate:
@@ -76,7 +77,20 @@ class ForkSafeLock:
             self._lock, self._owner, self._depth = threading.RLock(), None, 0
 
 
-_locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
+class Renewed(Protocol):
+    """What a fork leaves half done."""
+
+    def leave_behind(self) -> None:
+        """In a child: forget what other threads of the parent did with it."""
+        ...
+
+
+_locks: weakref.WeakSet[Renewed] = weakref.WeakSet()
+
+
+def renewed_in_child(thing: Renewed) -> None:
+    """Have `thing` told in each forked child, for as long as it lives."""
+    _locks.add(thing)
 
 
 def _own_count() -> int:

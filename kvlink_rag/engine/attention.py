@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .rows import ByRow
+
 NAME = "kvlink_grouped"
 SCORE_BYTES = 4 << 20  # of scores at a time, about what a core's cache holds
 SAMPLED = 16  # every which key is looked at to guess a row's largest score
@@ -33,8 +35,8 @@ def pack_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def grouped_attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | ByRow,
+    value: Tensor | ByRow,
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
@@ -44,7 +46,16 @@ def grouped_attention(
 
     query [1, heads, queries, head_dim]; key, value [1, kv_heads, keys, head_dim]; attention_mask
     from `pack_mask`. Without such a mask, or for a batch, transformers' own function takes over.
+    Of several prompts (`rows`) each row's attention is its own.
     """
+    if isinstance(key, ByRow) and isinstance(value, ByRow):
+        outputs = [
+            grouped_attention(module, query[i : i + 1], k, v, mask, scaling=scaling, **kwargs)[0]
+            for i, (k, v, mask) in enumerate(zip(key.rows, value.rows, key.masks, strict=True))
+        ]
+        return torch.cat(outputs), None
+    assert isinstance(key, Tensor)
+    assert isinstance(value, Tensor)
     batch, heads, queries, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads

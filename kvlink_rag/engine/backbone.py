@@ -6,6 +6,7 @@ built of; knows nothing of prompts, files or text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,23 @@ from .families import check_supported, family_of, masks_by_layer, reach_of, wind
 from .identity import WeightsIdentity
 from .live_cache import LiveCache, WorkspacePool, as_argument
 from .rope import rotate_into
+from .rows import Mark, new_entry, rows_cache
+from .turns import Turns
 
 SPARE_FACTOR = 4  # how much larger than needed a live cache's memory may be
 
+logger = logging.getLogger(__name__)
+
 Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Token:
+    """A generated token, and the live cache it is about to be appended to."""
+
+    id: int
+    position: int
+    cache: LiveCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,7 @@ class Backbone:
         self._identity = WeightsIdentity(
             self.model, self.config, source, states, adapter, self.family.shaping
         )
+        self.turns: Turns[Token, Tensor] = Turns(self._next_logits)
         self._spare: tuple[Tensor, Tensor] | None = None
         self._spare_lock = ForkSafeLock()
 
@@ -194,6 +209,71 @@ class Backbone:
             **as_argument(cache, self.model),
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
+
+    def _next_logits(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
+        """What `turns` runs: the logits [vocabulary] after each token, or what went wrong there."""
+        grouped = self.config._attn_implementation == GROUPED  # others know no rows
+        together = [t for t in tokens if grouped and t.cache.workspace is None]
+        found: dict[int, Tensor | Exception] = {}
+        if len(together) > 1:
+            try:
+                ids, at, caches = zip(*((t.id, t.position, t.cache) for t in together), strict=True)
+                found = dict(
+                    zip(map(id, together), self.forward_rows(ids, at, caches), strict=True)
+                )
+            except Exception as error:  # of one row, perhaps: each is asked alone
+                logger.warning("a step of %d prompts together failed: %s", len(ids), error)
+        for token in tokens:
+            if id(token) not in found:
+                found[id(token)] = self._alone(token)
+        return [found[id(token)] for token in tokens]
+
+    def _alone(self, token: Token) -> Tensor | Exception:
+        new, at = torch.tensor([token.id]), torch.tensor([token.position])
+        try:
+            return self.forward(new, at, torch.zeros(1, dtype=torch.int64), token.cache)[-1]
+        except Exception as error:
+            return error
+
+    @torch.inference_mode()
+    def forward_rows(
+        self, token_ids: Sequence[int], positions: Sequence[int], caches: Sequence[LiveCache]
+    ) -> Tensor:
+        """Append one generated token to each cache: float32 logits [rows, vocabulary] of the next.
+
+        None of the caches in a workspace. Where it fails, the caches are as they were.
+        """
+        mark = Mark(caches)
+        try:
+            for cache, position in zip(caches, positions, strict=True):
+                new_entry(cache, position)
+            at = torch.tensor(positions, device=self.device)
+            output = self.model(
+                input_ids=torch.tensor(token_ids, device=self.device)[:, None],
+                position_ids=at[:, None],
+                # what rows see comes with their keys; this keeps transformers from making a mask
+                attention_mask=masks_by_layer(self.config, lambda _: at.new_zeros(1, 1, 1, 1)),
+                use_cache=True,
+                **as_argument(rows_cache(caches, self._row_masks(at, caches)), self.model),
+            )
+        except BaseException:
+            mark.go_back()
+            raise
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def _row_masks(self, at: Tensor, caches: Sequence[LiveCache]) -> list[list[Tensor | None]]:
+        """For each layer and row what attention takes as mask; None where a row sees all."""
+        if window_of(self.config) is None:
+            return [[None] * len(caches)] * self.layers
+        none = torch.zeros_like(at[:1])
+        rows = [
+            self._masks(at[i : i + 1], none, cache.positions, cache.segments, causal=True)
+            for i, cache in enumerate(caches)
+        ]
+        return [
+            [m[self.config.layer_types[n]] if isinstance(m, dict) else m for m in rows]
+            for n in range(self.layers)
+        ]
 
     @torch.inference_mode()
     def recompute(

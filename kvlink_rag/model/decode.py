@@ -5,10 +5,9 @@ Knows the backbone and token ids; knows no documents, no store and no text.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.backbone import Backbone, Token
 from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.assemble import Assembled
@@ -24,6 +23,8 @@ def prefill(backbone: Backbone, prompt: Layout, assembled: Assembled) -> Tensor:
 
 
 def decode_one_token(backbone: Backbone, token_id: int, position: int, cache: LiveCache) -> Tensor:
-    """Append one generated token at `position`: float32 logits [vocab] of the next."""
-    token, at = torch.tensor([token_id]), torch.tensor([position])
-    return backbone.forward(token, at, torch.zeros(1, dtype=torch.int64), cache)[-1]
+    """Append one generated token at `position`: float32 logits [vocab] of the next.
+
+    Run together with the tokens that other threads append to caches of theirs.
+    """
+    return backbone.turns.step(cache, Token(token_id, position, cache))

@@ -9,7 +9,8 @@ is a store. Knows no text: `text_stream` makes it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -80,14 +81,22 @@ class PromptRun:
             assembled = self._nothing_reused(room)
         self.cache = assembled.cache
         trace.computed_tokens = len(assembled.computed)
-        with trace.stage("prefill", backbone.synchronize):
+        with self._turn(), trace.stage("prefill", backbone.synchronize):
             return prefill(backbone, self.prompt, assembled)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The model for this prompt alone; the time until then is `waiting_ms`."""
+        with ExitStack() as turn:
+            with self.trace.stage("waiting"):
+                turn.enter_context(self.backbone.turns.alone())
+            yield
 
     def _repaired(self, room: int) -> Tensor:
         """As `_start`, some tokens of the passages computed again; assembly is timed with it."""
         trace, prompt = self.trace, self.prompt
         snapshots = self._snapshots()
-        with trace.stage("prefill", self.backbone.synchronize):
+        with self._turn(), trace.stage("prefill", self.backbone.synchronize):
             runs = exact_runs(prompt, self._kept_runs(), self.reuse.repair)
             found = repaired(self.backbone, prompt, snapshots, runs, self.reuse.repair, room=room)
         self.cache = found.cache
@@ -163,6 +172,7 @@ class PromptRun:
         """Keep what later prompts may share, and give the live cache's memory back."""
         self.keep()
         if self.cache is not None:
+            self.backbone.turns.end(self.cache)
             self.backbone.give_back(self.cache)
             self.cache = None
 
