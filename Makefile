@@ -78,8 +78,9 @@ stress: setup ## Kill -9 at every line of storage and at 300 random points, 1,60
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_crash.py --kills 300
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_faults.py --cases 1000
 
-soak: setup ## Processes and threads on one collection for MINUTES, every answer compared
+soak: setup ## Processes and threads on one collection, clients on one server, MINUTES each, answers compared
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(MINUTES)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/stress_serve.py --minutes $(MINUTES)
 
 fuzz: setup ## Fuzz every reader of foreign bytes, a minute each
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'

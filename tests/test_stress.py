@@ -31,6 +31,7 @@ SCRIPTS = {
     "stress_crash": ["--kills", "16", "--seed", "3"],
     "stress_faults": ["--cases", "60", "--seed", "3"],
     "soak": ["--minutes", "0.07", "--processes", "2"],
+    "stress_serve": ["--minutes", "0.05", "--clients", "6"],
 }
 
 
@@ -45,7 +46,7 @@ def reports() -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("status False") == 3, done.stdout + done.stderr
+    assert done.stdout.count("status False") == len(SCRIPTS), done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return dict(zip(SCRIPTS, map(json.loads, lines), strict=True))
 
@@ -64,6 +65,12 @@ def test_soak(reports: dict[str, dict[str, Any]]) -> None:
     assert reports["soak"]["failures"] == 0
     assert reports["soak"]["calls"]["ask"] > 0
     assert reports["soak"]["calls"]["change"] > 0
+
+
+def test_serve(reports: dict[str, dict[str, Any]]) -> None:
+    assert reports["stress_serve"]["failures"] == 0
+    assert reports["stress_serve"]["calls"]["streamed"] > 0
+    assert reports["stress_serve"]["calls"]["indexed"] > 0
 
 
 # What they look for, they find.
