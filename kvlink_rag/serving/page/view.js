@@ -59,7 +59,8 @@ function facts(trace) {
     element("li", {}, element("i", { className: stage }), `${IN_WORDS[stage]} ${milliseconds(trace[`${stage}_ms`])}`),
   );
   const reused = trace.reused_tokens + trace.prefix_tokens;
-  const told = `${trace.computed_tokens} tokens computed, ${reused} reused, ${trace.generated_tokens} said`;
+  const kept = trace.prefix_tokens ? ` (${trace.prefix_tokens} of them as an earlier question left them)` : "";
+  const told = `${trace.computed_tokens} tokens computed, ${reused} reused${kept}, ${trace.generated_tokens} said`;
   return [
     element("ul", { className: "stages", "aria-label": "Time by stage" }, ...stages),
     element("p", { className: "quiet", textContent: `${told}; ${milliseconds(trace.total_ms)} in all` }),
