@@ -7,7 +7,7 @@ export function useKey(given) {
   sessionStorage.setItem("key", given);
 }
 
-/** A refusal of the server: `status`, and its own words. */
+/** What the server said instead of an answer: `status` (0: no response of its own), and its words or ours. */
 export class Refusal extends Error {
   constructor(status, message) {
     super(message);
@@ -15,10 +15,21 @@ export class Refusal extends Error {
   }
 }
 
+const brokenOff = () => new Refusal(0, "The connection ended before the answer did.");
+
+/** For `catch`: what `made` makes of a failure of the connection; that a person stopped it stays as it is. */
+function unlessStopped(made) {
+  return (error) => {
+    throw error.name === "AbortError" ? error : made();
+  };
+}
+
 async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
-  const response = await fetch(path, { ...options, headers });
+  const response = await fetch(path, { ...options, headers }).catch(
+    unlessStopped(() => new Refusal(0, "The server does not answer. Is it still running?")),
+  );
   if (!response.ok) {
     const told = await response.json().catch(() => null);
     throw new Refusal(response.status, told?.error?.message ?? `${response.status} ${response.statusText}`);
@@ -54,11 +65,13 @@ export async function addFile(store, file, told) {
   const form = new FormData();
   form.set("purpose", "assistants");
   form.set("file", file, file.name);
+  const passages = async () => (await get(`/v1/vector_stores/${store}`)).kvlink_passages;
   told("sending");
   const sent = await (await request("/v1/files", { method: "POST", body: form })).json();
+  const before = await passages();
   let state = await (await request(`/v1/vector_stores/${store}/files`, posted({ file_id: sent.id }))).json();
   while (state.status === "in_progress") {
-    told("reading and encoding");
+    told(`reading and encoding, ${Math.max(0, (await passages()) - before)} passages so far`);
     await new Promise((next) => setTimeout(next, 500));
     state = await get(`/v1/vector_stores/${store}/files/${sent.id}`);
   }
@@ -76,19 +89,27 @@ export async function ask(model, question, mode, signal, piece) {
     const text = event.choices?.[0]?.delta?.content;
     if (text) piece(text);
   }
+  if (!extension) throw brokenOff();
   return extension;
 }
 
 /** The JSON of server-sent events. */
 async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let left = "";
-  for await (const text of stream.pipeThrough(new TextDecoderStream())) {
-    left += text;
-    const lines = left.split("\n");
-    left = lines.pop();
-    for (const line of lines) {
-      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+  try {
+    while (true) {
+      const { done, value } = await reader.read().catch(unlessStopped(brokenOff));
+      if (done) return;
+      left += value;
+      const lines = left.split("\n");
+      left = lines.pop();
+      for (const line of lines) {
+        const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+        if (data && data !== "[DONE]") yield JSON.parse(data);
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }

@@ -31,12 +31,13 @@ function guarded(action) {
 
 // Collections
 
-async function refresh(chosen = $("collection").value) {
+async function refresh(made) {
   const [models, found] = await Promise.all([api.models(), api.stores()]);
   stores = found;
   const names = models.map((model) => model.id).filter((id) => id.startsWith("kvlink/"));
   const readers = models.map((model) => model.id).filter((id) => !id.startsWith("kvlink/"));
   $("reader").textContent = `reader and embedder: ${readers.join(", ")}`;
+  const chosen = made ?? $("collection").value;
   $("collection").replaceChildren(
     ...names.map((id) => element("option", { value: id, textContent: id.slice("kvlink/".length) })),
   );
@@ -93,7 +94,7 @@ async function ask() {
   if (!question || running) return;
   if (!$("collection").value) throw new Error("no collection is chosen; make one and add files first");
   running = new AbortController();
-  $("ask").disabled = true;
+  $("ask").setAttribute("aria-disabled", "true"); // a button that is disabled loses the keyboard's place
   $("stop").hidden = false;
   $("answers").replaceChildren();
   $("sources-part").hidden = true;
@@ -115,9 +116,10 @@ async function ask() {
     }
   } finally {
     running = null;
-    $("ask").disabled = false;
+    $("ask").removeAttribute("aria-disabled");
+    if (document.activeElement === $("stop")) $("ask").focus();
     $("stop").hidden = true;
-    if ($("status").textContent.startsWith("answering")) $("status").textContent = "";
+    if (!$("status").textContent.startsWith("First token")) $("status").textContent = "";
   }
 }
 
@@ -153,6 +155,8 @@ for (const kind of ["dragenter", "dragover"]) {
     $("drop").classList.add("over");
   });
 }
+// A file dropped beside the place for it would replace the page.
+for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());
 $("drop").addEventListener("dragleave", () => $("drop").classList.remove("over"));
 $("drop").addEventListener("drop", guarded(async (event) => {
   $("drop").classList.remove("over");

@@ -20,14 +20,21 @@ export function element(name, fields = {}, ...children) {
 /** A card for one way to answer, and what fills it. */
 export function answerCard(title) {
   const first = element("p", { className: "first", textContent: "…" });
-  const text = element("div", { className: "text" });
+  const text = element("div", { className: "text", dir: "auto" });
   const times = element("div");
-  const card = element("article", { className: "answer" }, element("h3", { textContent: title }), first, text, times);
+  const card = element(
+    "article", { className: "answer", "aria-busy": "true" },
+    element("h3", { textContent: title }), first, text, times,
+  );
   return {
     card,
     add: (piece) => text.append(piece),
-    fail: (message) => first.replaceChildren(message),
+    fail: (message) => {
+      card.removeAttribute("aria-busy");
+      first.replaceChildren(message);
+    },
     end: (trace, fullest) => {
+      card.removeAttribute("aria-busy");
       first.textContent = `${milliseconds(trace.first_token_ms)} to the first token`;
       times.replaceChildren(bar(trace, fullest), ...facts(trace));
     },
@@ -52,7 +59,8 @@ function facts(trace) {
     element("li", {}, element("i", { className: stage }), `${IN_WORDS[stage]} ${milliseconds(trace[`${stage}_ms`])}`),
   );
   const reused = trace.reused_tokens + trace.prefix_tokens;
-  const told = `${trace.computed_tokens} tokens computed, ${reused} reused, ${trace.generated_tokens} said`;
+  const kept = trace.prefix_tokens ? ` (${trace.prefix_tokens} of them as an earlier question left them)` : "";
+  const told = `${trace.computed_tokens} tokens computed, ${reused} reused${kept}, ${trace.generated_tokens} said`;
   return [
     element("ul", { className: "stages", "aria-label": "Time by stage" }, ...stages),
     element("p", { className: "quiet", textContent: `${told}; ${milliseconds(trace.total_ms)} in all` }),
@@ -61,13 +69,17 @@ function facts(trace) {
 
 export function sourceItem(source) {
   const place = PLACES.filter((name) => name in source.metadata).map((name) => `${name} ${source.metadata[name]}`);
-  const where = [source.filename, ...place].filter(Boolean).join(", ");
+  const where = [source.filename.split("/").filter(Boolean).pop(), ...place].filter(Boolean).join(", ");
   const title = source.title || source.text.slice(0, 80);
   return element(
     "li", {},
     element("details", {},
-      element("summary", {}, title, element("span", { className: "quiet", textContent: where ? ` — ${where}` : "" })),
-      element("blockquote", { textContent: source.text })),
+      element(
+        "summary", {},
+        element("bdi", { textContent: title }),
+        element("span", { className: "quiet", title: source.filename, textContent: where ? ` — ${where}` : "" }),
+      ),
+      element("blockquote", { textContent: source.text, dir: "auto" })),
   );
 }
 
