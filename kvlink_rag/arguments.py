@@ -29,6 +29,9 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 MAX_TOKENS = 200  # of a passage, as files are split
 MAX_SEED = 2**64 - 1  # torch's
 
+HALF = "50%"  # of the free disk: what snapshots may take before they are asked for
+_SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)%", re.ASCII)
+
 NO_REPAIR = "none"  # of reused passages; else "first:16", "select:15%" (`model.repair`)
 _REPAIR = re.compile(r"first:(?P<first>\d{1,6})|select:(?P<share>\d{1,3}(?:\.\d{1,6})?)%", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
@@ -51,6 +54,34 @@ class Repair:
 
 
 UNREPAIRED = Repair()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What snapshots may take that nobody has asked for yet: bytes, or a share of the free disk.
+
+    Neither: all are made as documents are added. name: as it was asked for.
+    """
+
+    name: str = "none"
+    bytes: int | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.share is None else f"{self.name} of the free disk"
+
+
+def parse_budget(name: str | int) -> Budget:
+    """What `name` allows: "50%" (of the free disk), "20GB", or "none". Raises `ConfigError`."""
+    if name == "none":
+        return Budget()
+    found = _SHARE.fullmatch(name) if isinstance(name, str) else None
+    if found is None:
+        return Budget(str(name), bytes=parse_size(name, "budget"))
+    share = float(found[1]) / 100
+    if share > 1:
+        raise ConfigError(f"budget is {name!r}, expected at most 100% of the free disk")
+    return Budget(str(name), share=share)
 
 
 def parse_repair(name: str) -> Repair:

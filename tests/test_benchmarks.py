@@ -215,6 +215,29 @@ def test_answers(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) == 4 * 3 + 3 * 2
 
 
+def test_end_to_end(saved_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": f"What is harbour {i}?",
+            "answers": [f"answer{i}"],
+            "ctxs": [{"title": f"Harbour {i}", "text": f"Harbour {i} is answer{i}."}],
+        }
+        for i in range(5)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, embedder = map(str, saved_pair)
+    found = last_line(
+        *("end_to_end.py", "--model", model, "--embedder", embedder, "--data", str(data)),
+        *("-k", "5", "--tokens", "3", "--first", "1", "--modes", "full,reuse"),
+    )["rows"]
+    assert [(row["mode"], row["questions"], row["recall"]) for row in found] == [
+        ("full", 4, 1.0),
+        ("reuse", 4, 1.0),
+    ]
+    assert all(row["ttft_ms"] > 0 for row in found)
+
+
 def questions(path: Path) -> Path:
     """Three questions, each with its passage and another's, in a file."""
     facts = {"Orvale": "1911", "Marnik": "1754", "Teldon": "1620", "Velt": "1801"}

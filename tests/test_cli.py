@@ -401,6 +401,31 @@ def test_index_tells_what_it_did_and_a_second_time_does_nothing(
     assert second.json["collection"]["bytes_per_token"] > 0
 
 
+@pytest.mark.parametrize(("said", "taken"), [("y\n", True), ("n\n", False), ("", False)])
+def test_index_asks_before_it_takes_much_of_the_disk(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, taken: bool
+) -> None:
+    write(tmp_path)
+    words = ["--dir", "col", *pair, "index", "docs"]
+    monkeypatch.setattr("kvlink_rag.cli.index.free_bytes", lambda directory: 200_000)
+    monkeypatch.setattr("kvlink_rag.cli.terminal.agreed", lambda question: said == "y\n")
+    ran = here(*words, cwd=tmp_path)
+    assert "their snapshots take" in ran.err
+    assert "200 kB of the disk are free" in ran.err
+    assert ran.code == (0 if taken else 1)
+    assert ("nothing was indexed" in ran.err) is not taken
+    assert here(*words, "--yes", cwd=tmp_path).code == 0
+
+
+def test_index_leaves_over_the_budget_for_later(pair: list[str], tmp_path: Path) -> None:
+    write(tmp_path)
+    ran = here("--dir", "col", *pair, "index", "docs", "--budget", "0.1MB", cwd=tmp_path)
+    assert ran.code == 0
+    assert "left for when they are asked for" in ran.out
+    asked = here("--dir", "col", "ask", "?", "--json", "--max-new-tokens", "1", cwd=tmp_path).json
+    assert asked["trace"]["snapshots_encoded"] > 0
+
+
 def test_index_brings_changed_files_up_to_date(pair: list[str], tmp_path: Path) -> None:
     write(tmp_path)
     here("--dir", "col", *pair, "index", "docs", cwd=tmp_path)

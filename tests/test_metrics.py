@@ -64,7 +64,11 @@ def test_counters(rag: KVLinkRAG) -> None:
 
 def test_evictions_are_counted(tmp_path: Path) -> None:
     with open_tiny(tmp_path, size_limit=2 * SNAPSHOT) as rag:
-        rag.add(as_documents([(f"{n}", "", "text " * 20 + str(n)) for n in range(8)]))
+        rows = [(f"{n}", "", "text " * 20 + str(n)) for n in range(8)]
+        report = rag.add(as_documents(rows))
+        assert report.deferred == 8 - report.encoded > 0
+        assert rag.stats().evicted == 0
+        rag.ask("text?", k=8, max_new_tokens=1)
         stats = rag.stats()
         assert stats.evicted == 8 - stats.snapshots > 0
 

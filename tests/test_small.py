@@ -30,6 +30,7 @@ def test_the_pair_is_the_base_and_the_adapter_of_the_package(small: str) -> None
     assert sum(file.stat().st_size for file in ADAPTERS[SMALL].iterdir()) <= 12_000_000
     model = KVLinkModel.from_pretrained(device="cpu", dtype=torch.float32)
     assert (model.name, model.spec) == (small, adapter.spec)
+    assert load_embedder(small).name == small
     assert model.spec.links_per_passage == 5
     assert INSTRUCTION in model.spec.prompt_preset.before  # one wording, in chats too
     base = KVLinkModel.from_pretrained(resolve(small, role="reader"), dtype=torch.float32)

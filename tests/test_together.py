@@ -244,6 +244,95 @@ def test_prefills_and_steps_take_turns() -> None:
     assert order == ["s1", "p1", "p2", "p3"]
 
 
+class Interruptible(threading.Condition):
+    """A condition in which Ctrl-C comes to this thread's first wait for which `due` holds."""
+
+    def __init__(self, due: Callable[[], bool]) -> None:
+        super().__init__()
+        self._due, self._thread = due, threading.current_thread()
+        self.came, self.waits_on = False, threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if threading.current_thread() is self._thread:
+            if self.came:
+                self.waits_on.set()
+            elif self._due():
+                self.came = True
+                raise KeyboardInterrupt
+        return super().wait(timeout)
+
+
+def test_ctrl_c_while_a_step_waits_takes_it_back() -> None:
+    """Or it would be run later, on a live cache that another prompt has by then."""
+    ran: list[list[str]] = []
+    turns: Turns[str, str] = Turns(lambda steps: [ran.append(list(steps)) or s for s in steps])  # type: ignore[func-returns-value]
+    with turns.alone():
+        turns._state.changed = Interruptible(lambda: True)
+        with pytest.raises(KeyboardInterrupt):
+            turns.step("a", "gone")
+    assert turns.waiting == 0
+    assert turns.step("b", "here") == "here"
+    assert ran == [["here"]]
+
+
+def together(turns: Turns[str, str]) -> None:
+    """A step of the rows a and b in one run, so that each is waited for by the other."""
+    with turns.alone():
+        both = [threading.Thread(target=turns.step, args=(row, row)) for row in "ab"]
+        for thread in both:
+            thread.start()
+        while turns.waiting < 2:
+            pass
+    for thread in both:
+        thread.join()
+
+
+def test_ctrl_c_while_others_are_waited_for_frees_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvlink_rag.engine.turns.PATIENCE", 1e9)
+    turns: Turns[str, str] = Turns(list)
+    together(turns)
+    turns._state.changed = Interruptible(lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        turns.step("a", "gone")  # leads, and waits for b
+    assert turns.waiting == 0
+    assert not turns._state.busy
+    assert turns.step("b", "here") == "here"
+
+
+def test_ctrl_c_in_a_step_that_another_runs_waits_for_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until then the forward writes to the live cache."""
+    monkeypatch.setattr("kvlink_rag.engine.turns.PATIENCE", 1e9)
+    begun, ended = threading.Event(), threading.Event()
+    changed = Interruptible(begun.is_set)
+
+    def run(steps: Sequence[str]) -> list[str]:
+        if "gone" in steps:
+            with changed:  # free once the other step waits
+                begun.set()
+                changed.notify_all()
+            assert changed.waits_on.wait(60)
+            ended.set()
+        return list(steps)
+
+    turns: Turns[str, str] = Turns(run)
+    together(turns)
+    turns._state.changed = changed
+    leader = threading.Thread(target=turns.step, args=("b", "here"))
+    leader.start()  # leads, and waits for a
+    while not turns._state.busy:
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        turns.step("a", "gone")
+    over = ended.is_set()
+    changed.waits_on.set()
+    leader.join()
+    assert over
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_forked_in_anothers_turn_goes_on(make: Maker) -> None:
     model = make("llama")

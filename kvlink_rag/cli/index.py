@@ -11,20 +11,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from kvlink_rag.arguments import MAX_TOKENS, Codec, Compression, Search
+from kvlink_rag.arguments import HALF, MAX_TOKENS, Codec, Compression, Search
+from kvlink_rag.disk.atomic_files import free_bytes
 from kvlink_rag.errors import ConfigError
-from kvlink_rag.ingest.readers import MAX_BYTES, SUFFIXES, Problem, find, raise_or_log
+from kvlink_rag.ingest.readers import (
+    MAX_BYTES,
+    SUFFIXES,
+    Problem,
+    SourceFile,
+    find,
+    raise_or_log,
+)
 from kvlink_rag.quantities import number, size
 
 from . import terminal
 from .opening import OPTIONS, Options, collection, has_collection, load
-from .values import Count, Encoding, Json, Size
+from .values import Budget, Count, Encoding, Json, Size
 
 if TYPE_CHECKING:
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.index_files import IngestReport
 
 RESUMES = True  # an interrupted run is finished by repeating it
+MUCH = 0.1  # of the free disk: more is not taken unasked
 SHOWN = 3  # files that are no more, or moved, by name
 
 Paths = Annotated[
@@ -59,10 +68,12 @@ def index(
     *,
     reading: Reading = Reading(),
     size_limit: Size | None = None,
+    budget: Budget = HALF,
     search: Search | None = None,
     sync: bool = False,
     dry_run: bool = False,
     strict: bool = False,
+    yes: bool = False,
     as_json: Json = False,
     options: Options = OPTIONS,
 ) -> int:
@@ -72,13 +83,18 @@ def index(
     before, by whatever path, is brought up to date; what is unchanged costs nothing. An
     interrupted run is finished by repeating it. What cannot be read is reported, counted and
     skipped. Passages of files that are no more, or that moved, are told, and stay unless --sync is
-    given. Exit code 1: nothing could be read, or, with --strict, not everything.
+    given. Says first what the snapshots will take, and asks where that is more than a tenth of the
+    free disk. Exit code 1: nothing could be read, or, with --strict, not everything.
 
     Args:
         sync: also remove passages of files in these folders that are no more, or that moved (what
             they say is not encoded again)
         dry_run: only say what would be done
         size_limit: most bytes of snapshots to keep: 20GB
+        budget: what snapshots may take before they are asked for: a share of the disk that would be
+            free without them, bytes (20GB), or none for no bound; the rest is encoded when asked
+            for
+        yes: ask nothing
         search: how passages are found: exact, in lists (ivf: sooner, may miss one), or by size
             (the collection's, else auto)
         strict: fail at the first file or line that cannot be read
@@ -90,6 +106,7 @@ def index(
         return 1
     settings = {
         "size_limit": size_limit,
+        "budget": budget,
         "codec": reading.codec,
         "compression": reading.compression,
         "search": search,
@@ -99,6 +116,8 @@ def index(
         from kvlink_rag.ingest.index_files import ingest
 
         load(rag, embedder=False)
+        if not dry_run and not _may_take(rag, files, reading, yes=yes):
+            raise ConfigError("nothing was indexed; give more room, a smaller --codec, or --yes")
         with terminal.progress(sum(file.size() for file in files), "indexing") as bar:
             problems.write = bar.write
             report = ingest(
@@ -120,6 +139,27 @@ def index(
             terminal.show(_lines(rag, report, problems.skipped, dry_run=dry_run))
             _tell_gone(report, sync=sync, dry_run=dry_run)
     return 1 if problems.skipped and not report.documents else 0
+
+
+def _may_take(rag: KVLinkRAG, files: Sequence[SourceFile], reading: Reading, *, yes: bool) -> bool:
+    """Say what the snapshots will take; where that is much, whether the person there agrees."""
+    from kvlink_rag.ingest.estimate import bytes_at_most, new_bytes
+
+    free = free_bytes(rag.directory)
+    if bytes_at_most(rag, files) <= free * MUCH:
+        return True
+    with terminal.doing("reading the files to see what their snapshots will take"):
+        planned = new_bytes(
+            rag,
+            files,
+            max_tokens=reading.passage_tokens,
+            max_bytes=reading.max_file_size,
+            encoding=reading.encoding,
+            text_key=reading.text_key,
+        )
+    told = f"their snapshots take {size(planned)}; {size(free)} of the disk are free"
+    terminal.note(told)
+    return planned <= free * MUCH or yes or terminal.agreed("encode them?")
 
 
 @contextmanager
@@ -181,6 +221,8 @@ def _lines(rag: KVLinkRAG, report: IngestReport, skipped: int, *, dry_run: bool)
         f"{number(report.encoded, 'snapshot')} encoded: {number(report.tokens, 'token')} in "
         f"{report.seconds:.1f} s{rate}"
     )
+    if report.deferred:
+        yield f"{number(report.deferred, 'passage')} left for when they are asked for"
     yield (
         f"{rag.directory} holds {number(seen.documents, 'passage')}; snapshots "
         f"{size(seen.snapshot_bytes)}, {size(seen.bytes_per_token)} a token"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from kvlink_rag.arguments import HALF
+from kvlink_rag.disk.atomic_files import free_bytes
 from kvlink_rag.ingest.readers import find
 from kvlink_rag.quantities import number, size
 
 from . import terminal
 from .index import Paths, Problems, Reading, told_skipped
-from .opening import OPTIONS, Options, opener
+from .opening import OPTIONS, Options, directory_of, opener
 from .values import Count, Json
 
 
@@ -54,12 +57,18 @@ def plan(
             text_key=reading.text_key,
             seconds=seconds,
         )
-    fields = {**made.to_dict(), "skipped": problems.skipped}
+    free = free_bytes(_existing(directory_of(options)))
+    fields = {**made.to_dict(), "skipped": problems.skipped, "free_bytes": free}
     if as_json:
         terminal.show_json(fields)
     else:
         terminal.show([*lines(fields), *told_skipped(problems.skipped)])
     return 1 if problems.skipped and not made.documents else 0
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the one above it that is there."""
+    return next(each for each in (directory, *directory.absolute().parents) if each.exists())
 
 
 def lines(fields: Mapping[str, Any]) -> list[str]:
@@ -74,6 +83,8 @@ def lines(fields: Mapping[str, Any]) -> list[str]:
         f"{number(fields['tokens'], 'token')}{exact}",
         f"{most}{size(fields['total_bytes'])}: snapshots {most}{size(fields['snapshot_bytes'])}, "
         f"catalog and index {size(fields['other_bytes'])}",
+        f"{size(fields['free_bytes'])} of the disk are free; snapshots take at most {HALF} of that "
+        "before they are asked for",
         f"about {long} with the model {fields['model']!r} and the embedder "
         f"{fields['embedder']!r}, at {fields['tokens_per_second']:,.0f} tokens a second "
         f"({number(fields['sample_passages'], 'passage')} tried)",

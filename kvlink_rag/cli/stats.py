@@ -21,6 +21,7 @@ _SHOWN = (
     "snapshots",
     "snapshot_bytes",
     "bytes_per_token",
+    "budget",
 )
 
 

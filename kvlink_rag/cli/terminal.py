@@ -63,6 +63,15 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
+def agreed(question: str) -> bool:
+    """Whether the person at the terminal says yes; where nobody is there, nobody is asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    sys.stderr.write(f"kvlink-rag: {question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def above(as_json: bool) -> Say:
     """Prints a line at once; to stderr where stdout is for JSON."""
     stream = sys.stderr if as_json else sys.stdout

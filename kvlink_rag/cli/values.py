@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter, Token
 
-from kvlink_rag.arguments import MAX_SEED, check_encoding, parse_repair, parse_size
+from kvlink_rag.arguments import MAX_SEED, check_encoding, parse_budget, parse_repair, parse_size
 from kvlink_rag.evaluation.request import GROUPS, By
 
 
@@ -66,6 +66,11 @@ def _repair(text: str) -> str:
     return text
 
 
+def _budget(text: str) -> str:
+    parse_budget(text)
+    return text
+
+
 def _sample(text: str) -> int | None:
     """How many; None for all."""
     return None if text == "all" else 0 if text == "0" else _count(text)
@@ -98,6 +103,7 @@ Probability = Annotated[
 ]
 Share = Annotated[float, _of_text(_number(lambda n: 0 <= n <= 1, "a number from 0 to 1"))]
 Penalty = Annotated[float, _of_text(_number(lambda n: n > 0, "a number above 0"))]
+Budget = Annotated[str, _of_text(_budget)]
 Repair = Annotated[str, _of_text(_repair)]
 Encoding = Annotated[str, _of_text(check_encoding)]
 Sample = Annotated[int | None, _of_text(_sample)]

@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 class AddReport:
     """What an `add` or `update` did.
 
-    encoded, tokens: of newly encoded snapshots. cut: passages of which the embedder did not read
-    the end, as far as it says.
+    encoded, tokens: of newly encoded snapshots. deferred: passages that are encoded when they are
+    asked for, since their snapshots would go over the budget. cut: passages of which the embedder
+    did not read the end, as far as it says.
     """
 
     added: int = 0
@@ -48,6 +49,7 @@ class AddReport:
     unchanged: int = 0
     encoded: int = 0
     tokens: int = 0
+    deferred: int = 0
     cut: int = 0
 
 
@@ -69,6 +71,7 @@ def add(
         add_batch(parts, batch, report, embed=embed)
         advance(len(batch))
     _tell_cut(parts, report)
+    _tell_deferred(parts, report)
     return report
 
 
@@ -83,6 +86,20 @@ def _tell_cut(parts: Parts, report: AddReport) -> None:
         "their ends; add them in smaller passages (kvlink_rag.split_document)",
         report.cut,
         most,
+    )
+
+
+def _tell_deferred(parts: Parts, report: AddReport) -> None:
+    """Warn of passages whose first question will wait for their snapshots."""
+    if not report.deferred:
+        return
+    logger.warning(
+        "%d passages are encoded when they are first asked for: the snapshots of %s have reached "
+        "their budget (%s); give them more with budget='80%%', '100GB' or 'none' (kvlink-rag index "
+        "--budget), or make them smaller with a codec",
+        report.deferred,
+        parts.directory,
+        parts.budget if parts.store.size_limit is None else "the size limit",
     )
 
 
@@ -110,8 +127,9 @@ def add_batch(
     written = {p.document.id for p in passages}
     lost = [e for id, e in known.items() if id not in written and not has_snapshot(parts, e)]
     made = encode_missing(parts, [*passages, *(encodable(parts, e.document) for e in lost)])
-    report.encoded += len(made)
-    report.tokens += sum(made)
+    report.encoded += len(made.tokens)
+    report.tokens += sum(made.tokens)
+    report.deferred += made.deferred
     # 7. what was replaced leaves nothing behind
     if done.replaced:
         parts.index.forget_file()

@@ -10,7 +10,7 @@ from kvlink_rag.errors import CatalogError
 
 from .adding import BATCH
 from .parts import Parts
-from .passages import batched, has_snapshot
+from .passages import batched, has_snapshot, room
 from .proving import sampled, wrongly_encoded
 from .reencoding import embed_again, encode_again, unused
 
@@ -61,8 +61,8 @@ def _check_unused(parts: Parts, fix: bool) -> list[str]:
 
 
 def _check_missing(parts: Parts, fix: bool) -> list[str]:
-    """Documents without a snapshot; none is missed where a size limit lets them go."""
-    if parts.store.size_limit is not None:
+    """Documents without a snapshot; none is missed where a limit or the budget lets them go."""
+    if parts.store.size_limit is not None or room(parts) <= 0:
         return []
     problems = []
     for entries in batched(parts.catalog.iterate(skip_damaged=True), BATCH):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from kvlink_rag.arguments import Budget
 from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.retrieval.embedder import Embedder
@@ -73,7 +74,7 @@ class Parts:
     """The parts of an open collection.
 
     prefix: computed runs kept between questions, or None. loaded: the model's part, loaded by the
-    first call.
+    first call. budget: of snapshots that nobody has asked for yet.
     """
 
     directory: Path
@@ -83,6 +84,7 @@ class Parts:
     settings: Settings
     prefix: PrefixCache | None
     loaded: Once[Loaded]
+    budget: Budget = field(default_factory=Budget)
     seen: Seen = field(default_factory=Seen)
 
     def embedder(self) -> Embedder:

@@ -6,11 +6,13 @@ which documents there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError, PassageTooLong
 from kvlink_rag.snapshots.encode import encode_many
@@ -57,18 +59,57 @@ def encodable(parts: Parts, document: Document) -> Encodable:
     return Encodable(document, ids, loaded.snapshots.key(ids))
 
 
-def encode_missing(parts: Parts, passages: Sequence[Encodable]) -> list[int]:
-    """Encode and store every passage whose snapshot the store lacks; the tokens of each of these.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """tokens: of each snapshot that was made. deferred: passages over the budget, left for when
+    they are asked for.
+    """
 
-    Empty where snapshots depend on the slot (rank "exact"): those are encoded for each question.
+    tokens: list[int]
+    deferred: int = 0
+
+
+def encode_missing(parts: Parts, passages: Sequence[Encodable]) -> Encoded:
+    """Encode and store the passages whose snapshots the store lacks, as far as the budget goes.
+
+    None where snapshots depend on the slot (rank "exact"): those are encoded for each question.
     """
     loaded = parts.loaded()
     if loaded.model.spec.rank == "exact":
-        return []
+        return Encoded([])
     waiting = list({p.key: p for p in passages if p.key not in parts.store}.values())
-    for index, snapshot in encode_many(loaded.model.backbone, [p.token_ids for p in waiting]):
-        loaded.snapshots.put(waiting[index].key, snapshot)
-    return [len(passage.token_ids) for passage in waiting]
+    taken = list(_within_budget(parts, waiting))
+    for index, snapshot in encode_many(loaded.model.backbone, [p.token_ids for p in taken]):
+        loaded.snapshots.put(taken[index].key, snapshot)
+    return Encoded([len(p.token_ids) for p in taken], len(waiting) - len(taken))
+
+
+def room(parts: Parts) -> float:
+    """Bytes that snapshots may still take before they are asked for.
+
+    Of a share, what they have already counts as free: the collection is one part of the disk, and
+    does not creep on to the whole of it.
+    """
+    budget, used = parts.budget, parts.store.bytes()
+    left = [math.inf]
+    if budget.bytes is not None:
+        left.append(budget.bytes - used)
+    if budget.share is not None:
+        free = atomic_files.free_bytes(parts.directory)
+        left.append(budget.share * (free + used) - used)
+    if parts.store.size_limit is not None:
+        left.append(parts.store.size_limit - used)
+    return min(left)
+
+
+def _within_budget(parts: Parts, passages: Sequence[Encodable]) -> Iterator[Encodable]:
+    """The first of `passages` whose snapshots there is room for."""
+    left = room(parts) if passages else 0.0
+    for passage in passages:
+        left -= parts.loaded().snapshots.planned_bytes(len(passage.token_ids))
+        if left < 0:
+            return
+        yield passage
 
 
 def has_snapshot(parts: Parts, entry: Entry) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .parts import Parts
+from .passages import room
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,8 @@ class Stats:
     hits, misses: snapshots asked for and found, or not; corrupt: those refused, which are misses
     too. encoded: those made for questions because they were missing. evicted: to keep the limit.
     dtype: what the model computes in, "" until it is loaded. storage_dtype: of exact and bf16
-    snapshots, "" of others and until there are any.
+    snapshots, "" of others and until there are any. budget: what snapshots may take before they
+    are asked for, as it was given to `open`; room: the bytes left of that, None for no bound.
     """
 
     documents: int
@@ -38,6 +41,8 @@ class Stats:
     codec: str
     dtype: str
     storage_dtype: str
+    budget: str
+    room: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -48,6 +53,7 @@ def stats(parts: Parts) -> Stats:
     """Counts, bytes and counters, as they are now; loads nothing."""
     seen, prefix, loaded = parts.store.stats(), parts.prefix, parts.loaded.held
     tokens, stored = _tokens(parts)
+    left = room(parts)
     return Stats(
         documents=parts.catalog.count(),
         embedded=parts.catalog.embedded(),
@@ -68,6 +74,8 @@ def stats(parts: Parts) -> Stats:
         codec=parts.settings.codec,
         dtype=loaded.model.backbone.dtype_name if loaded else "",
         storage_dtype=parts.settings.storage_dtype,
+        budget=str(parts.budget),
+        room=None if left == math.inf else max(0, int(left)),
     )
 
 

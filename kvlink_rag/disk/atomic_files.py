@@ -83,8 +83,13 @@ def is_read_only(directory: Path) -> bool:
 
 def is_full(directory: Path) -> bool:
     """Whether the file system of `directory` has no room for what SQLite needs to read a log."""
+    return free_bytes(directory) < _ROOM
+
+
+def free_bytes(directory: Path) -> int:
+    """What a user may still write to the file system of `directory`."""
     found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize < _ROOM
+    return found.f_bavail * found.f_frsize
 
 
 def link(source: Path, target: Path) -> None:

@@ -80,6 +80,8 @@ class Turns(Generic[_Step, _Result]):
                 state.busy = True
             finally:
                 state.prefills.remove(ticket)
+                if not state.busy:  # Ctrl-C, perhaps as its turn came
+                    state.changed.notify_all()
         try:
             yield
         finally:
@@ -94,13 +96,19 @@ class Turns(Generic[_Step, _Result]):
             state.steps.append(mine)
             state.coming.discard(row)
             state.changed.notify_all()
-            state.changed.wait_for(lambda: mine.done or self._may_lead(state))
-            if not mine.done:
-                state.busy = True
-                state.changed.wait_for(lambda: not state.coming, PATIENCE * state.seconds)
+            leads = False
+            try:
+                state.changed.wait_for(lambda: mine.done or self._may_lead(state))
+                if not mine.done:
+                    state.busy = leads = True
+                    state.changed.wait_for(lambda: not state.coming, PATIENCE * state.seconds)
+            except BaseException:  # Ctrl-C
+                self._withdraw(state, mine, leads)
+                raise
+            if leads:
                 batch = [mine, *(each for each in state.steps if each is not mine)][:MOST_ROWS]
                 state.steps = [each for each in state.steps if each not in batch]
-        if not mine.done:
+        if leads:
             self._lead(state, batch)
         if mine.error is not None:
             raise mine.error
@@ -112,6 +120,19 @@ class Turns(Generic[_Step, _Result]):
         with state.changed:
             state.coming.discard(row)
             state.changed.notify_all()
+
+    @staticmethod
+    def _withdraw(
+        state: _State[_Step, _Result], mine: _Waiting[_Step, _Result], leads: bool
+    ) -> None:
+        """Take a step back; one that is running ends first, for it writes to its live cache."""
+        if leads:
+            state.busy = False
+        if mine in state.steps:
+            state.steps.remove(mine)
+            state.changed.notify_all()
+        else:
+            state.changed.wait_for(lambda: mine.done)
 
     def _lead(
         self, state: _State[_Step, _Result], batch: Sequence[_Waiting[_Step, _Result]]

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,12 +21,13 @@ from kvlink_rag.arguments import MAX_TOKENS
 from kvlink_rag.collection.opening import SNAPSHOTS
 from kvlink_rag.collection.rag import KVLinkRAG
 from kvlink_rag.documents import Document
-from kvlink_rag.snapshots.file_format import planned_size
 
 from .index_files import Intake, splitting_encoder
 from .readers import MAX_BYTES, OnProblem, ReadOptions, SourceFile
 
 SAMPLE = 64  # passages that are indexed at most
+PACKED = (".pdf", ".docx", ".pptx", ".xlsx", ".epub")
+_PACKED = 20  # times the size of such a file: more text than any but a bomb has
 SECONDS = 5.0  # after which no further step of the sample begins
 
 
@@ -119,28 +120,64 @@ def plan(
     )
 
 
+def bytes_at_most(rag: KVLinkRAG, files: Sequence[SourceFile]) -> int:
+    """A bound of what the snapshots of `files` take, from the files' sizes alone.
+
+    A token has a byte at least; half as much again for titles and what each snapshot's file has
+    besides. Packed formats hold more than their size.
+    """
+    size = sum(file.size() * (_PACKED if file.suffix in PACKED else 1) for file in files)
+    one, two = (rag.snapshots.planned_bytes(tokens) for tokens in (1000, 2000))
+    return round(1.5 * size * (two - one) / 1000) + len(files) * rag.snapshots.planned_bytes(64)
+
+
+def new_bytes(
+    rag: KVLinkRAG,
+    files: Sequence[SourceFile],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_bytes: int = MAX_BYTES,
+    encoding: str | None = None,
+    text_key: str = "text",
+) -> int:
+    """What the snapshots of `files` take that the collection does not have; compressed, less.
+
+    Reads and splits all of them, and tells no problem.
+    """
+    intake = Intake(
+        splitting_encoder(rag, max_tokens),
+        files,
+        lambda problem: None,
+        lambda size: None,
+        max_tokens,
+        ReadOptions(max_bytes, encoding, text_key),
+    )
+    count = _Count(rag)
+    for passage in intake.passages():
+        count.take(passage)
+    held = set(rag.snapshots.store.keys())
+    return count.snapshot_bytes(without=held)
+
+
 class _Count:
     """Passages counted, and a fair sample of them (Vitter's reservoir, from a fixed seed)."""
 
     def __init__(self, rag: KVLinkRAG) -> None:
         self.passages = 0
-        self.seen: set[bytes] = set()
+        self.seen: dict[bytes, int] = {}  # tokens of each key
         self.sample: list[Document] = []
         self._rag, self._random = rag, random.Random(0)
-        self._lengths: Counter[int] = Counter()
 
     @property
     def tokens(self) -> int:
         """Tokens of all snapshots."""
-        return sum(length * count for length, count in self._lengths.items())
+        return sum(self.seen.values())
 
     def take(self, passage: Document) -> None:
         """Count one more."""
         ids = self._rag.model.passage_tokens(passage)
         key = bytes.fromhex(self._rag.snapshots.key(ids))
-        if key not in self.seen:
-            self.seen.add(key)
-            self._lengths[len(ids)] += 1
+        self.seen[key] = len(ids)
         place = self._random.randrange(self.passages + 1)
         self.passages += 1
         if len(self.sample) < SAMPLE:
@@ -148,12 +185,11 @@ class _Count:
         elif place < SAMPLE:
             self.sample[place] = passage
 
-    def snapshot_bytes(self) -> int:
-        """Of all snapshot files."""
-        backbone, kept = self._rag.model.backbone, self._rag.snapshots.storage
-        heads, dim = backbone.kv_heads, backbone.head_dim
-        sizes = {n: planned_size((backbone.layers, heads, n, dim), kept) for n in self._lengths}
-        return sum(sizes[length] * count for length, count in self._lengths.items())
+    def snapshot_bytes(self, without: Collection[str] = ()) -> int:
+        """Of all snapshot files, but those of the keys `without`."""
+        lengths = Counter(n for key, n in self.seen.items() if key.hex() not in without)
+        planned = self._rag.snapshots.planned_bytes
+        return sum(planned(length) * count for length, count in lengths.items())
 
 
 def _index(rag: KVLinkRAG, sample: Sequence[Document], seconds: float) -> tuple[int, float]:

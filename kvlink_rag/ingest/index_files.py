@@ -41,7 +41,8 @@ class IngestReport:
 
     documents: as read; passages: as split, of which `repeated` ones stood before in these files.
     added, replaced, unchanged, removed: passages of the collection. encoded, tokens: snapshots
-    made now. skipped: places that gave nothing; warnings: places that gave less than they hold.
+    made now; deferred: passages over the budget, which are encoded when they are asked for.
+    skipped: places that gave nothing; warnings: places that gave less than they hold.
     gone: sources of passages whose files are no more; moved: those whose text another file has
     now, as (old, new). Their passages are removed only by `sync`.
     """
@@ -56,6 +57,7 @@ class IngestReport:
     removed: int = 0
     encoded: int = 0
     tokens: int = 0
+    deferred: int = 0
     skipped: int = 0
     warnings: int = 0
     seconds: float = 0.0
@@ -105,7 +107,7 @@ def ingest(
     else:
         done = rag.add(intake.passages())
         report.added, report.replaced, report.unchanged = done.added, done.replaced, done.unchanged
-        report.encoded, report.tokens = done.encoded, done.tokens
+        report.encoded, report.tokens, report.deferred = done.encoded, done.tokens, done.deferred
     intake.tell_kept()
     holders = intake.holders()
     moved, lost = _gone(holders, intake, [identity(root) for root in roots])

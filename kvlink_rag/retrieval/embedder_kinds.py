@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .contriever import ContrieverEmbedder
 from .embedder import Embedder
@@ -12,7 +13,7 @@ from .sentence_embedder import SentenceEmbedder
 from .text_encoder import find_encoder
 
 # Whether a directory is of the kind, and the kind; the first counts, and the last takes any.
-KINDS: tuple[tuple[Callable[[Path], bool], Callable[..., Embedder]], ...] = (
+KINDS: tuple[tuple[Callable[[Path], bool], Callable[..., Any]], ...] = (
     (lambda directory: (directory / MODULES).is_file(), SentenceEmbedder.from_pretrained),
     (lambda directory: True, ContrieverEmbedder.from_pretrained),
 )
@@ -33,4 +34,7 @@ def load_embedder(
     """
     directory = find_encoder(path_or_id, local_files_only)
     load = next(load for is_kind, load in KINDS if is_kind(directory))
-    return load(directory, device=device, batch_size=batch_size)
+    encoder = load(directory, device=device, batch_size=batch_size)
+    encoder.name = str(path_or_id)
+    found: Embedder = encoder
+    return found

@@ -41,8 +41,10 @@ class TextEncoder(ABC):
     model, tokenizer: as transformers loads them (`BertModel`, `PreTrainedTokenizerBase`).
     batch_size: texts a forward pass. max_length: tokens a text, special tokens included; what is
     longer is cut at the end, and no window is longer than the encoder's own positions (512 for
-    Contriever). source: the directory the weights came from, if any.
+    Contriever). source: the directory the weights came from, if any. name: what it was loaded by.
     """
+
+    name: str = ""
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """The ASGI application: routes of the table of endpoints, behind the guard.
 
-A page of static files comes as one more route behind the endpoints, and its paths into `OPEN`.
 Knows how a request becomes a `Call` and what is given back a response; knows no endpoint's work.
 """
 
@@ -20,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from . import page
 from .endpoints import ENDPOINTS
 from .guard import LOCAL, Guard
 from .openapi import document
@@ -27,7 +27,7 @@ from .refusals import Refused, refusal_of
 from .service import Call, Endpoint, Service
 
 SCHEMA = "/openapi.json"
-OPEN = (SCHEMA, *(each.path for each in ENDPOINTS if each.open))  # need no key
+OPEN = (SCHEMA, *page.PATHS, *(each.path for each in ENDPOINTS if each.open))  # need no key
 _STATUS = {404: "found no such path", 405: "this path does not take this method"}
 
 
@@ -48,7 +48,7 @@ def make_app(service: Service, *, hosts: Collection[str] | None = LOCAL) -> Star
     async def openapi(request: Request) -> Response:
         return JSONResponse(schema)
 
-    routes.append(Route(SCHEMA, openapi))
+    routes += [Route(SCHEMA, openapi), *page.routes()]
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, service.keys, service.limits, hosts=hosts, open=OPEN)],

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from kvlink_rag.arguments import MAX_SEED, MAX_TOKENS, parse_repair
+from kvlink_rag.arguments import MAX_SEED, MAX_TOKENS, Mode, parse_repair
 
 _OF_CHAT: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -98,6 +98,7 @@ class Answering(Asked):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     repair: str | None = Field(None, description="of reused passages: none, first:N, select:P%")
     k: Annotated[int, Field(ge=1, le=100)] | None = Field(None, description="passages to retrieve")
+    mode: Mode | None = Field(None, description="reuse; or compute all: masked, full")
     rounds: Literal[1, 2] | None = Field(None, description="2: retrieve again with the first hits")
 
     @model_validator(mode="after")
@@ -120,6 +121,7 @@ class Answering(Asked):
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "repair": self.repair,
+            "mode": self.mode,
         }
         tokens = min(most, self.asked_tokens() or default)
         return {"max_new_tokens": tokens, **{k: v for k, v in named.items() if v is not None}}

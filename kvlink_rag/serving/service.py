@@ -64,7 +64,7 @@ class Service:
     @property
     def embedder_name(self) -> str:
         """The embedder's."""
-        return _shown(str(getattr(self.library.embedder, "name", "embedder")))
+        return _shown(str(getattr(self.library.embedder, "name", "") or "embedder"))
 
 
 def _shown(name: str) -> str:

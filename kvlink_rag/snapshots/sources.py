@@ -19,7 +19,7 @@ from kvlink_rag.trace import Trace
 from .codecs import Storage
 from .device_cache import DeviceMemory
 from .encode import encode_many
-from .file_format import snapshot_key
+from .file_format import planned_size, snapshot_key
 from .kept_runs import PrefixCache
 from .snapshot import EXACT, AnySnapshot, Snapshot, Source
 from .store import SnapshotStore
@@ -99,6 +99,12 @@ class StoredSnapshots:
         return [
             snapshot_key(fingerprint, ids, dtype=kept.dtype, codec=kept.codec) for ids in passages
         ]
+
+    def planned_bytes(self, tokens: int) -> int:
+        """What the snapshot of a passage of so many tokens takes on the disk; compressed, less."""
+        backbone = self.backbone
+        shape = (backbone.layers, backbone.kv_heads, tokens, backbone.head_dim)
+        return planned_size(shape, self.storage)
 
     def put(self, key: str, snapshot: Snapshot) -> AnySnapshot:
         """Store a snapshot just encoded, in the codec; what was stored.
