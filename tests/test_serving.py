@@ -18,6 +18,7 @@ import trust  # noqa: E402
 from conftest import WordEmbedder  # noqa: E402
 from server import EMBEDDER, READER, TOWNS, Running, make_towns, running  # noqa: E402
 
+from kvlink_rag import KVLinkRAG  # noqa: E402
 from kvlink_rag.documents import Passage, Text  # noqa: E402
 from kvlink_rag.ingest.sources import FILE_KEY  # noqa: E402
 
@@ -97,9 +98,12 @@ def test_the_bare_reader_recognises_passages(server: Running, client: Any) -> No
 
 
 def test_what_stands_before_the_question_is_kept(server: Running, client: Any) -> None:
+    with server.towns() as rag:
+        found = {name: by_turns(rag, name) for name in ("", *trust.NAMES)}
+    earlier = next(name for name in trust.NAMES if found[name] != found[""])
     before: Any = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Tell of Teldon."},
+        {"role": "user", "content": earlier},
         {"role": "assistant", "content": "A town."},
     ]
     sent = [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *before[1:]]
@@ -108,15 +112,19 @@ def test_what_stands_before_the_question_is_kept(server: Running, client: Any) -
     )
     sources = answer.model_extra["kvlink"]["sources"]
     with server.towns() as rag:
-        alone, both = (rag.search(q, 3) for q in (QUESTION, f"Tell of Teldon. {QUESTION}"))
-        by_turns = [h.document.id for pair in zip(alone, both, strict=True) for h in pair]
-        assert [source["id"] for source in sources] == list(dict.fromkeys(by_turns))[:3]
+        assert [source["id"] for source in sources] == found[earlier]
         passages = [Passage(document) for document in rag.get([s["id"] for s in sources])]
         last = {"role": "user", "content": [*passages, Text(QUESTION)]}
         parts = rag.model.chat([*before, last])
         expected = rag.model.generate(parts, mode="masked", max_new_tokens=12)
         assert answer.usage.prompt_tokens == len(rag.model.layout(parts))
     assert answer.choices[0].message.content == expected
+
+
+def by_turns(rag: KVLinkRAG, earlier: str) -> list[str]:
+    """Ids of the hits for the question alone and after an earlier one, in turn."""
+    both = zip(rag.search(QUESTION, 3), rag.search(f"{earlier} {QUESTION}", 3), strict=True)
+    return list(dict.fromkeys(str(hit.document.id) for pair in both for hit in pair))[:3]
 
 
 def test_sampling_options(client: Any) -> None:
@@ -277,8 +285,10 @@ def test_a_store_from_upload_to_erasure(server: Running, client: Any, tmp_path: 
 
     data = server.root / "data"
     assert holding(data, b"7741")
+    assert holding(data, b"quarry.md")
     assert client.vector_stores.delete(store.id).deleted
     assert not holding(data, b"7741")
+    assert not holding(data, b"quarry.md")
     assert not (data / "stores" / store.id).exists()
     with pytest.raises(openai.NotFoundError):
         client.vector_stores.retrieve(store.id)

@@ -27,8 +27,9 @@ from kvlink_rag.serving.library import claim  # noqa: E402
 from kvlink_rag.serving.runner import Job, Limits  # noqa: E402
 from kvlink_rag.trace import Trace  # noqa: E402
 
-ALL, READS, WRITES, OTHER = (f"sk-{name:->16}" for name in ("all", "reads", "writes", "other"))
-KEYS = f"{ALL}; {READS} = towns; {WRITES}=towns:write {OTHER}=elsewhere:write"
+NAMES = ("all", "reads", "also", "writes", "other")
+ALL, READS, ALSO, WRITES, OTHER = (f"sk-{name:->16}" for name in NAMES)
+KEYS = f"{ALL}; {READS} = towns; {ALSO}=towns; {WRITES}=towns:write {OTHER}=elsewhere:write"
 CHAT = "/v1/chat/completions"
 
 
@@ -209,9 +210,9 @@ def test_the_reader_does_not_tell_what_others_hold(keyed: Running) -> None:
 def test_the_cache_does_not_tell_what_others_asked(keyed: Running, model: str) -> None:
     body = asking(model, f"a question that {model} was never asked before", max_tokens=1)
     cached = []
-    for key in (READS, WRITES):
+    for key in (READS, ALSO):
         ask(keyed, key, **asking(model, "something else", max_tokens=1))
-    for key in (READS, WRITES, READS):
+    for key in (READS, ALSO, READS):
         usage = ask(keyed, key, **body).json()["usage"]
         cached.append(usage["prompt_tokens_details"]["cached_tokens"])
     assert cached[0] == cached[1] < cached[2]

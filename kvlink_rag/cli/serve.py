@@ -61,12 +61,13 @@ def serve(
             from kvlink_rag.serving.run import serve as run
             from kvlink_rag.serving.runner import Limits
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("kvlink_rag"):
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "kvlink_rag"):
                 raise
-            raise MissingExtra.of(error.name, "serve", "Serving over HTTP") from error
+            raise MissingExtra.of(package, "serve", "Serving over HTTP") from error
         from kvlink_rag.disk.digests import cache_directory
     if options.reencode:
-        raise ConfigError("serve encodes nothing again; run kvlink-rag check --reencode before it")
+        raise ConfigError("serve encodes nothing again; run before it: kvlink-rag check --reencode")
     if options.dir is not None or (not collections and directory_of(options).exists()):
         collections = (directory_of(options), *collections)
 

@@ -85,7 +85,7 @@ def _answer(endpoint: Endpoint, refs: Any) -> dict[str, Any]:
     if endpoint.answer:
         content = {endpoint.media: {"schema": refs[endpoint.answer, _GIVEN]}}
     if endpoint.sse:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     return {"description": "done", "content": content}
 
 
