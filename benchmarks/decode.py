@@ -46,8 +46,10 @@ def measure(model: KVLinkModel, directory: Path, size: str, arguments: argparse.
     """Medians of interleaved rounds."""
     passages, tokens = (int(n) for n in size.split("x"))
     generator = torch.Generator().manual_seed(passages * tokens)
-    documents = [Document(words(tokens, generator)) for _ in range(passages)]
-    prompt = model.prompt(documents, words(12, generator))
+    documents = [
+        Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
+    ]
+    prompt = model.prompt(documents, words(12, generator, model.tokenizer.encode))
     laid = Laid(model, directory, documents, EXACT)
     reuse = laid.at("cached")
     check(model, prompt, reuse)

@@ -91,8 +91,12 @@ class Size:
         passages, tokens = (int(n) for n in size.split("x"))
         generator = torch.Generator().manual_seed(passages * tokens)
         self.model, self.size, self.arguments = model, size, arguments
-        self.documents = [Document(words(tokens, generator)) for _ in range(passages)]
-        self.questions = [words(12, generator) for _ in range(arguments.rounds)]
+        self.documents = [
+            Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
+        ]
+        self.questions = [
+            words(12, generator, model.tokenizer.encode) for _ in range(arguments.rounds)
+        ]
         self.laid = {c: Laid(model, directory / c, self.documents, c) for c in arguments.codecs}
         self.workspaces = model.backbone.workspaces or Workspaces.of(model.backbone)
         self.memories = {

@@ -52,8 +52,10 @@ def measure(model: KVLinkModel, directory: Path, size: str, codec: str, rounds: 
     """One size and codec, from both places."""
     passages, tokens = (int(n) for n in size.split("x"))
     generator = torch.Generator().manual_seed(passages * tokens)
-    documents = [Document(words(tokens, generator)) for _ in range(passages)]
-    prompt = model.prompt(documents, words(12, generator))
+    documents = [
+        Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
+    ]
+    prompt = model.prompt(documents, words(12, generator, model.tokenizer.encode))
     directory.parent.mkdir(exist_ok=True)
     laid = Laid(model, directory, documents, codec)
     check(model, prompt, laid.at("cached"))

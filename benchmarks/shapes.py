@@ -5,9 +5,11 @@ TTFT does not depend on what the weights are, so a shape is enough to time it ho
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,17 @@ from kvlink_rag.engine.attention import NAME
 from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 SYSTEM_WORDS = 43  # tokens of the published system prompt, up to and including the user header
+_COMMON = (
+    "time year people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work government "
+    "number night point home water room mother area money story fact month lot right study book "
+    "eye job word business issue side kind head house service friend father power hour game line "
+    "end member law car city name team minute idea body back parent face others level office door "
+    "health person art war history party result change morning reason research girl moment air "
+    "teacher force education"
+)
+Encode = Callable[[str], list[int]]
+
 AFTER_WORDS = 5  # tokens of <|eot_id|> and the assistant header
 
 _LLAMA32_ROPE = {
@@ -110,10 +123,28 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def words(count: int, generator: torch.Generator) -> str:
-    """`count` random words."""
-    ids = torch.randint(0, 120000, (count,), generator=generator)
-    return " ".join(f"w{i}" for i in ids.tolist())
+def words(count: int, generator: torch.Generator, encode: Encode | None = None) -> str:
+    """Random words of `count` tokens together, by `encode`; None: of the shapes' own tokenizer."""
+    if encode is None or len(encode("w1 w2 w3")) == 3:
+        ids = torch.randint(0, 120000, (count,), generator=generator)
+        return " ".join(f"w{i}" for i in ids.tolist())
+    known = _single(encode)
+    chosen: list[str] = []
+    while len(encode(" ".join(chosen))) < count:
+        missing = count - len(encode(" ".join(chosen)))
+        drawn = torch.randint(0, len(known), (max(1, missing // 2),), generator=generator)
+        chosen += [known[i] for i in drawn.tolist()]
+    text = " ".join(chosen)
+    while len(encode(text)) > count:
+        text = text[:-1]
+    return text
+
+
+@functools.cache
+def _single(encode: Encode) -> list[str]:
+    """Words that are one token each behind a space, or whatever words there are."""
+    found = [w for w in _COMMON.split() if len(encode(f"a {w}")) == len(encode("a")) + 1]
+    return found or _COMMON.split()
 
 
 def machine() -> dict[str, Any]:

@@ -51,14 +51,16 @@ def measure(
     """One row for each number of askers, and one of questions that arrive at random."""
     passages, tokens = (int(n) for n in size.split("x"))
     generator = torch.Generator().manual_seed(passages * tokens)
-    documents = [Document(words(tokens, generator)) for _ in range(passages)]
+    documents = [
+        Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
+    ]
     laid = Laid(model, directory, documents, arguments.codec)
     reuse = laid.at("cached")
-    check(model, model.prompt(documents, words(12, generator)), reuse)
+    check(model, model.prompt(documents, words(12, generator, model.tokenizer.encode)), reuse)
     rows = []
     for askers in arguments.askers:
         prompts = [
-            model.prompt(shuffled(documents, number), words(12, generator))
+            model.prompt(shuffled(documents, number), words(12, generator, model.tokenizer.encode))
             for number in range(arguments.questions)
         ]
         start = time.perf_counter()

@@ -121,8 +121,13 @@ class Size:
         generator = torch.Generator().manual_seed(passages * tokens)
         self.model, self.arguments = model, arguments
         self.passages, self.tokens = passages, tokens
-        self.documents = [Document(words(tokens, generator)) for _ in range(passages)]
-        self.questions = [words(QUESTION_TOKENS, generator) for _ in range(arguments.rounds + 1)]
+        self.documents = [
+            Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
+        ]
+        self.questions = [
+            words(QUESTION_TOKENS, generator, model.tokenizer.encode)
+            for _ in range(arguments.rounds + 1)
+        ]
         needed = dict.fromkeys([EXACT, *arguments.codecs])  # floor and baselines need exact ones
         self.laid = {c: Laid(model, directory / c, self.documents, c) for c in needed}
         self.baselines = Baselines(model, self.laid[EXACT].source)

@@ -20,7 +20,7 @@ from conftest import ModelMaker
 
 import kvlink_rag.engine.backbone
 import kvlink_rag.engine.workspaces
-from kvlink_rag import Document
+from kvlink_rag import Document, KVLinkModel
 from kvlink_rag.cli.bench import find_benchmarks
 from kvlink_rag.cli.main import main
 from kvlink_rag.compare.baselines import Baselines
@@ -32,6 +32,7 @@ import measuring  # noqa: E402
 import ttft  # noqa: E402
 import ways  # noqa: E402
 from asked import load_asked  # noqa: E402
+from shapes import words  # noqa: E402
 
 
 def last_line(script: str, *arguments: str) -> dict[str, Any]:
@@ -360,6 +361,18 @@ def test_gpu_has_no_figures_of_a_forward_not_taken(
     arguments = ["--shapes", "tiny", "--dtype", "float32", "--rounds", "1", "--device", "cpu"]
     with pytest.raises(SystemExit, match="no figures: the forward was not the one of 'graphs'"):
         last_line("gpu.py", *arguments, "--sizes", "2x16", "--scratch", str(tmp_path))
+
+
+def test_sizes_are_of_the_models_own_tokens(saved_pair: tuple[Path, Path], small: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in (str(saved_pair[0]), small):
+        encode = KVLinkModel.from_pretrained(name, device="cpu").tokenizer.encode
+        texts = [words(n, generator, encode) for n in (1, 12, 200, 200)]
+        assert [len(encode(text)) for text in texts] == [1, 12, 200, 200]
+        assert len(set(texts)) == 4
+    found = last_line("ttft.py", "--model", str(saved_pair[0]), "--sizes", "2x40", "--rounds", "1")
+    reuse = next(row for row in found["rows"] if row["way"] == "reuse")
+    assert 80 <= reuse["reused_tokens"] <= 90
 
 
 def test_throughput() -> None:

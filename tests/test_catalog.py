@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage_workers import record
 
-from kvlink_rag.collection.catalog import Catalog, Entry, Record, writing
+from kvlink_rag.collection.catalog import Catalog, Entry, Record, connection, writing
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import CatalogError, DocumentError
 
@@ -741,3 +741,32 @@ def test_connections_are_bounded(catalog: Catalog) -> None:
         thread.join()
     assert len(os.listdir("/proc/self/fd")) <= before + 3 * 4
     catalog.close()
+
+
+def test_on_a_full_disk_the_file_alone_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `test_reliability` has it on a real one: SQLite finds no room for its shared memory."""
+    path = tmp_path / "catalog.db"
+    with Catalog.open(path, create=True) as catalog:
+        catalog.upsert([record("a", "text")])
+    connected, full = connection._connected, [True]
+
+    def without_room(uri: str, pragmas: Sequence[str]) -> sqlite3.Connection:
+        if "mode=rw" in uri:
+            raise sqlite3.OperationalError("database or disk is full")
+        return connected(uri, pragmas)
+
+    monkeypatch.setattr(connection, "_connected", without_room)
+    monkeypatch.setattr(connection.atomic_files, "is_full", lambda directory: full[0])
+    with Catalog.open(path) as catalog:
+        assert [entry.id for entry in catalog.iterate()] == ["a"]
+        with pytest.raises(CatalogError, match="disk is full"):
+            catalog.upsert([record("b", "more")])
+        path.with_name("catalog.db-wal").write_bytes(b"changes of somebody")
+        with pytest.raises(CatalogError, match="holds changes"):
+            catalog.count()
+        path.with_name("catalog.db-wal").unlink()
+        full[0] = False
+        with pytest.raises(CatalogError, match="disk is full"):
+            catalog.count()
