@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("starlette")
 openai = pytest.importorskip("openai")
 
-from conftest import WordEmbedder
-from server import EMBEDDER, READER, Running, make_towns, running
+from conftest import WordEmbedder  # noqa: E402
+from server import EMBEDDER, READER, Running, make_towns, running  # noqa: E402
+
+from kvlink_rag.serving.embeddings import _encoding  # noqa: E402
 
 QUESTION = "Orvale harbour?"
 

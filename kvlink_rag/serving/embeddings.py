@@ -85,8 +85,8 @@ def _decoded(ids: Sequence[int]) -> str:
 @cache
 def _encoding() -> Any:
     """tiktoken's encoding, or None; tiktoken fetches it where it is not at hand, unless offline."""
-    at_hand = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not at_hand:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if offline and not os.environ.get("TIKTOKEN_CACHE_DIR"):
         logger.warning(
             "token ids are refused: offline, %s is read from TIKTOKEN_CACHE_DIR alone", ENCODING
         )
