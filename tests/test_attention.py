@@ -125,3 +125,18 @@ def test_gradients_go_through_torch() -> None:
     out, _ = grouped_attention(_Module(), query, key, value, mask, scaling=SCALE)
     out.float().sum().backward()
     assert query.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_query_sees_all_keys(dtype: torch.dtype) -> None:
+    """A generated token, whose attention goes another way: every key counts, each group its own."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 6, 1, 32, generator=generator).to(dtype)
+    key, value = (torch.randn(1, 2, 60, 32, generator=generator).to(dtype)[:, :, :50] for _ in "kv")
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    wide_key, wide_value = (each.double().repeat_interleave(3, dim=1) for each in (key, value))
+    scores = (query.double() @ wide_key.transpose(2, 3) * 0.3).softmax(-1)
+    wanted = (scores @ wide_value).transpose(1, 2)
+    assert found.shape == (1, 1, 6, 32)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)

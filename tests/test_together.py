@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from conftest import FAMILIES, WordEmbedder, byte_spec, byte_tokenizer, random_model
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part
+from kvlink_rag.collection.conversation import Conversation
 from kvlink_rag.engine.attention import NAME as GROUPED
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.engine.turns import Turns
@@ -374,3 +376,38 @@ def test_many_questions_are_answered_in_their_order(
         assert [each.hits for each in found] == [each.hits for each in alone]
         assert max(sizes) > 1
         assert rag.ask_many([]) == []
+
+
+def test_repaired_prompts_and_conversations_keep_company(
+    make: Maker, tmp_path: Any, sizes: list[int]
+) -> None:
+    model = make("llama")
+    with KVLinkRAG.open(tmp_path, model=model, embedder=WordEmbedder(), prefix_budget=0) as rag:
+        rag.add([Document(f"{text}, number {i}") for i, text in enumerate(TEXTS * 4)])
+
+        def repaired() -> str:
+            return rag.ask("which harbour?", k=3, repair="first:4", max_new_tokens=8).text
+
+        def talked() -> list[str]:
+            conversation = Conversation(rag, 2)
+            return ["".join(conversation.ask(q, max_new_tokens=8)) for q in ("where?", "and when?")]
+
+        tasks: list[Callable[[], Any]] = [repaired, talked, repaired, talked]
+        alone = [task() for task in tasks]
+        sizes.clear()
+        assert side_by_side(tasks) == alone
+        assert max(sizes) > 1
+
+
+def test_a_stream_that_nobody_keeps_stops_nobody(make: Maker, sizes: list[int]) -> None:
+    model = make("llama")
+    asked = prompts(model, 2)
+    wanted = model.generate(asked[1], max_new_tokens=12)
+
+    def forgets() -> None:
+        next(model.stream(asked[0], max_new_tokens=12))
+        gc.collect()
+
+    _, found = side_by_side([forgets, lambda: model.generate(asked[1], max_new_tokens=12)])
+    assert found == wanted
+    assert model.backbone.turns.waiting == 0
