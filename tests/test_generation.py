@@ -107,6 +107,13 @@ def test_greedy_and_sampling() -> None:
     assert len(set(first)) > 1
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7, 2e-6])
+def test_however_small_the_temperature_the_best_token_is_taken(temperature: float) -> None:
+    logits = torch.tensor([-900.0, 900.0, 899.0])
+    drawn = Sampling(temperature=temperature, seed=0)
+    assert sample(logits, drawn, drawn.generator()) == 1
+
+
 def test_frequencies_follow_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0])
     drawn = Sampling(temperature=0.5, seed=0)

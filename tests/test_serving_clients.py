@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("starlette")
+openai = pytest.importorskip("openai")
 
-from conftest import WordEmbedder
-from server import EMBEDDER, READER, Running, make_towns, running
+from conftest import WordEmbedder  # noqa: E402
+from server import EMBEDDER, READER, Running, make_towns, running  # noqa: E402
+
+from kvlink_rag.serving.embeddings import _encoding  # noqa: E402
 
 QUESTION = "Orvale harbour?"
 
@@ -73,10 +75,16 @@ def test_langchain_embeddings(
     if not (cache := core / "_static" / "tiktoken_cache").is_dir():
         pytest.skip("this LlamaIndex brings no encoding along")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    _encoding.cache_clear()
     ids = embeddings(model=EMBEDDER, **where)
     assert np.allclose(ids.embed_documents(texts), vectors, atol=1e-6)
     assert np.allclose(ids.embed_query(texts[1]), vectors[1], atol=1e-6)
-    assert "tiktoken" in sys.modules
+    _encoding.cache_clear()
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(openai.BadRequestError, match="send text"):
+        ids.embed_query(texts[1])
+    _encoding.cache_clear()
 
 
 def test_llama_index(server: Running, where: dict[str, Any]) -> None:

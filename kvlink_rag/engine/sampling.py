@@ -11,6 +11,8 @@ from torch import Tensor
 from kvlink_rag.arguments import is_count
 from kvlink_rag.errors import ConfigError
 
+LEAST = 1e-6  # temperature; below it logits divided by it may be beyond float32, so it is greedy
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -73,7 +75,7 @@ def sample(
     """One token id from float32 logits [vocab]; seen: int64 ids of prompt and answer so far."""
     if sampling.repetition_penalty != 1 and seen is not None:
         logits = _penalised(logits, seen.to(logits.device), sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.temperature < LEAST:
         return int(logits.argmax())
     values, ids = (logits.cpu() / sampling.temperature).sort(descending=True, stable=True)
     probabilities = _kept(values, sampling)

@@ -7,11 +7,12 @@ the model, so ids of the embedder's own vocabulary would be other words.
 from __future__ import annotations
 
 import base64
+import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from kvlink_rag.errors import MissingExtra
 from kvlink_rag.retrieval.embedder import Embedder, Windowed
 
 from .refusals import Refused, not_found
@@ -20,6 +21,8 @@ from .requests import EmbeddingsRequest
 from .service import Call
 
 ENCODING = "cl100k_base"
+
+logger = logging.getLogger(__name__)
 
 
 async def embeddings(call: Call) -> Embeddings:
@@ -64,8 +67,16 @@ def _texts(given: Any, most: int) -> list[str]:
 
 
 def _decoded(ids: Sequence[int]) -> str:
+    encoding = _encoding()
+    if encoding is None:
+        raise Refused(
+            400,
+            f"this server has no encoding {ENCODING} to read token ids with; send text "
+            "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
+            "input",
+        )
     try:
-        text: str = _encoding().decode(ids)
+        text: str = encoding.decode(ids)
     except KeyError as error:
         raise Refused(400, f"a token id is not one of {ENCODING}; send text", "input") from error
     return text
@@ -73,17 +84,17 @@ def _decoded(ids: Sequence[int]) -> str:
 
 @cache
 def _encoding() -> Any:
-    """tiktoken's encoding, which it fetches once. Raises `Refused`, `MissingExtra`."""
+    """tiktoken's encoding, or None; tiktoken fetches it where it is not at hand, unless offline."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if offline and not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        logger.warning(
+            "token ids are refused: offline, %s is read from TIKTOKEN_CACHE_DIR alone", ENCODING
+        )
+        return None
     try:
         import tiktoken
-    except ImportError as error:
-        raise MissingExtra.of("tiktoken", "serve", "Reading token ids") from error
-    try:
+
         return tiktoken.get_encoding(ENCODING)
     except Exception as error:  # whatever its HTTP client raises
-        raise Refused(
-            501,
-            f"this server cannot fetch the encoding {ENCODING} to read token ids; send text "
-            "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
-            "input",
-        ) from error
+        logger.warning("token ids are refused: the encoding %s cannot be had: %s", ENCODING, error)
+        return None

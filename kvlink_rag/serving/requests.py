@@ -95,7 +95,7 @@ class Answering(Asked):
     seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="0: from all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     repair: str | None = Field(None, description="of reused passages: none, first:N, select:P%")
     k: Annotated[int, Field(ge=1, le=100)] | None = Field(None, description="passages to retrieve")
     mode: Mode | None = Field(None, description="reuse; or compute all: masked, full")
