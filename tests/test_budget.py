@@ -67,6 +67,7 @@ def test_what_is_over_the_budget_is_encoded_when_it_is_asked_for(
         assert (
             f"{report.deferred} passages are encoded when they are first asked for" in caplog.text
         )
+        assert rag.check() == []  # what the budget leaves out is no fault
         assert rag.search("harbour of town 11", 1)[0].document.id == "11"
         late = rag.ask("harbour of town 11?", k=1, max_new_tokens=2)
         assert late.trace.snapshots_encoded == 1
@@ -75,8 +76,14 @@ def test_what_is_over_the_budget_is_encoded_when_it_is_asked_for(
         masked = rag.model.generate(parts, mode="masked", max_new_tokens=2)
         assert late.text == masked
         assert rag.check() == []
+    with opened() as rag:  # the budget is remembered
+        assert rag.stats().budget == f"{five + 10}"
+        assert rag.check(fix=True) == []
+        assert rag.stats().snapshots == report.encoded + 1
     with opened(budget="none") as rag:
+        assert len(rag.check()) == 12 - report.encoded - 1
         assert rag.add(DOCUMENTS).encoded == 12 - report.encoded - 1
+        assert rag.check() == []
 
 
 def test_a_share_is_of_the_disk_without_the_snapshots(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from kvlink_rag.arguments import HALF, MAX_TOKENS, Codec, Compression, Search
+from kvlink_rag.arguments import MAX_TOKENS, Codec, Compression, Search
 from kvlink_rag.disk.atomic_files import free_bytes
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.ingest.readers import (
@@ -68,7 +68,7 @@ def index(
     *,
     reading: Reading = Reading(),
     size_limit: Size | None = None,
-    budget: Budget = HALF,
+    budget: Budget | None = None,
     search: Search | None = None,
     sync: bool = False,
     dry_run: bool = False,
@@ -93,7 +93,7 @@ def index(
         size_limit: most bytes of snapshots to keep: 20GB
         budget: what snapshots may take before they are asked for: a share of the disk that would be
             free without them, bytes (20GB), or none for no bound; the rest is encoded when asked
-            for
+            for (the collection's, else 50%)
         yes: ask nothing
         search: how passages are found: exact, in lists (ivf: sooner, may miss one), or by size
             (the collection's, else auto)
@@ -157,9 +157,13 @@ def _may_take(rag: KVLinkRAG, files: Sequence[SourceFile], reading: Reading, *, 
             encoding=reading.encoding,
             text_key=reading.text_key,
         )
-    told = f"their snapshots take {size(planned)}; {size(free)} of the disk are free"
-    terminal.note(told)
-    return planned <= free * MUCH or yes or terminal.agreed("encode them?")
+    stats = rag.stats()
+    taken = planned if stats.room is None else min(planned, stats.room)
+    terminal.note(
+        f"their snapshots take {size(planned)}, of which the budget ({stats.budget}) lets "
+        f"{size(taken)} be made now; {size(free)} of the disk are free"
+    )
+    return taken <= free * MUCH or yes or terminal.agreed("go on?")
 
 
 @contextmanager

@@ -6,6 +6,8 @@ collection; each part checks its own files.
 
 from __future__ import annotations
 
+import math
+
 from kvlink_rag.errors import CatalogError
 
 from .adding import BATCH
@@ -61,12 +63,16 @@ def _check_unused(parts: Parts, fix: bool) -> list[str]:
 
 
 def _check_missing(parts: Parts, fix: bool) -> list[str]:
-    """Documents without a snapshot; none is missed where a limit or the budget lets them go."""
-    if parts.store.size_limit is not None or room(parts) <= 0:
+    """Documents without a snapshot that there is room for; over the budget none is missed."""
+    if parts.store.size_limit is not None:
         return []
+    seen = parts.store.stats()
+    left, each = room(parts), seen.bytes / seen.count if seen.count else 0.0
     problems = []
     for entries in batched(parts.catalog.iterate(skip_damaged=True), BATCH):
         lost = [entry for entry in entries if not has_snapshot(parts, entry)]
+        lost = lost[: len(lost) if each == 0 or left == math.inf else max(0, int(left // each))]
+        left -= each * len(lost)
         problems += [f"snapshots: document {entry.id!r} has none" for entry in lost]
         if lost and fix:
             encode_again(parts, lost)

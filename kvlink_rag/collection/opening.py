@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvlink_rag.arguments import Budget, parse_repair
+from kvlink_rag.arguments import parse_repair
 from kvlink_rag.errors import StorageError
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.snapshots.device_cache import DeviceMemory, default_budget
@@ -35,7 +35,6 @@ def open_parts(
     *,
     create: bool,
     size_limit: int | None,
-    budget: Budget,
     prefix_budget: int,
     min_tokens: int,
     device_budget: int | None,
@@ -69,7 +68,7 @@ def open_parts(
 
         opened.pop_all()
         index = SearchIndex(path / INDEX, catalog)
-        return Parts(path, catalog, store, index, settings, prefix, Once(load), budget)
+        return Parts(path, catalog, store, index, settings, prefix, Once(load))
 
 
 def _directory(directory: str | Path, create: bool) -> Path:

@@ -74,7 +74,7 @@ class Parts:
     """The parts of an open collection.
 
     prefix: computed runs kept between questions, or None. loaded: the model's part, loaded by the
-    first call. budget: of snapshots that nobody has asked for yet.
+    first call.
     """
 
     directory: Path
@@ -84,8 +84,12 @@ class Parts:
     settings: Settings
     prefix: PrefixCache | None
     loaded: Once[Loaded]
-    budget: Budget = field(default_factory=Budget)
     seen: Seen = field(default_factory=Seen)
+
+    @property
+    def budget(self) -> Budget:
+        """Of snapshots that nobody has asked for yet."""
+        return self.settings.budget
 
     def embedder(self) -> Embedder:
         """The embedder, loaded by the first call. Raises `SettingsMismatch`."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from kvlink_rag.arguments import HALF, check_question, is_count, parse_budget, parse_size
+from kvlink_rag.arguments import check_question, is_count, parse_size
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, Hit, Part
 from kvlink_rag.errors import ConfigError, DocumentNotFound, StorageError
@@ -85,7 +85,7 @@ class KVLinkRAG:
         order: str | None = None,
         repair: str | None = None,
         size_limit: int | str | None = None,
-        budget: int | str = HALF,
+        budget: int | str | None = None,
         prefix_budget: int | str = PREFIX_BUDGET,
         min_tokens: int = MIN_TOKENS,
         device_budget: int | str | None = None,
@@ -111,27 +111,26 @@ class KVLinkRAG:
         size_limit: bytes of snapshots to keep at most, as a number or text such as "20GB"; what is
         over it goes at once. budget: what snapshots may take before they are asked for, as "50%" of
         the disk that would be free without them, "20GB", or "none", which is no bound; what is over
-        it is encoded by the first question that needs it, and a warning says so. prefix_budget:
-        bytes of computed runs to keep in memory; 0 keeps none. min_tokens: the shortest stretch
-        that `recognise` takes for a passage. device_budget: bytes of snapshots to keep in the
-        device's memory; None: a quarter of what a GPU has free, none on a CPU. pinned_budget: bytes
-        of them to keep in pinned host memory as well, which is for GPUs and taken from all other
-        programs. reencode: where the directory remembers another model, embedder or codec, take the
-        new one and encode again.
+        it is encoded by the first question that needs it, and a warning says so; None: as the
+        directory remembers, else "50%". prefix_budget: bytes of computed runs to keep in memory; 0
+        keeps none. min_tokens: the shortest stretch that `recognise` takes for a passage.
+        device_budget: bytes of snapshots to keep in the device's memory; None: a quarter of what a
+        GPU has free, none on a CPU. pinned_budget: bytes of them to keep in pinned host memory as
+        well, which is for GPUs and taken from all other programs. reencode: where the directory
+        remembers another model, embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
         asked = Asked(
             model,
             embedder if isinstance(embedder, str | Path | None) else as_embedder(embedder),
-            *(device, dtype, spec, codec, compression, search, order, repair),
+            *(device, dtype, spec, codec, compression, search, order, repair, budget),
         )
         parts = open_parts(
             directory,
             asked,
             create=create,
             size_limit=None if size_limit is None else parse_size(size_limit, "size_limit"),
-            budget=parse_budget(budget),
             prefix_budget=parse_size(prefix_budget, "prefix_budget"),
             min_tokens=min_tokens,
             device_budget=(

@@ -21,10 +21,13 @@ import numpy as np
 import torch
 
 from kvlink_rag.arguments import (
+    HALF,
     NO_REPAIR,
+    Budget,
     check_codec,
     check_order,
     check_search,
+    parse_budget,
     parse_repair,
 )
 from kvlink_rag.disk.checked_file import check_compression
@@ -54,7 +57,8 @@ class Asked:
     """What a caller asks of a collection; None and "auto": what it remembers, else the defaults.
 
     model, embedder: names, directories or loaded objects (see `as_embedder`). codec, compression,
-    search, order, repair: names. Raises `ConfigError` for a name that there is not, `MissingExtra`.
+    search, order, repair, budget: names. Raises `ConfigError` for a name that there is not,
+    `MissingExtra`.
     """
 
     model: KVLinkModel | str | Path | None = None
@@ -67,6 +71,7 @@ class Asked:
     search: str | None = None
     order: str | None = None
     repair: str | None = None
+    budget: int | str | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -75,6 +80,7 @@ class Asked:
             "search": check_search,
             "order": check_order,
             "repair": parse_repair,
+            "budget": parse_budget,
         }
         for name, check in checks.items():
             if (value := getattr(self, name)) is not None:
@@ -82,8 +88,9 @@ class Asked:
 
     def to_remember(self) -> dict[str, str]:
         """What the collection remembers without a look at any model."""
-        names = {name: getattr(self, name) for name in ("compression", "search", "order", "repair")}
-        return {name: value for name, value in names.items() if value is not None}
+        remembered = ("compression", "search", "order", "repair", "budget")
+        names = {name: getattr(self, name) for name in remembered}
+        return {name: str(value) for name, value in names.items() if value is not None}
 
 
 class Settings:
@@ -128,6 +135,11 @@ class Settings:
     def order(self, asked: str | None = None) -> str:
         """How hits follow each other in a prompt: `asked`, else as the collection remembers."""
         return check_order(asked or str(self._catalog.settings().get("order", "score")))
+
+    @property
+    def budget(self) -> Budget:
+        """What snapshots may take before they are asked for."""
+        return parse_budget(str(self._remembered.get("budget", HALF)))
 
     @property
     def repair(self) -> str:
