@@ -62,7 +62,11 @@ def plan(
     if as_json:
         terminal.show_json(fields)
     else:
-        terminal.show([*lines(fields), *told_skipped(problems.skipped)])
+        room = (
+            f"{size(free)} of the disk are free; before they are asked for, snapshots take what "
+            f"index --budget allows ({HALF} of that, unless the collection remembers another)"
+        )
+        terminal.show([*lines(fields), room, *told_skipped(problems.skipped)])
     return 1 if problems.skipped and not made.documents else 0
 
 
@@ -83,8 +87,6 @@ def lines(fields: Mapping[str, Any]) -> list[str]:
         f"{number(fields['tokens'], 'token')}{exact}",
         f"{most}{size(fields['total_bytes'])}: snapshots {most}{size(fields['snapshot_bytes'])}, "
         f"catalog and index {size(fields['other_bytes'])}",
-        f"{size(fields['free_bytes'])} of the disk are free; snapshots take at most {HALF} of that "
-        "before they are asked for",
         f"about {long} with the model {fields['model']!r} and the embedder "
         f"{fields['embedder']!r}, at {fields['tokens_per_second']:,.0f} tokens a second "
         f"({number(fields['sample_passages'], 'passage')} tried)",
