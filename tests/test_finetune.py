@@ -310,6 +310,11 @@ def test_an_adapter_is_tuned_further(config: FinetuneConfig, tmp_path: Path) -> 
         other = dataclasses.replace(again, out=out, lora=other_lora)
         with pytest.raises(ConfigError, match="its rank is 4, its alpha 8"):
             finetune(other, device="cpu")
+    spec = json.loads((adapter / "kvlink.json").read_text())
+    spec["base"]["weights"] = "0" * 64
+    (adapter / "kvlink.json").write_text(json.dumps(spec))
+    with pytest.raises(ConfigError, match="has other weights or another tokenizer"):
+        finetune(dataclasses.replace(again, out=str(tmp_path / "base")), device="cpu")
 
 
 @pytest.mark.filterwarnings(*PEFT)

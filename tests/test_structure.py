@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,3 +161,25 @@ def plant(root: Path, a: str, b: str, *, c: str, init: str) -> None:
         path = root / "kvlink_rag" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("library", "place"),
+    [
+        ("diskcache", "snapshots/store/table.py"),
+        ("faiss", "retrieval/vector_index.py"),
+        ("transformers.cache_utils", "engine/live_cache.py"),
+        ("starlette", "serving/"),
+        ("uvicorn", "serving/"),
+    ],
+)
+def test_one_place_knows_each_of_these(library: str, place: str) -> None:
+    wanted = re.compile(rf"^\s*(?:import|from) {re.escape(library)}\b", re.MULTILINE)
+    package = ROOT / "kvlink_rag"
+    found = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if wanted.search(file.read_text("utf-8"))
+    }
+    assert found
+    assert all(name.startswith(place) for name in found), found

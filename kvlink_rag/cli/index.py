@@ -61,6 +61,15 @@ class Reading:
     compression: Compression | None = None
     """of snapshots, without loss; zstd needs kvlink-rag[zstd] (the collection's, else none)"""
 
+    def limits(self) -> dict[str, Any]:
+        """How files are read, as `ingest` and the estimates take it."""
+        return {
+            "max_tokens": self.passage_tokens,
+            "max_bytes": self.max_file_size,
+            "encoding": self.encoding,
+            "text_key": self.text_key,
+        }
+
 
 def index(
     paths: Paths,
@@ -125,10 +134,7 @@ def index(
                 files,
                 on_problem=problems,
                 advance=bar.update,
-                max_tokens=reading.passage_tokens,
-                max_bytes=reading.max_file_size,
-                encoding=reading.encoding,
-                text_key=reading.text_key,
+                **reading.limits(),
                 roots=[path for path in paths if path],
                 sync=sync,
                 dry_run=dry_run,
@@ -149,14 +155,7 @@ def _may_take(rag: KVLinkRAG, files: Sequence[SourceFile], reading: Reading, *, 
     if bytes_at_most(rag, files) <= free * MUCH:
         return True
     with terminal.doing("reading the files to see what their snapshots will take"):
-        planned = new_bytes(
-            rag,
-            files,
-            max_tokens=reading.passage_tokens,
-            max_bytes=reading.max_file_size,
-            encoding=reading.encoding,
-            text_key=reading.text_key,
-        )
+        planned = new_bytes(rag, files, **reading.limits())
     stats = rag.stats()
     taken = planned if stats.room is None else min(planned, stats.room)
     terminal.note(

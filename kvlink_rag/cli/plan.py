@@ -51,10 +51,7 @@ def plan(
             open_empty,
             on_problem=problems,
             advance=bar.update,
-            max_tokens=reading.passage_tokens,
-            max_bytes=reading.max_file_size,
-            encoding=reading.encoding,
-            text_key=reading.text_key,
+            **reading.limits(),
             seconds=seconds,
         )
     free = free_bytes(_existing(directory_of(options)))

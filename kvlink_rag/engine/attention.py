@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .rows import ByRow
+from .live_cache import ByRow
 
 NAME = "kvlink_grouped"
 SCORE_BYTES = 4 << 20  # of scores at a time, about what a core's cache holds
@@ -46,7 +46,7 @@ def grouped_attention(
 
     query [1, heads, queries, head_dim]; key, value [1, kv_heads, keys, head_dim]; attention_mask
     from `pack_mask`. Without such a mask, or for a batch, transformers' own function takes over.
-    Of several prompts (`rows`) each row's attention is its own.
+    Of several prompts (`ByRow`) each row's attention is its own.
     """
     if isinstance(key, ByRow) and isinstance(value, ByRow):
         outputs = [

@@ -28,9 +28,8 @@ from .capture import Capture, Hooks
 from .copy_stream import CopyStream
 from .families import check_supported, family_of, masks_by_layer, reach_of, window_of
 from .identity import WeightsIdentity
-from .live_cache import LiveCache, WorkspacePool, as_argument
+from .live_cache import LiveCache, WorkspacePool, as_argument, cache_of_rows
 from .rope import rotate_into
-from .rows import Mark, new_entry, rows_cache
 from .turns import Turns
 
 SPARE_FACTOR = 4  # how much larger than needed a live cache's memory may be
@@ -213,20 +212,13 @@ class Backbone:
     def _next_logits(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
         """What `turns` runs: the logits [vocabulary] after each token, or what went wrong there."""
         grouped = self.config._attn_implementation == GROUPED  # others know no rows
-        together = [t for t in tokens if grouped and t.cache.workspace is None]
-        found: dict[int, Tensor | Exception] = {}
-        if len(together) > 1:
+        if len(tokens) > 1 and grouped and all(t.cache.workspace is None for t in tokens):
+            ids, at, caches = zip(*((t.id, t.position, t.cache) for t in tokens), strict=True)
             try:
-                ids, at, caches = zip(*((t.id, t.position, t.cache) for t in together), strict=True)
-                found = dict(
-                    zip(map(id, together), self.forward_rows(ids, at, caches), strict=True)
-                )
+                return list(self.forward_rows(ids, at, caches))
             except Exception as error:  # of one row, perhaps: each is asked alone
                 logger.warning("a step of %d prompts together failed: %s", len(ids), error)
-        for token in tokens:
-            if id(token) not in found:
-                found[id(token)] = self._alone(token)
-        return [found[id(token)] for token in tokens]
+        return [self._alone(token) for token in tokens]
 
     def _alone(self, token: Token) -> Tensor | Exception:
         new, at = torch.tensor([token.id]), torch.tensor([token.position])
@@ -243,10 +235,10 @@ class Backbone:
 
         None of the caches in a workspace. Where it fails, the caches are as they were.
         """
-        mark = Mark(caches)
+        lengths = [len(cache.positions) for cache in caches]
         try:
             for cache, position in zip(caches, positions, strict=True):
-                new_entry(cache, position)
+                cache.append_entry(position)
             at = torch.tensor(positions, device=self.device)
             output = self.model(
                 input_ids=torch.tensor(token_ids, device=self.device)[:, None],
@@ -254,10 +246,11 @@ class Backbone:
                 # what rows see comes with their keys; this keeps transformers from making a mask
                 attention_mask=masks_by_layer(self.config, lambda _: at.new_zeros(1, 1, 1, 1)),
                 use_cache=True,
-                **as_argument(rows_cache(caches, self._row_masks(at, caches)), self.model),
+                **as_argument(cache_of_rows(caches, self._row_masks(at, caches)), self.model),
             )
         except BaseException:
-            mark.go_back()
+            for cache, length in zip(caches, lengths, strict=True):
+                cache.truncate(length)
             raise
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 

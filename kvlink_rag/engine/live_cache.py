@@ -1,7 +1,8 @@
 """Live caches: the keys and values of running prompts, in buffers that are filled in place.
 
-The only module that knows transformers' cache classes. Knows no model, no snapshot and no prompt;
-of what may stand behind a cache it knows two protocols.
+Several may take part in one forward, a row each: no cache is copied or padded for it, and attention
+is told each row's own (`ByRow`). The only module that knows transformers' cache classes. Knows no
+model, no snapshot and no prompt; of what may stand behind a cache it knows two protocols.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -122,6 +124,18 @@ class LiveCache(Cache):  # type: ignore[misc]
         self.buffers = (keys, values)  # valid until the cache grows past its capacity
         self.positions, self.segments = positions, segments
 
+    def append_entry(self, position: int) -> None:
+        """Note the entry that a generated token at `position`, of segment 0, is about to take."""
+        at = torch.tensor([position], device=self.positions.device)
+        self.positions = torch.cat([self.positions, at])
+        self.segments = torch.cat([self.segments, torch.zeros_like(at)])
+
+    def truncate(self, length: int) -> None:
+        """Forget all entries but the first `length`, which some layers may not be beyond."""
+        self.positions, self.segments = self.positions[:length], self.segments[:length]
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
     def entries(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the entries at `places` (int64 [n], on the device).
 
@@ -130,6 +144,61 @@ class LiveCache(Cache):  # type: ignore[misc]
         keys = torch.stack([layer.keys[0].index_select(1, places) for layer in self.layers])
         values = torch.stack([layer.values[0].index_select(1, places) for layer in self.layers])
         return keys, values
+
+
+@dataclass(frozen=True, slots=True)
+class ByRow:
+    """What attention sees of a layer: keys or values [1, kv_heads, entries, head_dim] of each row.
+
+    masks: for each row what its attention takes as mask; None where it sees all its entries.
+    """
+
+    rows: Sequence[Tensor]
+    masks: Sequence[Tensor | None]
+
+
+class _RowsLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of several live caches."""
+
+    is_sliding = False
+
+    def __init__(self, layers: Sequence[LiveLayer], masks: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self._layers, self._masks = layers, masks
+        self.dtype, self.device = layers[0].dtype, layers[0].device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[ByRow, ByRow]:
+        """Append [rows, kv_heads, 1, head_dim], to each row its own."""
+        pairs = [
+            layer.update(key_states[i : i + 1], value_states[i : i + 1])
+            for i, layer in enumerate(self._layers)
+        ]
+        keys, values = zip(*pairs, strict=True)
+        return ByRow(keys, self._masks), ByRow(values, self._masks)
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Of the longest row; no mask is made from it."""
+        return self.get_seq_length() + 1, 0
+
+    def get_seq_length(self) -> int:
+        return max(layer.length for layer in self._layers)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+def cache_of_rows(caches: Sequence[LiveCache], masks: Sequence[Sequence[Tensor | None]]) -> Cache:
+    """The live caches of several prompts as one; masks: of each layer, for each row."""
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return Cache(layers=[_RowsLayer(each, m) for each, m in zip(layers, masks, strict=True)])
 
 
 def cache_of(layers: Sequence[LiveLayer]) -> Cache:

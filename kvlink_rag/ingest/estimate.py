@@ -87,12 +87,10 @@ def plan(
     with TemporaryDirectory(prefix="kvlink-plan-") as scratch:
         with open_empty(Path(scratch) / "sample") as rag:
             # 1. files → passages → tokens, and bytes of their snapshots
-            encoder = splitting_encoder(rag, max_tokens)
             options = ReadOptions(max_bytes, encoding, text_key)
+            encoder = splitting_encoder(rag, max_tokens)
             intake = Intake(encoder, files, on_problem, advance, max_tokens, options)
-            count = _Count(rag)
-            for passage in intake.passages():
-                count.take(passage)
+            count = _Count.of(rag, intake)
             # 2. a sample into the collection
             sampled, rate = _index(rag, count.sample, seconds)
             with open_empty(Path(scratch) / "empty"):
@@ -144,19 +142,15 @@ def new_bytes(
 
     Reads and splits all of them, and tells no problem.
     """
-    intake = Intake(
-        splitting_encoder(rag, max_tokens),
-        files,
-        lambda problem: None,
-        lambda size: None,
-        max_tokens,
-        ReadOptions(max_bytes, encoding, text_key),
-    )
-    count = _Count(rag)
-    for passage in intake.passages():
-        count.take(passage)
+    options = ReadOptions(max_bytes, encoding, text_key)
+    encoder = splitting_encoder(rag, max_tokens)
+    count = _Count.of(rag, Intake(encoder, files, _nothing, _nothing, max_tokens, options))
     held = set(rag.snapshots.store.keys())
     return count.snapshot_bytes(without=held)
+
+
+def _nothing(told: object) -> None:
+    """For what nobody is told."""
 
 
 class _Count:
@@ -167,6 +161,14 @@ class _Count:
         self.seen: dict[bytes, int] = {}  # tokens of each key
         self.sample: list[Document] = []
         self._rag, self._random = rag, random.Random(0)
+
+    @classmethod
+    def of(cls, rag: KVLinkRAG, intake: Intake) -> _Count:
+        """All passages of `intake`, counted."""
+        count = cls(rag)
+        for passage in intake.passages():
+            count.take(passage)
+        return count
 
     @property
     def tokens(self) -> int:

@@ -144,25 +144,23 @@ def _whole(call: Call, index: int, store: Store | None, question: str, stream: S
 
 def _usage(trace: Trace) -> Usage:
     cached = trace.reused_tokens + trace.prefix_tokens
-    prompt = cached + trace.computed_tokens
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=trace.generated_tokens,
-        total_tokens=prompt + trace.generated_tokens,
-        prompt_tokens_details=PromptDetails(cached_tokens=cached),
-    )
+    return _used(cached + trace.computed_tokens, cached, trace.generated_tokens)
 
 
 def _sum(usages: Sequence[Usage]) -> Usage:
-    prompt = sum(usage.prompt_tokens for usage in usages)
-    said = sum(usage.completion_tokens for usage in usages)
-    cached = sum(usage.prompt_tokens_details.cached_tokens for usage in usages)
-    details = PromptDetails(cached_tokens=cached)
+    return _used(
+        sum(usage.prompt_tokens for usage in usages),
+        sum(usage.prompt_tokens_details.cached_tokens for usage in usages),
+        sum(usage.completion_tokens for usage in usages),
+    )
+
+
+def _used(prompt: int, cached: int, said: int) -> Usage:
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=said,
         total_tokens=prompt + said,
-        prompt_tokens_details=details,
+        prompt_tokens_details=PromptDetails(cached_tokens=cached),
     )
 
 

@@ -99,18 +99,15 @@ class Database:
                 self._idle.pop().close()
 
     def _transact(self, begin: str, action: Callable[[Sql], _Result]) -> _Result:
-        try:
-            return self._on_connection(begin, action)
-        except CatalogError as error:
-            if not (
-                _lacks_room(error) and begin == "BEGIN" and atomic_files.is_full(self.path.parent)
-            ):
-                raise
         with undivided(), errors(self.path):
-            return _as_it_stands(self.path, action)
+            if begin != "BEGIN":
+                return self._on_connection(begin, action)
+            return _with_or_without_room(
+                self.path, lambda: self._on_connection(begin, action), action
+            )
 
     def _on_connection(self, begin: str, action: Callable[[Sql], _Result]) -> _Result:
-        with undivided(), errors(self.path), self._connection() as sql:
+        with self._connection() as sql:
             before = sql.total_changes
             sql.execute(begin)
             result = action(sql)
@@ -173,10 +170,21 @@ def connect(path: Path, journal: str = "journal_mode=WAL") -> Sql:
 
 
 def read_once(path: Path, action: Callable[[Sql], _Result]) -> _Result:
-    """Run `action` on a connection of its own; on a full disk, where need be, as `path` stands."""
-    try:
+    """Run `action`, which reads, on a connection of its own."""
+
+    def connected() -> _Result:
         with contextlib.closing(connect(path)) as sql:
             return action(sql)
+
+    return _with_or_without_room(path, connected, action)
+
+
+def _with_or_without_room(
+    path: Path, attempt: Callable[[], _Result], action: Callable[[Sql], _Result]
+) -> _Result:
+    """What `attempt` gives; where a full disk has no room for it, `action` on the file alone."""
+    try:
+        return attempt()
     except sqlite3.OperationalError as error:
         if not (_lacks_room(error) and atomic_files.is_full(path.parent)):
             raise
@@ -254,7 +262,7 @@ def _decode(data: bytes) -> str:
     return data.decode(errors="backslashreplace")
 
 
-def _lacks_room(error: Exception) -> bool:
+def _lacks_room(error: sqlite3.OperationalError) -> bool:
     """Whether SQLite failed as it does where its log or shared memory finds no room."""
     return any(
         words in str(error) for words in ("disk is full", "disk I/O error", "unable to open")

@@ -11,20 +11,17 @@ from zipfile import ZipFile
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError
 
-from .files import Problem, ReadOptions, SourceFile
-from .html import page_document
+from .files import Problem, ReadOptions, SourceFile, reason
+from .html import read_page
 from .text import empty
-from .zipped import BROKEN, opened, reason
+from .zipped import BROKEN, opened
 
 _CONTAINER = "META-INF/container.xml"
 _PAGES = ("application/xhtml+xml", "text/html")
 
 
 def read_epub(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
-    """The chapters that hold text; `chapter` in the metadata counts from 1, the book's title first.
-
-    Raises nothing for a broken book: it is one `Problem`.
-    """
+    """The chapters that hold text, by the book's title and theirs; `chapter` counts from 1."""
     data = file.load(options.max_bytes)
     if isinstance(data, Problem):
         yield data
@@ -39,10 +36,10 @@ def read_epub(file: SourceFile, options: ReadOptions) -> Iterator[Document | Pro
         return
     number = 0
     for name, page in pages:
-        found = page_document(page, f"{file.source}, {name}", file)
-        if isinstance(found, Problem):
-            yield found
-        elif found is not None:
+        for found in read_page(page, f"{file.source}, {name}", file):
+            if isinstance(found, Problem):
+                yield found
+                continue
             number += 1
             chapter = found.title if found.title != file.stem else ""
             heading = f"{title}: {chapter}" if chapter and chapter != title else title

@@ -123,6 +123,12 @@ def too_large(source: str, what: str, max_bytes: int) -> Problem:
     return Problem(source, f"{what} is larger than {limit}; split it, or raise the limit")
 
 
+def reason(error: BaseException) -> str:
+    """An error's kind and words, in one short line."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def clean(text: str) -> str:
     """`text` with lone surrogates, which are no Unicode text, as U+FFFD."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -28,16 +28,16 @@ def read_html(file: SourceFile, options: ReadOptions) -> Iterator[Document | Pro
     found = _decoded(data, options.encoding)
     yield from warned(found, file.source)
     if not found.binary:
-        yield from _page(found.text, file.source, file)
+        yield from list(_page(found.text, file.source, file)) or [empty(file)]
 
 
-def page_document(data: bytes, place: str, file: SourceFile) -> Document | Problem | None:
-    """A page inside a file: what it says, or the problem at `place`; None where it says nothing."""
+def read_page(data: bytes, place: str, file: SourceFile) -> Iterator[Document | Problem]:
+    """A page inside a file, `place` for people; nothing where it says nothing."""
     found = _decoded(data, None)
     if found.binary:
-        return not_text(place)
-    pages = [each for each in _page(found.text, place, file) if each != empty(file)]
-    return pages[-1] if pages else None
+        yield not_text(place)
+    else:
+        yield from _page(found.text, place, file)
 
 
 def _page(html: str, place: str, file: SourceFile) -> Iterator[Document | Problem]:
@@ -51,8 +51,6 @@ def _page(html: str, place: str, file: SourceFile) -> Iterator[Document | Proble
     text, title = clean(page.text), clean(page.title)[:_TITLE_CHARACTERS]
     if text:
         yield markdown_document(text, top_heading(text) or title or file.stem, file)
-    else:
-        yield empty(file)
 
 
 def _decoded(data: bytes, encoding: str | None) -> Decoded:

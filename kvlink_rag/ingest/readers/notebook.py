@@ -9,9 +9,8 @@ from typing import Any
 
 from kvlink_rag.documents import Document
 
-from .encodings import decoded
-from .files import Problem, ReadOptions, SourceFile, clean, warned
-from .text import empty, markdown_document, top_heading
+from .files import Problem, ReadOptions, SourceFile, clean, reason
+from .text import empty, markdown_document, texts, top_heading
 
 _OUTPUT = 4000  # characters kept of what one cell printed
 _FENCE = re.compile(r"^`{3,}", re.MULTILINE)
@@ -19,27 +18,20 @@ _FENCE = re.compile(r"^`{3,}", re.MULTILINE)
 
 def read_notebook(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
     """One document, titled by its first top heading or the file's name. Pictures are left out."""
-    data = file.load(options.max_bytes)
-    if isinstance(data, Problem):
-        yield data
-        return
-    found = decoded(data, encoding=options.encoding)
-    yield from warned(found, file.source)
-    if found.binary:
-        return
+    for found in texts(file, options):
+        yield found if isinstance(found, Problem) else _document(found, file)
+
+
+def _document(found: str, file: SourceFile) -> Document | Problem:
     try:
-        notebook = json.loads(found.text)
+        notebook = json.loads(found)
         language = _language(notebook)
         blocks = [_markdown(cell, language) for cell in _cells(notebook)]
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        yield Problem(file.source, f"cannot be read as a notebook ({reason[:200]})")
-        return
+        why = "nested too deeply" if isinstance(error, RecursionError) else reason(error)
+        return Problem(file.source, f"cannot be read as a notebook ({why})")
     text = clean("\n\n".join(filter(None, blocks)))
-    if text:
-        yield markdown_document(text, top_heading(text) or file.stem, file)
-    else:
-        yield empty(file)
+    return markdown_document(text, top_heading(text) or file.stem, file) if text else empty(file)
 
 
 def _cells(notebook: Any) -> list[Mapping[str, Any]]:

@@ -14,11 +14,11 @@ from typing import Any
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError, MissingExtra
 
-from .files import Problem, ReadOptions, SourceFile, clean
+from .files import Problem, ReadOptions, SourceFile, clean, reason
 from .html_text import to_markdown
 from .tables import markdown_table
 from .text import empty, markdown_document, top_heading
-from .zipped import opened, reason
+from .zipped import opened
 
 _PACKAGES = {"mammoth": ".docx", "pptx": ".pptx", "openpyxl": ".xlsx"}
 _NAMES = {"pptx": "python-pptx"}

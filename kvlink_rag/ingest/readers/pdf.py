@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import MissingExtra
 
-from .files import Problem, ReadOptions, SourceFile, clean
+from .files import Problem, ReadOptions, SourceFile, clean, reason
 from .pdf_lines import columns_apart, side_by_side, turned
 
 if TYPE_CHECKING:
@@ -181,5 +181,4 @@ def _title(reader: PdfReader) -> str:
 def _reason(error: Exception) -> str:
     if "cryptography" in str(error):
         return "it is encrypted with AES; reading it needs: pip install 'kvlink-rag[pdf]'"
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return reason(error)

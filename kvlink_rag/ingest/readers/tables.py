@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import DocumentError
 
-from .encodings import decoded
-from .files import Problem, ReadOptions, SourceFile, clean, warned
-from .text import empty, markdown_document
+from .files import Problem, ReadOptions, SourceFile, clean
+from .text import empty, markdown_document, texts
 
 _DELIMITERS = ",;\t|"
 _LOOK = 16 * 1024  # characters in which the delimiter is looked for
@@ -22,21 +21,16 @@ _BREAK = re.compile(r"\s+")
 
 def read_csv(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
     """One table, its first row the header, titled by the file's name."""
-    data = file.load(options.max_bytes)
-    if isinstance(data, Problem):
-        yield data
-        return
-    found = decoded(data, encoding=options.encoding)
-    yield from warned(found, file.source)
-    if found.binary:
-        return
-    text = clean(found.text).replace("\0", "")
-    try:
-        table = markdown_table(_rows(text, tab=file.suffix == ".tsv"))
-    except (csv.Error, DocumentError) as error:
-        yield Problem(file.source, f"cannot be read as a table ({error})")
-        return
-    yield markdown_document(table, file.stem, file) if table else empty(file)
+    for found in texts(file, options):
+        if isinstance(found, Problem):
+            yield found
+            continue
+        try:
+            table = markdown_table(_rows(found.replace("\0", ""), tab=file.suffix == ".tsv"))
+        except (csv.Error, DocumentError) as error:
+            yield Problem(file.source, f"cannot be read as a table ({error})")
+            continue
+        yield markdown_document(table, file.stem, file) if table else empty(file)
 
 
 def _rows(text: str, *, tab: bool) -> Iterator[list[str]]:

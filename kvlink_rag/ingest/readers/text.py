@@ -25,7 +25,7 @@ _RST_TITLE = re.compile(
 
 def read_text(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
     """A text as it is, titled by its name."""
-    for found in _texts(file, options):
+    for found in texts(file, options):
         if isinstance(found, Problem):
             yield found
         else:
@@ -34,7 +34,7 @@ def read_text(file: SourceFile, options: ReadOptions) -> Iterator[Document | Pro
 
 def read_code(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
     """A program as it is, titled by its whole name."""
-    for found in _texts(file, options):
+    for found in texts(file, options):
         if isinstance(found, Problem):
             yield found
         else:
@@ -43,7 +43,7 @@ def read_code(file: SourceFile, options: ReadOptions) -> Iterator[Document | Pro
 
 def read_rst(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
     """reStructuredText as it is, titled by its first heading or its name."""
-    for found in _texts(file, options):
+    for found in texts(file, options):
         if isinstance(found, Problem):
             yield found
         else:
@@ -57,7 +57,7 @@ _LOOK = 4096  # characters in which a heading is looked for
 
 def read_markdown(file: SourceFile, options: ReadOptions) -> Iterator[Document | Problem]:
     """A Markdown file, titled by its front matter, its first top heading or its name."""
-    for found in _texts(file, options):
+    for found in texts(file, options):
         if isinstance(found, Problem):
             yield found
             continue
@@ -89,7 +89,8 @@ def empty(file: SourceFile) -> Problem:
     return Problem(file.source, "no text in this file", skipped=False)
 
 
-def _texts(file: SourceFile, options: ReadOptions) -> Iterator[str | Problem]:
+def texts(file: SourceFile, options: ReadOptions) -> Iterator[str | Problem]:
+    """The text of a file, if it has any, and what is to be said of it."""
     data = file.load(options.max_bytes)
     if isinstance(data, Problem):
         yield data

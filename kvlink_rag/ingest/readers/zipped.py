@@ -13,6 +13,8 @@ import zlib
 
 from kvlink_rag.errors import DocumentError
 
+from .files import reason
+
 MOST_PARTS = 20_000
 _XML = (".xml", ".rels", ".opf", ".ncx", ".xhtml", ".html", ".htm", ".vml")
 _ENTITY = re.compile(rb"<!ENTITY|<\0!\0E\0N\0T\0I\0T\0Y\0|\0<\0!\0E\0N\0T\0I\0T\0Y", re.IGNORECASE)
@@ -49,9 +51,3 @@ def _bounded(parts: int, size: int, max_bytes: int) -> None:
             f"unpacked, its text is {size / 2**20:,.0f} MiB, more than {max_bytes / 2**20:g} MiB; "
             "split it"
         )
-
-
-def reason(error: BaseException) -> str:
-    """An error's kind and words, in one short line."""
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
