@@ -3,7 +3,7 @@
     python benchmarks/encode.py --shape llama-3.2-1b --passages 20 --tokens 200 --rounds 5
 
 Each round runs, one after the other, over the same passages in the same batches:
-    encode  `encode_many` and `SnapshotStore.put`: snapshots on disk (page cache), checksums too
+    encode  `PassageEncoder.many`, `SnapshotStore.put`: snapshots on disk (cached), checksums too
     plain   transformers' own forward with its own cache, nothing kept
 Then a collection takes `--many` passages through `KVLinkRAG.add` with a small random model, and
 the process's memory is read after each fifth of them. The last line is one JSON object.
@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
 from kvlink_rag.engine.backbone import pad_batch
 from kvlink_rag.engine.live_cache import as_argument
-from kvlink_rag.snapshots.encode import TOKENS_A_BATCH, batches, encode_many
+from kvlink_rag.snapshots.encode import TOKENS_A_BATCH, batches
 from kvlink_rag.snapshots.sources import StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
@@ -78,9 +78,9 @@ def throughput(arguments: argparse.Namespace, directory: str) -> dict[str, Any]:
 
 def encode(model: KVLinkModel, store: SnapshotStore, passages: list[tuple[int, ...]]) -> float:
     """Seconds from token ids to snapshots in the store."""
-    source = StoredSnapshots(store, model.backbone)
+    source = StoredSnapshots(store, model.encoder)
     start = time.perf_counter()
-    for index, snapshot in encode_many(model.backbone, passages):
+    for index, snapshot in model.encoder.many(passages):
         store.put(source.key(passages[index]), snapshot)
     return time.perf_counter() - start
 

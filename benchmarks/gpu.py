@@ -196,7 +196,7 @@ class Size:
     def reuse(self, codec: str, place: str) -> Reuse:
         """What reads snapshots from `place`; the system prompt is kept, as a question leaves it."""
         laid, memory = self.laid[codec], self.memories[codec, place]
-        source = StoredSnapshots(laid.store, self.model.backbone, codec=codec, memory=memory)
+        source = StoredSnapshots(laid.store, self.model.encoder, codec=codec, memory=memory)
         return replace(laid.at("cached"), snapshots=source, memory=memory)
 
     def once(

@@ -135,13 +135,13 @@ def judge(
 def make_ways(model: KVLinkModel, directory: Path, arguments: argparse.Namespace) -> list[Way]:
     """Reuse in exact and each codec, full, and each other baseline."""
     made = [reused(model, directory, codec) for codec in dict.fromkeys([EXACT, *arguments.codecs])]
-    source = StoredSnapshots(SnapshotStore(directory / EXACT), model.backbone)
+    source = StoredSnapshots(SnapshotStore(directory / EXACT), model.encoder)
     others = Baselines(model, source)
     return made + [baseline(model, others, m) for m in dict.fromkeys(["full", *arguments.ways])]
 
 
 def reused(model: KVLinkModel, directory: Path, codec: str) -> Way:
-    source = StoredSnapshots(SnapshotStore(directory / codec), model.backbone, codec=codec)
+    source = StoredSnapshots(SnapshotStore(directory / codec), model.encoder, codec=codec)
     reuse = Reuse(source)
 
     def begin(parts: list[Part], room: int) -> tuple[torch.Tensor, Step]:

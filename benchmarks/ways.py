@@ -11,7 +11,6 @@ from pathlib import Path
 from measuring import make_cold, refuse, resident_pages
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
-from kvlink_rag.snapshots.encode import encode_many
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.quantised import Quantised
 from kvlink_rag.snapshots.snapshot import AnySnapshot, Snapshot
@@ -56,10 +55,10 @@ class Laid:
     ) -> None:
         self.model, self.codec = model, codec
         self.store = SnapshotStore(directory)
-        self.source = StoredSnapshots(self.store, model.backbone, codec=codec)
+        self.source = StoredSnapshots(self.store, model.encoder, codec=codec)
         self.passages = [model.passage_tokens(document) for document in documents]
         unique = list(dict.fromkeys(self.passages))
-        for index, snapshot in encode_many(model.backbone, unique):
+        for index, snapshot in model.encoder.many(unique):
             self.source.put(self.source.key(unique[index]), snapshot)
         self._memory: InMemory | None = None
         self.files = [self._file(ids) for ids in unique]

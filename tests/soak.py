@@ -80,7 +80,7 @@ class Load:
         ids = self.rag.model.passage_tokens(document)
         (held,) = self.rag.snapshots.fetch([ids], Trace())
         self.rag.ask(chance.choice(trust.NAMES), k=8, max_new_tokens=1)
-        (fresh,) = EncodeNow(self.rag.model.backbone).fetch([ids], Trace())
+        (fresh,) = EncodeNow(self.rag.model.encoder).fetch([ids], Trace())
         if not torch.allclose(held.keys, fresh.keys, atol=1e-4):
             self.wrong.append(f"the snapshot of {document.id} changed while it was held")
 

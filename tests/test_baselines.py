@@ -22,7 +22,6 @@ from kvlink_rag.compare.baselines import BLOCK, METHODS, Baselines
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
-from kvlink_rag.snapshots.encode import encode_one
 
 F32 = torch.float32
 NAMES = sorted(FAMILIES)
@@ -51,7 +50,7 @@ def hooked_logits(
     for name in ("keys", "values"):
         alone[name] = torch.zeros(backbone.layers, backbone.kv_heads, len(laid), backbone.head_dim)
         for span in laid.passages:
-            snapshot = encode_one(backbone, laid.passage_ids(span))
+            snapshot = model.encoder.one(laid.passage_ids(span))
             alone[name][:, :, span.start : span.stop] = getattr(snapshot, name)
 
     def deviation() -> torch.Tensor:

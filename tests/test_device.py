@@ -48,7 +48,7 @@ def snapshot(tokens: int = 7, layers: int = 4, dtype: torch.dtype = F32, seed: i
 
 
 def stored(model: KVLinkModel, directory: Path, memory: DeviceMemory, codec: str) -> Reuse:
-    source = StoredSnapshots(SnapshotStore(directory), model.backbone, codec=codec, memory=memory)
+    source = StoredSnapshots(SnapshotStore(directory), model.encoder, codec=codec, memory=memory)
     return Reuse(source, memory=memory)
 
 

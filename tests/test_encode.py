@@ -7,7 +7,7 @@ from conftest import ModelMaker
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlink_rag.snapshots.encode import batches, encode_many, encode_one
+from kvlink_rag.snapshots.encode import PassageEncoder, batches
 
 
 @given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 900))
@@ -29,10 +29,10 @@ def test_little_is_padded_where_lengths_alternate() -> None:
 def test_a_batch_gives_what_each_passage_alone_gives(make_model: ModelMaker) -> None:
     backbone = make_model("qwen3", torch.float32).backbone
     passages = [tuple(range(70, 70 + n)) for n in (3, 40, 1, 17, 40)]
-    found = dict(encode_many(backbone, passages, tokens_a_batch=90))
+    found = dict(PassageEncoder(backbone).many(passages, tokens_a_batch=90))
     assert sorted(found) == list(range(len(passages)))
     for index, ids in enumerate(passages):
-        alone = encode_one(backbone, ids)
+        alone = PassageEncoder(backbone).one(ids)
         assert found[index].token_ids.tolist() == list(ids)
         assert torch.allclose(found[index].keys, alone.keys, atol=1e-4)
         assert torch.allclose(found[index].values, alone.values, atol=1e-4)

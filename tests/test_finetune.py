@@ -115,13 +115,14 @@ def losses(config: FinetuneConfig) -> list[float]:
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2-window", "qwen3"])
 @pytest.mark.parametrize("links", [0, 5])
+@pytest.mark.parametrize("header", [(), (3, 250)])
 def test_the_trainers_logits_are_the_masked_prefills(
-    config: FinetuneConfig, family: str, links: int
+    config: FinetuneConfig, family: str, links: int, header: tuple[int, ...]
 ) -> None:
     """Many questions over one memory, and several memories in one row, as the Trainer feeds them:
     at each answer token, what the masked prefill of that question alone says there.
     """
-    spec, tokenizer = byte_spec(links), byte_tokenizer()
+    spec, tokenizer = dataclasses.replace(byte_spec(links), header=header), byte_tokenizer()
     oracle = KVLinkModel(random_model(family, torch.float32), tokenizer, spec)
     form = Format(spec, Chat("", "", "", "", "<eos>"), "")
     sets = [[Document(f"{j} is {j}.", title=f"T{j}") for j in range(n)] for n in (1, 3, 2, 0)]
@@ -150,10 +151,11 @@ def test_the_trainers_logits_are_the_masked_prefills(
 
 
 @pytest.mark.parametrize("links", [0, 5])
+@pytest.mark.parametrize("header", [(), (3, 250)])
 def test_the_teacher_is_full_attention_over_the_plain_prompt(
-    config: FinetuneConfig, links: int
+    config: FinetuneConfig, links: int, header: tuple[int, ...]
 ) -> None:
-    spec, tokenizer = byte_spec(links), byte_tokenizer()
+    spec, tokenizer = dataclasses.replace(byte_spec(links), header=header), byte_tokenizer()
     plain = dataclasses.replace(spec, links_per_passage=0, mem_start=None, mem_end=None)
     oracle = KVLinkModel(random_model("llama", torch.float32), tokenizer, plain)
     form = Format(spec, Chat("", "", "", "", "<eos>"), "")

@@ -28,7 +28,6 @@ from kvlink_rag.arguments import CODECS
 from kvlink_rag.disk.checked_file import Kind
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt
 from kvlink_rag.snapshots import file_format
-from kvlink_rag.snapshots.encode import encode_one
 from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_key
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.sources import EncodeNow, Reuse, StoredSnapshots
@@ -67,8 +66,8 @@ def store(tmp_path: Path) -> SnapshotStore:
 def fetch(store: SnapshotStore, model: KVLinkModel, document: Document = DOCUMENT) -> Trace:
     """Ask the store for the document's snapshot; what comes must be what the model encodes."""
     ids, trace = model.passage_tokens(document), Trace()
-    (found,) = StoredSnapshots(store, model.backbone).fetch([ids], trace)
-    (expected,) = EncodeNow(model.backbone).fetch([ids], Trace())
+    (found,) = StoredSnapshots(store, model.encoder).fetch([ids], trace)
+    (expected,) = EncodeNow(model.encoder).fetch([ids], Trace())
     assert torch.equal(found.keys, expected.keys)
     assert torch.equal(found.values, expected.values)
     return trace
@@ -90,7 +89,7 @@ def test_another_model_does_not(store: SnapshotStore, what: str) -> None:
 
 
 def file_of(store: SnapshotStore, model: KVLinkModel, document: Document = DOCUMENT) -> Path:
-    key = StoredSnapshots(store, model.backbone).key(model.passage_tokens(document))
+    key = StoredSnapshots(store, model.encoder).key(model.passage_tokens(document))
     (path,) = store.directory.glob(f"{key[:2]}/{key}-*.safetensors")
     return path
 
@@ -168,7 +167,7 @@ def test_another_format_version_is_told_and_encoded_again(
     store: SnapshotStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, path = variant(), file_of(store, variant())
-    old_key = StoredSnapshots(store, model.backbone).key(model.passage_tokens(DOCUMENT))
+    old_key = StoredSnapshots(store, model.encoder).key(model.passage_tokens(DOCUMENT))
     version = file_format.FORMAT_VERSION + 1
     monkeypatch.setattr(file_format, "FORMAT_VERSION", version)
     monkeypatch.setattr(file_format, "KIND", Kind("kvlink-snapshot", version, SnapshotCorrupt))
@@ -257,7 +256,7 @@ def test_adapters_are_part_of_the_identity(
     change(inner)
     assert model.fingerprint != tuned
     fetch(store, model)
-    reuse = Reuse(StoredSnapshots(store, model.backbone))
+    reuse = Reuse(StoredSnapshots(store, model.encoder))
     assert model.verify([Passage(DOCUMENT), Text("Who?")], reuse=reuse).holds
 
 
@@ -298,7 +297,7 @@ def test_weights_that_change_in_memory_are_noticed(
     assert fetch(store, model).snapshots_found == 1
     change(model.backbone.model, other)
     assert fetch(store, model).snapshots_encoded == 1
-    reuse = Reuse(StoredSnapshots(store, model.backbone))
+    reuse = Reuse(StoredSnapshots(store, model.encoder))
     assert model.verify([Passage(DOCUMENT), Text("Who?")], reuse=reuse).holds
 
 
@@ -314,7 +313,7 @@ def test_what_is_encoded_while_weights_change_is_not_stored(
     store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = variant(seed=7)
-    snapshots = StoredSnapshots(store, model.backbone)
+    snapshots = StoredSnapshots(store, model.encoder)
     real = model.backbone.capture
 
     def training(token_ids: torch.Tensor) -> Any:
@@ -329,7 +328,7 @@ def test_what_is_encoded_while_weights_change_is_not_stored(
     ids = model.passage_tokens(Document("A mill by the river."))
     key = snapshots.key(ids)
     with pytest.raises(ConfigError, match="weights changed while it encoded"):
-        snapshots.put(key, encode_one(model.backbone, ids))
+        snapshots.put(key, model.encoder.one(ids))
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over", "restored"])
@@ -405,7 +404,7 @@ FIRST = len("x") + len("Read this.")  # tokens that depend on nothing that is ch
 
 def kept(model: KVLinkModel, cache: PrefixCache, parts: list[Any] = PARTS, scope: str = "a") -> int:
     """How many tokens come from kept runs; the logits are the oracle's all the same."""
-    reuse = Reuse(EncodeNow(model.backbone), cache, scope=scope)
+    reuse = Reuse(EncodeNow(model.encoder), cache, scope=scope)
     found = model.prefill(parts, reuse=reuse)
     expected = model.prefill(parts, mode="masked").logits
     tolerance = 1e-4 if model.backbone.dtype == F32 else 6e-2

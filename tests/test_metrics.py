@@ -19,7 +19,6 @@ import kvlink_rag.snapshots.encode
 from kvlink_rag import KVLinkRAG
 from kvlink_rag.collection.prometheus import CollectionMetrics
 from kvlink_rag.errors import DeviceMemoryError, MissingExtra
-from kvlink_rag.snapshots.encode import encode_many
 from kvlink_rag.snapshots.file_format import read_snapshot
 
 ROWS = [(f"id{n}", f"Town {n}", f"Town {n} has a harbour.") for n in range(4)]
@@ -183,10 +182,10 @@ def test_encoding_goes_on_with_smaller_batches(
     rag: KVLinkRAG, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passages = [rag.model.passage_tokens(d) for d in rag.documents()]
-    expected = dict(encode_many(rag.model.backbone, passages))
+    expected = dict(rag.model.encoder.many(passages))
     full = Full(kvlink_rag.snapshots.encode.encode_batch, times=99, most=1)
     monkeypatch.setattr(kvlink_rag.snapshots.encode, "encode_batch", full)
-    found = dict(encode_many(rag.model.backbone, passages))
+    found = dict(rag.model.encoder.many(passages))
     assert full.calls == 7  # 4, 2, 1, 1, 2, 1, 1
     assert found.keys() == expected.keys()
     for index, snapshot in found.items():

@@ -46,7 +46,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def fresh(model: KVLinkModel) -> Reuse:
-    return Reuse(EncodeNow(model.backbone))
+    return Reuse(EncodeNow(model.encoder))
 
 
 def rule_mask(laid: Layout, window: int | None) -> torch.Tensor:
@@ -56,7 +56,9 @@ def rule_mask(laid: Layout, window: int | None) -> torch.Tensor:
     mask = torch.zeros(n, n, dtype=torch.bool)
     for q in range(n):
         for k in range(n):
-            sees = position[k] <= position[q] and segment[q] in (0, segment[k])
+            own = abs(segment[q]) == abs(segment[k])  # below 0 stands the header of a passage
+            sees = own if segment[q] else segment[k] >= 0
+            sees = sees and position[k] <= position[q]
             if window is not None and position[q] - position[k] >= window:
                 sees = False
             mask[q, k] = sees
@@ -110,6 +112,41 @@ def test_both_equal_a_mask_written_from_the_rule(make_model: ModelMaker, family:
     for mode in ("reuse", "masked"):
         got = model.prefill(parts, mode=mode, reuse=fresh(model))
         assert difference(got.logits, expected) < TOLERANCE[F32], mode
+
+
+def behind_headers(laid: Layout, header: list[int]) -> Layout:
+    """`laid` with a header before each passage, written out token by token."""
+    rows: list[tuple[int, int, int]] = []
+    for span in laid.spans:
+        segment = int(laid.segments[span.start])
+        if segment > 0:
+            first = span.start - len(header)
+            rows += [(token, first + i, -segment) for i, token in enumerate(header)]
+        ids = laid.token_ids[span.start : span.stop].tolist()
+        rows += [(token, span.start + i, segment) for i, token in enumerate(ids)]
+    return Layout(*torch.tensor(rows).T, spans=())
+
+
+@pytest.mark.parametrize("links", [0, 5])
+@pytest.mark.parametrize("family", NAMES)
+def test_passages_behind_headers_equal_the_rule(
+    make_model: ModelMaker, family: str, links: int
+) -> None:
+    plain = make_model(family, F32, links=links)
+    header = [3, 250, 7]
+    model = plain.with_spec(replace(plain.spec, header=tuple(header)))
+    parts = [Text("abc", special=True), *prompt(model, 5, seed=3)]
+    laid = model.layout(parts)
+    expected = rule_logits(model, behind_headers(laid, header))
+    for mode in ("reuse", "masked"):
+        got = model.prefill(parts, mode=mode, reuse=fresh(model))
+        assert difference(got.logits, expected) < TOLERANCE[F32], mode
+    ids = laid.passage_ids(laid.passages[0])
+    with_header, without = model.encoder.one(ids), plain.encoder.one(ids)
+    assert difference(with_header.values, without.values) > TOLERANCE[F32]
+    assert len(plain.layout(parts)) == len(laid)  # it takes no place
+    texts = {m: model.generate(parts, max_new_tokens=8, mode=m) for m in ("reuse", "masked")}
+    assert texts["reuse"] == texts["masked"]
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -64,7 +64,7 @@ def equals_masked(model: KVLinkModel, parts: list, reuse: Reuse) -> bool:
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2-window", "qwen3"])
 def test_only_what_differs_is_computed(make_model: ModelMaker, family: str) -> None:
     model = make_model(family, F32)
-    reuse = Reuse(EncodeNow(model.backbone), PrefixCache())
+    reuse = Reuse(EncodeNow(model.encoder), PrefixCache())
 
     def ask(question: str) -> list:
         between = Text("\n\nUse the passages above. Question: " + question)

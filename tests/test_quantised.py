@@ -32,7 +32,6 @@ from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots import codecs
 from kvlink_rag.snapshots.codecs import Storage, in_codec
-from kvlink_rag.snapshots.encode import encode_one
 from kvlink_rag.snapshots.file_format import (
     planned_size,
     read_snapshot,
@@ -332,7 +331,7 @@ def stored(
 ) -> tuple[Reuse, list[Path]]:
     """The snapshots of a prompt in a store, and their files in the prompt's order."""
     store = SnapshotStore(path)
-    source = StoredSnapshots(store, model.backbone, codec=codec)
+    source = StoredSnapshots(store, model.encoder, codec=codec)
     laid = model.layout(parts)
     passages = [laid.passage_ids(span) for span in laid.passages]
     source.fetch(passages, Trace())
@@ -376,7 +375,7 @@ def test_a_snapshot_encoded_now_is_the_one_that_is_kept(
     for codec in ("bf16", *NAMES):
         reuse, _ = stored(model, tmp_path / codec, codec, parts)
         found = model.prefill(parts, reuse=reuse)
-        made = model.prefill(parts, reuse=Reuse(EncodeNow(model.backbone, codec)))
+        made = model.prefill(parts, reuse=Reuse(EncodeNow(model.encoder, codec)))
         assert (found.trace.snapshots_found, made.trace.snapshots_encoded) == (3, 3)
         assert torch.equal(found.logits, made.logits)
 
@@ -385,7 +384,7 @@ def test_a_snapshot_encoded_now_is_the_one_that_is_kept(
 def test_verify_states_the_codecs_price(make_model: ModelMaker, codec: str) -> None:
     model = make_model("qwen3", F32)
     parts = model.prompt(documents(4, seed=2), "what is it?")
-    reuse = Reuse(EncodeNow(model.backbone, codec))
+    reuse = Reuse(EncodeNow(model.encoder, codec))
     found = model.verify(parts, reuse=reuse)
     logits, masked = (
         model.prefill(parts, mode, reuse=reuse).logits for mode in ("reuse", "masked")
@@ -417,7 +416,7 @@ def test_verify_finds_a_quantised_key_in_the_wrong_place(
         plain(out, keys, cos.roll(1, 0), sin.roll(1, 0))
 
     monkeypatch.setattr(kvlink_rag.snapshots.quantised, "rotate_into", shifted)
-    found = model.verify(parts, reuse=Reuse(EncodeNow(model.backbone, "int8")))
+    found = model.verify(parts, reuse=Reuse(EncodeNow(model.encoder, "int8")))
     assert not found.holds
     assert "NOT" in found.message
 
@@ -523,7 +522,7 @@ def test_every_codec_by_name_is_registered_and_reads_what_it_writes() -> None:
 def test_quantising_a_models_own_states_keeps_most_of_them(make_model: ModelMaker) -> None:
     """Relative error of a real passage: the order of the codecs, and no surprise."""
     model = make_model("llama", F32)
-    exact = encode_one(model.backbone, model.passage_tokens(towns(1)[0]))
+    exact = model.encoder.one(model.passage_tokens(towns(1)[0]))
     errors = {}
     for codec in NAMES:
         keys, _ = in_codec(exact, codec).exact(F32)

@@ -30,7 +30,6 @@ from kvlink_rag.errors import (
 )
 from kvlink_rag.retrieval.rounds import in_order
 from kvlink_rag.snapshots.codecs import in_codec
-from kvlink_rag.snapshots.encode import encode_one
 
 TOWNS = ["Orvale", "Marnik", "Teldon", "Brisk", "Quill", "Sarno", "Velt", "Hux"]
 
@@ -675,7 +674,7 @@ def test_replacing_the_last_change_before_the_index_is_loaded_rebuilds_nothing(
 def forge(rag: KVLinkRAG, other: KVLinkModel, ids: list[str]) -> None:
     """Put snapshots that another model made under this model's keys."""
     for entry in rag.catalog.get(ids):
-        made = encode_one(other.backbone, other.passage_tokens(entry.document))
+        made = other.encoder.one(other.passage_tokens(entry.document))
         rag.store.put(str(entry.snapshot_key), made)
 
 
@@ -710,7 +709,7 @@ def test_verify_compares_snapshots_of_a_codec(
         rag.add([Document(f"Tower {i} has {i} bells of bronze.", id=str(i)) for i in range(4)])
         assert rag.verify(k=2).holds
         entry = rag.catalog.get(["1"])[0]
-        made = encode_one(other.backbone, other.passage_tokens(entry.document))
+        made = other.encoder.one(other.passage_tokens(entry.document))
         rag.store.put(str(entry.snapshot_key), in_codec(made, codec))
         assert rag.verify(k=1, sample=None).wrong == ("1",)
 

@@ -32,7 +32,7 @@ NAMES = sorted(FAMILIES)
 
 
 def fresh(model: KVLinkModel) -> Reuse:
-    return Reuse(EncodeNow(model.backbone), PrefixCache())
+    return Reuse(EncodeNow(model.encoder), PrefixCache())
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -189,7 +189,7 @@ def test_snapshots_in_device_memory_are_repaired_alike(
     with collection(tmp_path, model, embedder, codec=codec, device_budget="1GB") as rag:
         rag.add(docs)
         kept = [model.prefill(parts, repair=repair, reuse=rag.reuse) for _ in range(2)]
-    alone = Reuse(EncodeNow(model.backbone, codec))
+    alone = Reuse(EncodeNow(model.encoder, codec))
     expected = model.prefill(parts, repair=repair, reuse=alone).logits
     for found in kept:  # on the way there, then there
         assert difference(found.logits, expected) < TOLERANCE[F32]

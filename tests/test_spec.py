@@ -14,14 +14,24 @@ from kvlink_rag.prompt.published import KVLINK5_LLAMA32
 
 
 def test_round_trip() -> None:
-    for spec in (Spec(), KVLINK5_LLAMA32):
+    for spec in (Spec(), KVLINK5_LLAMA32, Spec(header=(1, 4093, 198))):
         assert Spec.from_json(spec.to_json()) == spec
+
+
+def test_only_a_header_needs_the_second_format() -> None:
+    assert json.loads(Spec().to_json())["format"] == 1
+    assert "header" not in json.loads(Spec().to_json())
+    assert json.loads(Spec(header=(1,)).to_json())["format"] == 2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format"),
+        ({"format": 3}, "format"),
+        ({"header": [1, -1]}, "header"),
+        ({"header": "abc"}, "header"),
+        ({"header": 5}, "iterable"),
+        ({"header": [1] * 5000}, "header"),
         ({"surprise": 1}, "unknown fields"),
         ({"links_per_passage": -1}, "links_per_passage"),
         ({"links_per_passage": True}, "links_per_passage"),

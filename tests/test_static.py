@@ -96,7 +96,7 @@ def test_codecs_verify(codec: str, dtype: torch.dtype) -> None:
     from kvlink_rag.snapshots.sources import EncodeNow
 
     model = static_model("llama", dtype)
-    found = model.verify(prompt(model, 4), reuse=Reuse(EncodeNow(model.backbone, codec)))
+    found = model.verify(prompt(model, 4), reuse=Reuse(EncodeNow(model.encoder, codec)))
     assert found.holds, found.message
     assert workspaces(model).taken == 1
 

@@ -56,7 +56,7 @@ def open_parts(
             model, kept = settings.model(), settings.storage
             memory = _device_memory(model, device_budget, pinned_budget)
             snapshots = StoredSnapshots(
-                store, model.backbone, codec=kept, users=catalog.users, memory=memory
+                store, model.encoder, codec=kept, users=catalog.users, memory=memory
             )
             # kept runs come from what was read, so they depend on how that is kept
             scope = f"{catalog.identity} {kept.codec} {kept.dtype_name}"

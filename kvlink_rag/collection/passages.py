@@ -15,7 +15,6 @@ from typing import TypeVar
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError, PassageTooLong
-from kvlink_rag.snapshots.encode import encode_many
 
 from .catalog import Entry
 from .parts import Parts
@@ -79,7 +78,7 @@ def encode_missing(parts: Parts, passages: Sequence[Encodable]) -> Encoded:
         return Encoded([])
     waiting = list({p.key: p for p in passages if p.key not in parts.store}.values())
     taken = list(_within_budget(parts, waiting))
-    for index, snapshot in encode_many(loaded.model.backbone, [p.token_ids for p in taken]):
+    for index, snapshot in loaded.model.encoder.many([p.token_ids for p in taken]):
         loaded.snapshots.put(taken[index].key, snapshot)
     return Encoded([len(p.token_ids) for p in taken], len(waiting) - len(taken))
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from kvlink_rag.arguments import check_count
 from kvlink_rag.errors import ConfigError
 from kvlink_rag.snapshots.codecs import Storage
-from kvlink_rag.snapshots.encode import encode_many
 from kvlink_rag.snapshots.snapshot import EXACT, AnySnapshot, Snapshot
 
 from .adding import BATCH
@@ -86,7 +85,7 @@ def wrongly_encoded(parts: Parts, entries: Sequence[Entry]) -> tuple[int, list[E
         snapshot = parts.store.get(entry.snapshot_key, ids) if entry.snapshot_key else None
         if snapshot is not None:
             stored.append((entry, snapshot))
-    encoded = encode_many(loaded.model.backbone, [s.token_ids.tolist() for _, s in stored])
+    encoded = loaded.model.encoder.many([s.token_ids.tolist() for _, s in stored])
     kept = loaded.snapshots.storage
     wrong = [i for i, made in encoded if not _same(stored[i][1], made, kept)]
     return len(stored), [stored[i][0] for i in sorted(wrong)]

@@ -89,7 +89,7 @@ class Baselines:
         if first_tokens < 0:
             raise ConfigError(f"first_tokens is {first_tokens}, expected 0 or more")
         self.model, self.backbone = model, model.backbone
-        self.snapshots = snapshots or EncodeNow(model.backbone)
+        self.snapshots = snapshots or EncodeNow(model.encoder)
         self.fraction, self.first_tokens = fraction, first_tokens
         self._spec = plain_spec(model.spec)
         self._kept: list[tuple[Ids, Run]] = []  # earlier prompts of "prefix", the latest last

@@ -136,6 +136,15 @@ class LiveCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.length = min(layer.length, length)
 
+    @torch.inference_mode()
+    def keep_only(self, places: Tensor) -> None:
+        """Forget all entries but those at `places` (int64 [n], on the device, ascending)."""
+        self.positions, self.segments = self.positions[places], self.segments[places]
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[:, :, : len(places)] = states.index_select(2, places)
+            layer.length = len(places)
+
     def entries(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the entries at `places` (int64 [n], on the device).
 

@@ -51,7 +51,7 @@ class InMemory:
     """Snapshots of one prompt's passages, encoded before the clock starts."""
 
     def __init__(self, model: KVLinkModel) -> None:
-        self._encoder = EncodeNow(model.backbone)
+        self._encoder = EncodeNow(model.encoder)
         self._known: dict[tuple[int, ...], AnySnapshot] = {}
 
     def prepare(self, passages: Sequence[tuple[int, ...]]) -> None:

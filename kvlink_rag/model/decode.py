@@ -22,6 +22,18 @@ def prefill(backbone: Backbone, prompt: Layout, assembled: Assembled) -> Tensor:
     return logits[-1]
 
 
+def masked_prefill(backbone: Backbone, prompt: Layout, cache: LiveCache) -> Tensor:
+    """Run over every token, passages behind their headers: float32 logits [vocab] of the next.
+
+    cache: empty; what is seen by what comes next is left in it, which headers are not.
+    """
+    whole = prompt.with_headers()
+    logits = backbone.forward(whole.token_ids, whole.positions, whole.segments, cache)
+    if whole is not prompt:
+        cache.keep_only((cache.segments >= 0).nonzero()[:, 0])
+    return logits[-1]
+
+
 def decode_one_token(backbone: Backbone, token_id: int, position: int, cache: LiveCache) -> Tensor:
     """Append one generated token at `position`: float32 logits [vocab] of the next.
 

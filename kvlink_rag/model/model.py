@@ -34,6 +34,7 @@ from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.prompt.spec import Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 from kvlink_rag.snapshots.codecs import default_codec
+from kvlink_rag.snapshots.encode import PassageEncoder
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import EncodeNow, Reuse
@@ -132,7 +133,7 @@ class KVLinkModel:
         self.backbone, self.format, self.notice, self.codec = backbone, format, notice, codec
         if backbone.device.type == "cuda" if graphs is None else graphs:
             backbone.workspaces = Workspaces.of(backbone)
-        self.reuse = Reuse(EncodeNow(backbone), PrefixCache())
+        self.reuse = Reuse(EncodeNow(self.encoder), PrefixCache())
 
     def with_spec(self, spec: Spec) -> KVLinkModel:
         """The same weights and tokenizer under another spec. Raises `SpecError`."""
@@ -140,6 +141,7 @@ class KVLinkModel:
         other = copy.copy(self)
         other.format = replace(self.format, spec=spec)
         other.never_ids = sorted({*self.never_ids, *spec.special_ids()})  # whatever it leaves out
+        other.reuse = Reuse(EncodeNow(other.encoder), PrefixCache())
         return other
 
     @property
@@ -163,9 +165,14 @@ class KVLinkModel:
         return self.format.window
 
     @property
+    def encoder(self) -> PassageEncoder:
+        """What makes snapshots of passages."""
+        return PassageEncoder(self.backbone, self.spec.header)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 that changes with the weights or anything that shapes a snapshot."""
-        return self.backbone.fingerprint
+        return self.encoder.fingerprint
 
     # Prompts
 
@@ -279,7 +286,7 @@ def _with_repair(reuse: Reuse, repair: str | None) -> Reuse:
 
 def _check_ids(spec: Spec, backbone: Backbone) -> None:
     """Raise `SpecError` where the spec names a token that the model does not have."""
-    ids = spec.special_ids()
+    ids = [*spec.special_ids(), *spec.header]
     if ids and max(ids) >= backbone.vocabulary:
         raise SpecError(
             f"the spec names token id {max(ids)}, but the model has only "

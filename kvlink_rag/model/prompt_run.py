@@ -22,12 +22,13 @@ from kvlink_rag.engine.live_cache import LiveCache
 from kvlink_rag.errors import DeviceMemoryError
 from kvlink_rag.prompt.layout import Layout, Span
 from kvlink_rag.snapshots.assemble import Assembled, assemble
+from kvlink_rag.snapshots.encode import PassageEncoder
 from kvlink_rag.snapshots.kept_runs import Run, chain_keys, chain_root, run_key
 from kvlink_rag.snapshots.snapshot import Source
 from kvlink_rag.snapshots.sources import Reuse
 from kvlink_rag.trace import Trace
 
-from .decode import decode_one_token, prefill
+from .decode import decode_one_token, masked_prefill, prefill
 from .repair import exact_runs, lasting, repaired
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class PromptRun:
         self.cache = assembled.cache
         trace.computed_tokens = len(assembled.computed)
         with self._turn(), trace.stage("prefill", backbone.synchronize):
+            if trace.mode == "masked":
+                return masked_prefill(backbone, self.prompt, assembled.cache)
             return prefill(backbone, self.prompt, assembled)
 
     @contextmanager
@@ -138,7 +141,8 @@ class PromptRun:
         if self.reuse.prefix is None:
             return {}
         scope = f"{self.reuse.scope}{self.reuse.repair.name if self.reuse.repair else ''}"
-        root = chain_root(self.backbone.fingerprint, self.backbone.dtype, scope)
+        fingerprint = PassageEncoder(self.backbone, self.prompt.header).fingerprint
+        root = chain_root(fingerprint, self.backbone.dtype, scope)
         self._chain = chain_keys(self.prompt, root)
         ids = self.prompt.token_ids[:-1].numpy()
         found = {}

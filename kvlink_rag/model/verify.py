@@ -107,7 +107,8 @@ def _masked_over(
     """Logits of the masked prefill whose passages have the keys and values of `snapshots`."""
     states = [snapshot.exact(backbone.dtype) for snapshot in snapshots]
     keys, values = (torch.cat(each, dim=2) for each in zip(*states, strict=True))
-    with backbone.giving(prompt.segments.nonzero()[:, 0], keys, values):
+    places = (prompt.with_headers().segments > 0).nonzero()[:, 0]
+    with backbone.giving(places, keys, values):
         return first_logits(backbone, prompt, "masked", reuse)
 
 

@@ -95,18 +95,29 @@ class PromptFormat:
 def default_spec(tokenizer: Any) -> Spec:
     """A spec without link tokens; its preset is the tokenizer's own chat template, if any.
 
-    There `INSTRUCTION` is the system message, or where the template has none begins the user's.
+    There `INSTRUCTION` is the system message, or where the template has none begins the user's. The
+    token that prompts begin with is the header: where attention goes that looks for nothing. Not
+    all that stands before the user's text, which may hold today's date.
     """
     if not has_template(tokenizer):
         bos = getattr(tokenizer, "bos_token", None) or ""
-        return Spec(presets={"plain": replace(PLAIN_PRESET, before=bos)})
+        preset = replace(PLAIN_PRESET, before=bos)
+        return Spec(presets={"plain": preset}, header=_first_token(bos, tokenizer))
     try:
         before, after = _instructed(tokenizer)
     except PromptError as error:
         raise PromptError(
             "the tokenizer's chat template drops the user's message; give a spec"
         ) from error
-    return Spec(presets={"chat": PromptPreset(before=before, after=after)}, preset="chat")
+    preset = PromptPreset(before=before, after=after)
+    header = _first_token(before, tokenizer)
+    return Spec(presets={"chat": preset}, preset="chat", header=header)
+
+
+def _first_token(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """The id of the special token that `text` begins with, if it does."""
+    ids = PartTokenizer(tokenizer).encode(text, special=True)[:1]
+    return tuple(i for i in ids if i in tokenizer.all_special_ids)
 
 
 def _instructed(tokenizer: Any) -> tuple[str, str]:

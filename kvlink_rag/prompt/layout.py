@@ -2,14 +2,16 @@
 
 Training, encoding, assembly, the oracle and the adapters all lay prompts out here, so they
 cannot drift apart. The rule (KVLink, arXiv 2502.16002, section 3): a passage's tokens see only
-earlier tokens of the same passage; every other token (segment 0) sees everything at an earlier
-position. Knows token ids and positions; knows no model, no cache and no file.
+earlier tokens of the same passage and its header; every other token (segment 0) sees everything at
+an earlier position but headers. A header is the same for all passages, so it is no part of a prompt
+but of how passages are encoded; `Layout.with_headers` shows it where every token is computed.
+Knows token ids and positions; knows no model, no cache and no file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -47,13 +49,14 @@ class Layout:
     """A prompt laid out, in prompt order.
 
     token_ids, positions, segments: int64 [tokens]. Segment 0 is computed, segment n > 0 the n-th
-    passage. spans cover all tokens, in order.
+    passage. spans cover all tokens, in order. header: token ids that each passage sees before it.
     """
 
     token_ids: Tensor
     positions: Tensor
     segments: Tensor
     spans: tuple[Span, ...]
+    header: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -71,6 +74,33 @@ class Layout:
     def passage_ids(self, span: Span) -> tuple[int, ...]:
         """The token ids of one span."""
         return tuple(self.token_ids[span.start : span.stop].tolist())
+
+    def with_headers(self) -> Layout:
+        """The prompt with a header before each passage: what a prefill of all tokens computes.
+
+        Its tokens take the positions that end where the passage begins (the first ones may be
+        below 0) and the passage's segment, negated. Nothing else moves.
+        """
+        if not self.header:
+            return self
+        ids: list[Tensor] = []
+        at: list[Tensor] = []
+        segments: list[Tensor] = []
+        spans: list[Span] = []
+        size = len(self.header)
+        shift = 0
+        for span in self.spans:
+            if span.document is not None:
+                ids.append(torch.tensor(self.header))
+                at.append(self.positions[span.start] + torch.arange(-size, 0))
+                segments.append(-self.segments[span.start].repeat(size))
+                spans.append(Span(span.start + shift, span.start + shift + size))
+                shift += size
+            ids.append(self.token_ids[span.start : span.stop])
+            at.append(self.positions[span.start : span.stop])
+            segments.append(self.segments[span.start : span.stop])
+            spans.append(replace(span, start=span.start + shift, stop=span.stop + shift))
+        return Layout(torch.cat(ids), torch.cat(at), torch.cat(segments), tuple(spans))
 
 
 def layout(
@@ -103,6 +133,7 @@ def layout(
         positions=torch.arange(len(ids), dtype=torch.int64),
         segments=torch.tensor(segments, dtype=torch.int64),
         spans=tuple(spans),
+        header=tuple(spec.header),
     )
 
 
@@ -142,11 +173,13 @@ def sees(
 ) -> Tensor:
     """The rule itself, element by element: bool of the arguments' common shape.
 
+    A negative segment -n is the header of passage n, which that passage alone sees.
     branches: of query and key. Several questions may stand over one memory, each a branch of its
     own from 1, blind to the others; branch 0 (memory, system prompt) is seen by all.
     """
     distance = query_position - key_position
-    seen = (distance >= 0) & ((query_segment == 0) | (query_segment == key_segment))
+    same = query_segment.abs() == key_segment.abs()
+    seen = (distance >= 0) & (same | ((query_segment == 0) & (key_segment >= 0)))
     if branches is not None:
         query_branch, key_branch = branches
         seen = seen & ((key_branch == 0) | (query_branch == key_branch))

@@ -19,7 +19,8 @@ from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import PromptError, SpecError
 
 SPEC_FILE = "kvlink.json"
-SPEC_FORMAT = 1
+SPEC_FORMATS = (1, 2)  # the second has headers
+LONGEST_HEADER = 1024  # tokens; each passage is encoded behind it
 MOST = 1 << 22  # a token id, a slot or a count beyond this is a mistake
 
 Rank = Literal["none", "fixed", "exact"]
@@ -59,6 +60,9 @@ class Spec:
     mem_start, mem_end: marker ids around each message's passages, or None.
     max_passages: slots that have link tokens; None: as many as the window holds.
     passage_template, untitled_template: `str.format` with `title`, `text` and `rank`.
+    header: token ids that every passage sees before its own when it is encoded, and nothing else
+        sees; no part of the prompt, and not kept (shared prefix: APE, Yang et al., arXiv
+        2502.05431).
     rank: what `{rank}` becomes: "fixed" is always 1, "exact" the slot + 1 (then a snapshot holds
         for one slot only; for evaluation).
     presets: prompt presets by name; `preset` names the one in use.
@@ -73,6 +77,7 @@ class Spec:
     max_passages: int | None = None
     passage_template: str = "{title}: {text}\n"
     untitled_template: str = "{text}\n"
+    header: tuple[int, ...] = ()
     rank: Rank = "none"
     presets: Mapping[str, PromptPreset] = field(default_factory=lambda: {"plain": PLAIN_PRESET})
     preset: str = "plain"
@@ -128,20 +133,25 @@ class Spec:
         fields = dataclasses.asdict(self)
         if self.base is None:
             del fields["base"]  # an older release reads the file of a whole model
-        return json.dumps({"format": SPEC_FORMAT, **fields}, indent=2, ensure_ascii=False) + "\n"
+        if not self.header:
+            del fields["header"]
+        fields = {"format": SPEC_FORMATS[bool(self.header)], **fields}
+        return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = SPEC_FILE) -> Spec:
         """Read a `kvlink.json`. Raises `SpecError` naming `source` and the field at fault."""
         fields = _object(text, source)
-        if fields.pop("format", None) != SPEC_FORMAT:
-            raise SpecError(f'{source}: expected "format": {SPEC_FORMAT}; rewrite the file')
+        if (found := fields.pop("format", None)) not in SPEC_FORMATS:
+            raise SpecError(f'{source}: found "format": {found!r}, expected one of {SPEC_FORMATS}')
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise SpecError(f"{source}: unknown fields {unknown}; known are {sorted(known)}")
         try:
             if "presets" in fields:
                 fields["presets"] = _presets(fields["presets"])
+            if "header" in fields:
+                fields["header"] = tuple(fields["header"])
             if fields.get("base") is not None:
                 fields["base"] = Base(**fields["base"])
             return cls(**fields)
@@ -177,6 +187,10 @@ def _check(spec: Spec) -> None:
     for name in ("mem_start", "mem_end"):
         if getattr(spec, name) is not None:
             _check_count(name, getattr(spec, name), least=0)
+    if len(spec.header) > LONGEST_HEADER:
+        raise SpecError(f"header has {len(spec.header)} tokens, expected up to {LONGEST_HEADER}")
+    for token in spec.header:
+        _check_count("an id in header", token, least=0)
     if spec.max_passages is not None:
         _check_count("max_passages", spec.max_passages, least=1)
     elif spec.links_per_passage:

@@ -128,7 +128,7 @@ class BareReader:
 
     def _reuse(self, rags: Sequence[KVLinkRAG], asker: Asker) -> Reuse:
         if not rags:
-            return Reuse(EncodeNow(self._model.backbone), self._kept, asker.id)
+            return Reuse(EncodeNow(self._model.encoder), self._kept, asker.id)
         scopes = " ".join(rag.reuse.scope for rag in rags)
         first = rags[0].reuse
         sources = SeveralSnapshots(rags)

@@ -18,7 +18,7 @@ from kvlink_rag.trace import Trace
 
 from .codecs import Storage
 from .device_cache import DeviceMemory
-from .encode import encode_many
+from .encode import PassageEncoder
 from .file_format import planned_size, snapshot_key
 from .kept_runs import PrefixCache
 from .snapshot import EXACT, AnySnapshot, Snapshot, Source
@@ -46,14 +46,14 @@ class EncodeNow:
     codec: what the snapshots go through, as those of a collection with this codec would.
     """
 
-    def __init__(self, backbone: Backbone, codec: str | Storage = EXACT) -> None:
-        self.backbone, self.storage = backbone, _storage(codec, backbone)
+    def __init__(self, encoder: PassageEncoder, codec: str | Storage = EXACT) -> None:
+        self.encoder, self.storage = encoder, _storage(codec, encoder.backbone)
 
     def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> list[AnySnapshot]:
         """See `SnapshotSource`."""
         unique = list(dict.fromkeys(passages))
-        with trace.stage("encode", self.backbone.synchronize):
-            encoded = encode_many(self.backbone, unique)
+        with trace.stage("encode", self.encoder.backbone.synchronize):
+            encoded = self.encoder.many(unique)
             made = {unique[i]: self.storage.keep(snapshot) for i, snapshot in encoded}
         trace.snapshots_encoded += len(unique)
         return [made[ids] for ids in passages]
@@ -71,15 +71,16 @@ class StoredSnapshots:
     def __init__(
         self,
         store: SnapshotStore,
-        backbone: Backbone,
+        encoder: PassageEncoder,
         *,
         codec: str | Storage = EXACT,
         keep: bool = True,
         users: Callable[[str], list[str]] = lambda key: [],
         memory: DeviceMemory | None = None,
     ) -> None:
-        self.store, self.backbone, self.keep = store, backbone, keep
-        self.storage = _storage(codec, backbone)
+        self.store, self.encoder, self.keep = store, encoder, keep
+        self.backbone = encoder.backbone
+        self.storage = _storage(codec, self.backbone)
         self.memory = memory
         self.encoded = 0
         self._users = users
@@ -95,7 +96,7 @@ class StoredSnapshots:
 
     def _keys(self, passages: Sequence[Sequence[int]]) -> list[str]:
         """The keys of several passages; the fingerprint looks at every parameter, so once."""
-        fingerprint, kept = self.backbone.fingerprint, self.storage
+        fingerprint, kept = self.encoder.fingerprint, self.storage
         return [
             snapshot_key(fingerprint, ids, dtype=kept.dtype, codec=kept.codec) for ids in passages
         ]
@@ -160,7 +161,7 @@ class StoredSnapshots:
                 self._named(key),
                 key,
             )
-        encoded = encode_many(self.backbone, missing)
+        encoded = self.encoder.many(missing)
         made = {missing[i]: self.storage.keep(snapshot) for i, snapshot in encoded}
         keep = self.keep and self._keys(missing) == [keys[ids] for ids in missing]
         if self.keep and not keep:

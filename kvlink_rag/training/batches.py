@@ -90,7 +90,7 @@ def _sample_plan(
         zero = torch.zeros(seen.shape, device=at.device)
         return zero.masked_fill_(~seen, -torch.inf).repeat(groups, 1)
 
-    kinds, lengths = _runs(segment)
+    kinds, lengths = _runs(segment.abs())  # a passage and its header
     stops = list(accumulate(lengths))
     runs = [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
     passages = [bias(r, r) if kind else None for r, kind in zip(runs, kinds, strict=True)]

@@ -80,15 +80,16 @@ class FinetuneConfig:
     model: directory or hub id to start from. out: directory of checkpoints, metrics and, in
     `model/`, the result (of adapters: `adapter/`). links: None keeps the spec the model brings.
     links_share: of the examples that have link tokens, the others go without; below 1 the model
-    answers with and without them. chat: `llama3` or `template` (the tokenizer's). preset: the
-    prompt that is trained and then used. adapter: directory of an adapter of the same base, rank
-    and link tokens to go on from; steps and optimiser begin anew. distill: the share of the loss
-    that is the divergence from the model's own answer tokens under full attention, the rest is that
-    of the answers given. absent_answer: what answers a question that the passages do not. batch:
-    sets of passages with their questions a step, over all devices; device_batch: of them in memory
-    at once on one. bf16: multiply in bfloat16 where the processor does. master: dtype of the
-    weights that are trained. stored: dtype of the result. fsdp: transformers' FSDP options, such as
-    "full_shard auto_wrap". on_bad: what happens to examples that cannot be used.
+    answers with and without them. header: special text that every passage sees before its own (see
+    `Spec.header`), such as what opens a message. chat: `llama3` or `template` (the tokenizer's).
+    preset: the prompt that is trained and then used. adapter: directory of an adapter of the same
+    base, rank and link tokens to go on from; steps and optimiser begin anew. distill: the share of
+    the loss that is the divergence from the model's own answer tokens under full attention, the
+    rest is that of the answers given. absent_answer: what answers a question that the passages do
+    not. batch: sets of passages with their questions a step, over all devices; device_batch: of
+    them in memory at once on one. bf16: multiply in bfloat16 where the processor does. master:
+    dtype of the weights that are trained. stored: dtype of the result. fsdp: transformers' FSDP
+    options, such as "full_shard auto_wrap". on_bad: what happens to examples that cannot be used.
     """
 
     model: str
@@ -96,6 +97,7 @@ class FinetuneConfig:
     data: tuple[Part, ...]
     links: Links | None = field(default_factory=Links)
     links_share: float = 1.0
+    header: str = ""
     chat: str = "llama3"
     instruction: str = INSTRUCTION
     preset: Literal["evaluation", "training"] = "evaluation"

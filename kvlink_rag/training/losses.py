@@ -44,18 +44,20 @@ def _only_base(logits: Tensor, never: Sequence[int]) -> Tensor:
 
 
 def full_attention(batch: dict[str, Tensor], special: Sequence[int]) -> dict[str, Tensor]:
-    """The row as plain text: no passages, no tokens of `special`, every branch as it would be.
+    """The row as plain text: no passages, headers or `special` tokens, branches as they would be.
 
     Targets keep their order, so logits of both rows can be laid side by side.
     """
     ids, group = batch["input_ids"][0], batch["groups"][0]
     taken = torch.isin(ids, torch.tensor(list(special), dtype=ids.dtype, device=ids.device))
-    taken &= group > 0
+    header = batch["segments"][0] < 0
+    taken &= (group > 0) & ~header  # headers take no positions
     before = taken.cumsum(0)
     first = torch.cat([group.new_ones(1, dtype=torch.bool), group[1:] != group[:-1]])
     at_start = (before - taken.long())[first]
     before = before - at_start[first.cumsum(0) - 1]  # of the same sample
     positions = batch["position_ids"][0] - before
+    taken |= header
     row = {**batch, "position_ids": positions[None]}
     row["segments"] = torch.zeros_like(batch["segments"])
     row["labels"] = _handed_back(batch["labels"], taken)

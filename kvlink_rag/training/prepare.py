@@ -29,6 +29,7 @@ from kvlink_rag.model.adapter import Adapter, read_adapter
 from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer
 from kvlink_rag.pretrained.model_files import resolve
 from kvlink_rag.prompt.spec import SPEC_FILE, Base, Spec
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 from .chat import Chat, find_chat
 from .config import FinetuneConfig, Links, Lora
@@ -64,15 +65,23 @@ def prepare(config: FinetuneConfig) -> Prepared:
     if config.links is None:
         if brought is None:
             raise ConfigError(f"{config.model} brings no kvlink.json; give links to the config")
-        return Prepared(tokenizer, replace(brought, base=base), chat, (), directory)
+        spec = replace(brought, base=base)
+        return Prepared(tokenizer, _with_header(spec, tokenizer, config), chat, (), directory)
     if brought is not None:
         raise ConfigError(
             f"{config.model} brings link tokens of its own, which links would begin anew; set "
             "links: null to tune it further"
         )
-    spec = with_tokens(tokenizer, config.links, chat, config)
+    spec = replace(with_tokens(tokenizer, config.links, chat, config), base=base)
     new_ids = tuple(spec.special_ids())
-    return Prepared(tokenizer, replace(spec, base=base), chat, new_ids, directory)
+    return Prepared(tokenizer, _with_header(spec, tokenizer, config), chat, new_ids, directory)
+
+
+def _with_header(spec: Spec, tokenizer: Any, config: FinetuneConfig) -> Spec:
+    """`spec` with the config's header, if it has one."""
+    if not config.header:
+        return spec
+    return replace(spec, header=tuple(PartTokenizer(tokenizer).encode(config.header, special=True)))
 
 
 def _base(config: FinetuneConfig, directory: Path, tokenizer: Any) -> Base | None:

@@ -66,7 +66,8 @@ def encode(sample: Sample, encoder: PartEncoder, spec: Spec, longest: int) -> En
     """
     tails = sample.tails or ((),)
     learned = [_learned(tail, encoder) for tail in tails]
-    whole = [layout((*sample.head, *(t for t, _ in tail)), encoder, spec) for tail in tails]
+    prompts = [layout((*sample.head, *(t for t, _ in tail)), encoder, spec) for tail in tails]
+    whole = [prompt.with_headers() for prompt in prompts]
     shared = len(whole[0]) - len(learned[0])
     branches = [_branch(w, m, shared) for w, m in zip(whole, learned, strict=True)]
     pieces = [_head(whole[0], shared, learned), *branches]
