@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_identity_covers_base_and_adapter(base: Path, adapter: Path, tmp_path: P
     changed = tmp_path / "changed"
     shutil.copytree(adapter, changed)
     weights = load_file(changed / "adapter_model.safetensors")
-    weights[next(iter(weights))][0, 0] += 1
+    weights[next(name for name in weights if "lora_A" in name)][0, 0] += 1
     save_file(weights, changed / "adapter_model.safetensors")
     found.add(KVLinkModel.from_pretrained(changed, device="cpu").fingerprint)
     shutil.copytree(adapter, tmp_path / "scaled")
@@ -132,6 +133,28 @@ def test_identity_covers_base_and_adapter(base: Path, adapter: Path, tmp_path: P
     path.write_text(json.dumps({**settings, "lora_alpha": 12}))
     found.add(KVLinkModel.from_pretrained(tmp_path / "scaled", device="cpu").fingerprint)
     assert len(found) == 4
+
+
+def test_link_tokens_leave_snapshots_valid_and_headers_do_not(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Rows that only computed tokens have name the runs that are kept, and no snapshot."""
+    behind = replace(spec(base), header=(SIZE + 3,))
+    found = {}
+    for name, row in (("as it is", None), ("another link", 5), ("another header", 3)):
+        copied = tmp_path / name
+        shutil.copytree(adapter, copied)
+        (copied / SPEC_FILE).write_text(behind.to_json())
+        weights = load_file(copied / "adapter_model.safetensors")
+        rows = next(name for name in weights if name.endswith("trainable_tokens_delta"))
+        if row is not None:
+            weights[rows][row] += 1
+        save_file(weights, copied / "adapter_model.safetensors")
+        model = KVLinkModel.from_pretrained(copied, device="cpu")
+        found[name] = (model.fingerprint, model.backbone.links)
+    as_it_is, link, header = found.values()
+    assert link[0] == as_it_is[0] and link[1] != as_it_is[1]
+    assert header[0] != as_it_is[0] and header[1] == as_it_is[1]
 
 
 def test_another_base_is_refused_unless_the_user_insists(adapter: Path, tmp_path: Path) -> None:

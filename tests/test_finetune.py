@@ -426,7 +426,8 @@ def test_the_estimate_counts_what_is_there(config: FinetuneConfig, base: Path) -
     assert 0 < found.fill <= 1
     adapted = estimate(dataclasses.replace(config, lora=Lora(rank=2)), tflops=1, drawn=4)
     # rank · (in + out) of q 64·64, k and v 64·32, o 64·64, gate and up 64·96, down 96·64, twice
-    assert adapted.trained == 2 * 2 * (128 + 96 + 96 + 128 + 160 + 160 + 160)
+    matrices = 2 * 2 * (128 + 96 + 96 + 128 + 160 + 160 + 160)
+    assert adapted.trained == matrices + 64 * (2 * 4 + 2)  # and the rows of new tokens
 
 
 @pytest.mark.parametrize("package", ["accelerate", "tensorboard"])

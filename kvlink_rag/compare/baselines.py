@@ -208,6 +208,7 @@ def plain_spec(spec: Spec) -> Spec:
         spec,
         links_per_passage=0,
         first_link_id=0,
+        links_shared=False,
         mem_start=None,
         mem_end=None,
         max_passages=None,

@@ -70,6 +70,7 @@ class Backbone:
 
     source, states: the directory the weights came from, if any, and the state of its files before
     they were loaded. adapter: the digest of what was merged into them since, or "". See `identity`.
+    links: the digest of embeddings that were set besides and that no snapshot depends on, or "".
     Raises `ModelNotSupported` for other architectures and RoPE types.
     """
 
@@ -79,8 +80,10 @@ class Backbone:
         source: Path | None = None,
         states: FileStates | None = None,
         adapter: str = "",
+        links: str = "",
     ) -> None:
         self.config = model.config
+        self.links = links
         check_supported(self.config)
         self.family = family_of(self.config)
         self.model = model.eval()

@@ -1,9 +1,9 @@
 """Adapters: a few megabytes that turn a base model into a KVLink model, merged as it is loaded.
 
 An adapter is a directory of peft's own files (`adapter_config.json`, `adapter_model.safetensors`:
-low-rank matrices, Hu et al., arXiv 2106.09685, and the rows of new tokens) and a `kvlink.json`
-whose `base` says which weights and which tokenizer they belong to. Knows files and weights; no
-prompts, and not peft, which is not needed to use one.
+low-rank matrices, Hu et al., arXiv 2106.09685, and the rows of new tokens, or those alone) and a
+`kvlink.json` whose `base` says which weights and which tokenizer they belong to. Knows files and
+weights; no prompts, and not peft, which is not needed to use one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from kvlink_rag.prompt.spec import SPEC_FILE, Base, Spec
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ANY_BASE = "any"
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_ROWS = ".trainable_tokens_delta"
+_INSIDE = ".token_adapter"  # where rows stand beside low-rank matrices
+_TOKENS = "TRAINABLE_TOKENS"  # peft's name for rows alone
 _PLAIN: dict[
     str, tuple[Any, ...]
 ] = {  # settings of peft that change what is merged, and the values that do not
-    "peft_type": ("LORA",),
+    "peft_type": ("LORA", _TOKENS),
     "bias": ("none",),
     "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
@@ -43,11 +46,13 @@ _PLAIN: dict[
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Adapter:
     """An adapter as read, its weights float of any kind, by peft's names.
 
-    base: of its spec. digest: SHA-256 over the weights' file and what scales them.
+    base: of its spec. digest: SHA-256 over what snapshots depend on: the low-rank matrices, what
+    scales them, and the rows of a header. links: over the other rows, which are in runs that were
+    computed for a question and in no snapshot.
     """
 
     directory: Path
@@ -55,7 +60,35 @@ class Adapter:
     base: Base
     settings: Mapping[str, Any]
     weights: Mapping[str, Tensor] = field(repr=False)
-    digest: str
+
+    @cached_property
+    def digest(self) -> str:
+        facts = [self._scale if self._low_rank else None]
+        return self._digest(facts, header=True)
+
+    @cached_property
+    def links(self) -> str:
+        return self._digest([], header=False)
+
+    def _digest(self, facts: list[Any], *, header: bool) -> str:
+        found = hashlib.sha256(json.dumps(facts).encode())
+        for name, tensor in sorted(self.weights.items()):
+            if name.endswith(_ROWS):
+                ids = self._row_ids(name)
+                wanted = [i for i, id in enumerate(ids) if (id in self.spec.header) == header]
+                found.update(json.dumps([name, [ids[i] for i in wanted]]).encode())
+                found.update(_bytes(tensor[wanted]))
+            elif header:
+                found.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+                found.update(_bytes(tensor))
+        return found.hexdigest()
+
+    def _row_ids(self, name: str) -> list[int]:
+        """The token ids of the rows under `name`; none for those of a head tied to them."""
+        if self.settings["peft_type"] == _TOKENS:
+            return list(self.settings["token_indices"])
+        place = name.removesuffix(_ROWS).removesuffix(_INSIDE).rpartition(".")[2]
+        return list((self.settings.get("trainable_token_indices") or {}).get(place) or ())
 
     def check(self, directory: Path, tokenizer: Any, *, adapter_base: str | None) -> str:
         """What is to be said of an adapter on the base in `directory`: "" where all is well.
@@ -87,7 +120,7 @@ class Adapter:
 
         The embeddings grow where the spec's ids need it. Raises `ConfigError` where shapes differ.
         """
-        needed = max((*self.spec.special_ids(), -1)) + 1
+        needed = max((*self.spec.special_ids(), *self.spec.header, -1)) + 1
         if needed > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(needed, mean_resizing=False)
         for name, tensor in self.weights.items():
@@ -107,13 +140,15 @@ class Adapter:
             product = self._scale * (up.float() @ tensor.float())
             weight.copy_(weight.float() + product.to(weight.device))
         elif path.endswith(_ROWS):
-            place = path.removesuffix(_ROWS)
-            ids = self.settings["trainable_token_indices"].get(place.rpartition(".")[2])
-            if ids is not None:  # else those of a head tied to them
-                weight = model.get_submodule(place).weight
+            if ids := self._row_ids(name):
+                weight = model.get_submodule(path.removesuffix(_ROWS).removesuffix(_INSIDE)).weight
                 weight[torch.tensor(ids)] = tensor.to(weight.device, weight.dtype)
         elif not path.endswith(_UP):
             raise LookupError("neither a low-rank matrix nor rows of new tokens")
+
+    @property
+    def _low_rank(self) -> bool:
+        return bool(self.settings["peft_type"] != _TOKENS)
 
     @property
     def _scale(self) -> float:
@@ -123,6 +158,10 @@ class Adapter:
     @property
     def _rslora(self) -> bool:
         return bool(self.settings.get("use_rslora"))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -167,17 +206,17 @@ def read_adapter(path: str | Path) -> Adapter:
         raise ConfigError(
             f"{directory / WEIGHTS} cannot be read ({error}); copy it again"
         ) from error
-    names = ("r", "lora_alpha", "use_rslora", "trainable_token_indices")
-    facts = json.dumps([settings.get(name) for name in names]).encode()
-    digest = hashlib.sha256(hashlib.sha256(data).digest() + facts).hexdigest()
-    return Adapter(directory, spec, spec.base, settings, weights, digest)
+    return Adapter(directory, spec, spec.base, settings, weights)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
     """peft's settings. Raises `ConfigError` for those whose merging is not built."""
     try:
-        settings = dict(json.loads((directory / SETTINGS).read_text("utf-8")))
-        settings["r"], settings["lora_alpha"] = int(settings["r"]), settings["lora_alpha"] / 1
+        settings = {"peft_type": "LORA", **json.loads((directory / SETTINGS).read_text("utf-8"))}
+        if settings["peft_type"] == _TOKENS:
+            settings["token_indices"] = [int(id) for id in settings["token_indices"]]
+        else:
+            settings["r"], settings["lora_alpha"] = int(settings["r"]), settings["lora_alpha"] / 1
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{directory / SETTINGS} holds no settings of peft ({error!r})"

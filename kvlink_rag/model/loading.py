@@ -47,6 +47,11 @@ class ModelFiles:
         """The digest of what is merged into the weights, or ""."""
         return self.adapter.digest if self.adapter else ""
 
+    @property
+    def links(self) -> str:
+        """The digest of link tokens and markers that were trained, or ""."""
+        return self.adapter.links if self.adapter else ""
+
     def check_base(self, adapter_base: str | None) -> str:
         """What is to be said of the adapter on this base; see `Adapter.check`."""
         if self.adapter is None:

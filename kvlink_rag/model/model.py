@@ -115,7 +115,7 @@ class KVLinkModel:
         if files.adapter is not None:
             files.adapter.merge_into(model)
         # 3. weights → engine
-        backbone = Backbone(model.to(target), files.directory, states, files.merged)
+        backbone = Backbone(model.to(target), files.directory, states, files.merged, files.links)
         logger.info("%s computes in %s on %s", path_or_id, backbone.dtype_name, target)
         made = cls.__new__(cls)
         made._start(backbone, files.format, graphs, notice, default_codec(dtype, target))

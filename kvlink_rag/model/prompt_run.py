@@ -142,7 +142,7 @@ class PromptRun:
             return {}
         scope = f"{self.reuse.scope}{self.reuse.repair.name if self.reuse.repair else ''}"
         fingerprint = PassageEncoder(self.backbone, self.prompt.header).fingerprint
-        root = chain_root(fingerprint, self.backbone.dtype, scope)
+        root = chain_root(fingerprint + self.backbone.links, self.backbone.dtype, scope)
         self._chain = chain_keys(self.prompt, root)
         ids = self.prompt.token_ids[:-1].numpy()
         found = {}

@@ -19,7 +19,7 @@ from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import PromptError, SpecError
 
 SPEC_FILE = "kvlink.json"
-SPEC_FORMATS = (1, 2)  # the second has headers
+SPEC_FORMATS = (1, 2)  # the second has headers and link tokens that slots share
 LONGEST_HEADER = 1024  # tokens; each passage is encoded behind it
 MOST = 1 << 22  # a token id, a slot or a count beyond this is a mistake
 
@@ -56,7 +56,9 @@ class Spec:
 
     links_per_passage: link tokens after each passage (0: none).
     first_link_id: link token k of the passage in slot j has id
-        `first_link_id + links_per_passage * j + k`.
+        `first_link_id + links_per_passage * j + k`; where slots share them, `first_link_id + k`.
+    links_shared: whether the link tokens are the same in every slot, so that they bound no number
+        of passages.
     mem_start, mem_end: marker ids around each message's passages, or None.
     max_passages: slots that have link tokens; None: as many as the window holds.
     passage_template, untitled_template: `str.format` with `title`, `text` and `rank`.
@@ -72,6 +74,7 @@ class Spec:
 
     links_per_passage: int = 0
     first_link_id: int = 0
+    links_shared: bool = False
     mem_start: int | None = None
     mem_end: int | None = None
     max_passages: int | None = None
@@ -95,7 +98,7 @@ class Spec:
 
     def link_ids(self, slot: int) -> list[int]:
         """Ids of the link tokens after the passage in `slot` (from 0)."""
-        first = self.first_link_id + self.links_per_passage * slot
+        first = self.first_link_id + self.links_per_passage * (0 if self.links_shared else slot)
         return list(range(first, first + self.links_per_passage))
 
     def render_passage(self, document: Document, slot: int = 0) -> str:
@@ -124,18 +127,25 @@ class Spec:
     def special_ids(self) -> list[int]:
         """Every token id that this spec names."""
         markers = [i for i in (self.mem_start, self.mem_end) if i is not None]
-        slots = (self.max_passages or 0) if self.links_per_passage else 0
-        count = slots * self.links_per_passage
+        count = self.link_slots * self.links_per_passage
         return markers + list(range(self.first_link_id, self.first_link_id + count))
+
+    @property
+    def link_slots(self) -> int:
+        """How many slots have link tokens of their own."""
+        if not self.links_per_passage:
+            return 0
+        return 1 if self.links_shared else self.max_passages or 0
 
     def to_json(self) -> str:
         """The text of a `kvlink.json`."""
         fields = dataclasses.asdict(self)
         if self.base is None:
             del fields["base"]  # an older release reads the file of a whole model
-        if not self.header:
-            del fields["header"]
-        fields = {"format": SPEC_FORMATS[bool(self.header)], **fields}
+        new = [name for name in ("header", "links_shared") if getattr(self, name)]
+        for name in {"header", "links_shared"}.difference(new):
+            del fields[name]  # the same
+        fields = {"format": SPEC_FORMATS[bool(new)], **fields}
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -193,8 +203,10 @@ def _check(spec: Spec) -> None:
         _check_count("an id in header", token, least=0)
     if spec.max_passages is not None:
         _check_count("max_passages", spec.max_passages, least=1)
-    elif spec.links_per_passage:
+    elif spec.links_per_passage and not spec.links_shared:
         raise SpecError("max_passages is missing: with link tokens, say how many slots have them")
+    if not isinstance(spec.links_shared, bool):
+        raise SpecError(f"links_shared is {spec.links_shared!r}, expected true or false")
     if (spec.mem_start is None) != (spec.mem_end is None):
         raise SpecError("mem_start and mem_end go together: give both or neither")
     if spec.rank not in ("none", "fixed", "exact"):

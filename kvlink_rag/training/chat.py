@@ -12,6 +12,7 @@ from typing import Any
 from kvlink_rag.documents import Text
 from kvlink_rag.errors import ConfigError, PromptError
 from kvlink_rag.prompt.chat import has_template, template_pieces
+from kvlink_rag.prompt.format import default_spec
 from kvlink_rag.prompt.spec import PromptPreset
 
 
@@ -21,7 +22,7 @@ class Chat:
 
     system: stands before the system text; user: between system and user text; assistant: between
     user and assistant text; again: between assistant and the next user text. end: ends an answer
-    and is the beginning of `again`.
+    and is the beginning of `again`. own: the prompt itself, where it is not made of these.
     """
 
     system: str
@@ -29,9 +30,12 @@ class Chat:
     assistant: str
     again: str
     end: str
+    own: PromptPreset | None = None
 
     def presets(self, instruction: str) -> dict[str, PromptPreset]:
         """The published prompts: documents in the user's message, or between system and user."""
+        if self.own is not None:
+            return {"evaluation": self.own}
         opened = self.system + instruction
         return {
             "evaluation": PromptPreset(before=opened + self.user, after=self.assistant),
@@ -55,10 +59,14 @@ LLAMA3 = Chat(
 def find_chat(name: str, tokenizer: Any) -> Chat:
     """`llama3`, or `template`: what the tokenizer's chat template writes around messages.
 
+    `plain`: what a model without a spec is asked with; for questions only.
     Raises `ConfigError` where that template cannot be used.
     """
     if name == "llama3":
         return LLAMA3
+    if name == "plain":
+        own = default_spec(tokenizer).prompt_preset
+        return Chat("", "", "", "", tokenizer.eos_token or "", own)
     if not has_template(tokenizer):
         raise ConfigError("the tokenizer has no chat template; set chat: llama3 or give it one")
     try:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from kvlink_rag.datasets.sets import OnBad
 from kvlink_rag.errors import ConfigError, MissingExtra
+from kvlink_rag.prompt.spec import LONGEST_HEADER
 
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = ("qa", "qa_full", "text", "text_memory", "chat", "chat_memory", "summary")
@@ -54,10 +55,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Link tokens of a model that has none yet: how many a passage, for how many passages."""
+    """Link tokens of a model that has none yet: how many a passage, for how many passages.
+
+    shared: the same ones in every slot, for any number of passages, without memory markers.
+    """
 
     per_passage: int = 5
     passages: int = 48
+    shared: bool = False
     passage_template: str = "{title}: {text}\n"
     untitled_template: str = "{text}\n"
     rank: Literal["none", "fixed", "exact"] = "none"
@@ -81,15 +86,18 @@ class FinetuneConfig:
     `model/`, the result (of adapters: `adapter/`). links: None keeps the spec the model brings.
     links_share: of the examples that have link tokens, the others go without; below 1 the model
     answers with and without them. header: special text that every passage sees before its own (see
-    `Spec.header`), such as what opens a message. chat: `llama3` or `template` (the tokenizer's).
-    preset: the prompt that is trained and then used. adapter: directory of an adapter of the same
-    base, rank and link tokens to go on from; steps and optimiser begin anew. distill: the share of
-    the loss that is the divergence from the model's own answer tokens under full attention, the
-    rest is that of the answers given. absent_answer: what answers a question that the passages do
-    not. batch: sets of passages with their questions a step, over all devices; device_batch: of
-    them in memory at once on one. bf16: multiply in bfloat16 where the processor does. master:
-    dtype of the weights that are trained. stored: dtype of the result. fsdp: transformers' FSDP
-    options, such as "full_shard auto_wrap". on_bad: what happens to examples that cannot be used.
+    `Spec.header`), such as what opens a message; header_tokens: or so many new tokens, which begin
+    as those that prompts open with. tokens_only: learn the new tokens' embeddings and nothing else.
+    chat: `llama3`, `template` (the tokenizer's) or `plain` (what a model without a `kvlink.json` is
+    asked with). preset: the prompt that is trained and then used. adapter: directory of an adapter
+    of the same base, rank and link tokens to go on from; steps and optimiser begin anew. distill:
+    the share of the loss that is the divergence from the model's own answer tokens under full
+    attention, the rest is that of the answers given. absent_answer: what answers a question that
+    the passages do not. batch: sets of passages with their questions a step, over all devices;
+    device_batch: of them in memory at once on one. bf16: multiply in bfloat16 where the processor
+    does. master: dtype of the weights that are trained. stored: dtype of the result. fsdp:
+    transformers' FSDP options, such as "full_shard auto_wrap". on_bad: what happens to examples
+    that cannot be used.
     """
 
     model: str
@@ -98,6 +106,8 @@ class FinetuneConfig:
     links: Links | None = field(default_factory=Links)
     links_share: float = 1.0
     header: str = ""
+    header_tokens: int = 0
+    tokens_only: bool = False
     chat: str = "llama3"
     instruction: str = INSTRUCTION
     preset: Literal["evaluation", "training"] = "evaluation"
@@ -128,6 +138,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the result is an adapter, and the base stays as it is."""
+        return self.lora is not None or self.tokens_only
 
 
 def load(path: str | Path) -> FinetuneConfig:
@@ -228,13 +243,21 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError(
             "found lora and fsdp, expected one: merging sharded adapters is not built"
         )
-    if config.adapter is not None and config.lora is None:
+    if config.adapter is not None and not config.adapts:
         raise ConfigError("found adapter without lora; give the rank and alpha it was trained with")
+    if config.tokens_only and (config.lora is not None or config.links is None):
+        raise ConfigError("tokens_only learns new tokens and nothing else: give links and no lora")
+    if config.header and config.header_tokens:
+        raise ConfigError("found header and header_tokens, expected one: text, or new tokens")
+    if not 0 <= config.header_tokens <= LONGEST_HEADER:
+        raise ConfigError(
+            f"header_tokens is {config.header_tokens}, expected 0 to {LONGEST_HEADER}"
+        )
     for name in ("distill", "links_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, expected 0 to 1")
     choices = {
-        "chat": ("llama3", "template"),
+        "chat": ("llama3", "template", "plain"),
         "preset": ("evaluation", "training"),
         "master": ("float32", "bfloat16"),
         "stored": ("float32", "bfloat16", "float16"),

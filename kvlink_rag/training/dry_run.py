@@ -72,16 +72,17 @@ def estimate(config: FinetuneConfig, *, tflops: float, drawn: int = DRAWN) -> Es
         [each.sample for each in found[at : at + config.device_batch]]
         for at in range(0, len(found), config.device_batch)
     ]
-    rows = [Collator()(batch)["labels"] for batch in batches]
+    labels = [Collator()(batch)["labels"] for batch in batches]
     mean = sum(len(each.sample) for each in found) / len(found)
     shape = load_config(prepared.directory)
     parameters = _parameters(shape)
-    trained = parameters if config.lora is None else _adapted(config, shape)
+    rows = len(prepared.new_ids) * shape.hidden_size
+    trained = _adapted(config, shape) + rows if config.adapts else parameters
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     shards = devices if config.fsdp else 1
     examples = config.steps * config.batch
     passes = 8 if config.gradient_checkpointing else 6  # FLOPs a parameter and token
-    padded = sum(r.numel() for r in rows) / sum(int((r > 0).sum()) for r in rows)
+    padded = sum(r.numel() for r in labels) / sum(int((r > 0).sum()) for r in labels)
     return Estimate(
         kinds=tuple(_kind(config, found, i) for i in range(len(config.data))),
         skipped=dict(mixture.skipped.reasons),
@@ -93,7 +94,7 @@ def estimate(config: FinetuneConfig, *, tflops: float, drawn: int = DRAWN) -> Es
         trained=trained,
         devices=devices,
         weight_bytes=_weights(config, parameters, trained) // shards,
-        activation_bytes=_activations(config, shape, max(r.numel() for r in rows)),
+        activation_bytes=_activations(config, shape, max(r.numel() for r in labels)),
         seconds=passes * parameters * examples * mean * padded / (devices * tflops * 1e12),
         tflops=tflops,
     )

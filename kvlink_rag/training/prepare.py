@@ -3,8 +3,10 @@
 Ids are the tokenizer's reserved ones where it has enough (Llama-3: exactly the published ids),
 else new tokens at the end of the vocabulary. Their embeddings begin at the mean of all others plus
 a little noise, the same in every slot: a link token is first of all "the k-th after a passage", and
-what a slot adds is learned. Output rows, where they are not tied, begin at the mean of all others,
-so that a link token is never likely. Knows transformers and peft.
+what a slot adds is learned. Where nothing but the new tokens is learned they begin as tokens that
+the model knows: a header as what opens prompts, link tokens as the end of a line. Output rows,
+where they are not tied, begin at the mean of all others, so that a link token is never likely.
+Knows transformers and peft.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,13 +44,17 @@ RESERVED = re.compile(r"reserved[_ -]?special[_ -]?token")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a run needs besides its data. new_ids: token ids whose embeddings were set here."""
+    """What a run needs besides its data.
+
+    new_ids: token ids whose embeddings are set here; like: those that begin as another token's.
+    """
 
     tokenizer: Any
     spec: Spec
     chat: Chat
     new_ids: tuple[int, ...]
     directory: Path
+    like: Mapping[int, int] = field(default_factory=dict)
 
     def form(self, instruction: str) -> Format:
         """How samples are written."""
@@ -72,13 +79,24 @@ def prepare(config: FinetuneConfig) -> Prepared:
             f"{config.model} brings link tokens of its own, which links would begin anew; set "
             "links: null to tune it further"
         )
+    known = PartTokenizer(tokenizer)  # as the base knows text
+    opening = known.encode(chat.presets(config.instruction)[config.preset].before, special=True)
+    line = known.encode("\n")[-1]
     spec = replace(with_tokens(tokenizer, config.links, chat, config), base=base)
-    new_ids = tuple(spec.special_ids())
-    return Prepared(tokenizer, _with_header(spec, tokenizer, config), chat, new_ids, directory)
+    header = spec.header if config.header_tokens else ()
+    new_ids = (*spec.special_ids(), *header)
+    like: dict[int, int] = {}
+    if config.tokens_only:
+        like = dict.fromkeys(spec.special_ids(), line)
+    if opening:
+        like |= {id: opening[i % len(opening)] for i, id in enumerate(header)}
+    return Prepared(
+        tokenizer, _with_header(spec, tokenizer, config), chat, new_ids, directory, like
+    )
 
 
 def _with_header(spec: Spec, tokenizer: Any, config: FinetuneConfig) -> Spec:
-    """`spec` with the config's header, if it has one."""
+    """`spec` with the config's header of known text, if it has one."""
     if not config.header:
         return spec
     return replace(spec, header=tuple(PartTokenizer(tokenizer).encode(config.header, special=True)))
@@ -86,23 +104,26 @@ def _with_header(spec: Spec, tokenizer: Any, config: FinetuneConfig) -> Spec:
 
 def _base(config: FinetuneConfig, directory: Path, tokenizer: Any) -> Base | None:
     """What an adapter will belong to; nothing where all weights are trained."""
-    if config.lora is None:
+    if not config.adapts:
         return None
     return Base(config.model, weights_digest(directory), tokenizer_digest(tokenizer))
 
 
 def with_tokens(tokenizer: Any, links: Links, chat: Chat, config: FinetuneConfig) -> Spec:
     """The spec of a model that has none; `tokenizer` gets new tokens where it must."""
-    count = links.per_passage * links.passages
-    reserved = reserved_ids(tokenizer)
-    if len(reserved) < count + 2:
-        reserved = _new_tokens(tokenizer, links)
+    names = _names(links, config.header_tokens)
+    reserved = [] if links.shared or config.header_tokens else reserved_ids(tokenizer)
+    if len(reserved) < len(names):
+        reserved = _new_tokens(tokenizer, names)
+    count = links.per_passage * (1 if links.shared else links.passages)
     return Spec(
         links_per_passage=links.per_passage,
         first_link_id=reserved[0] if count else 0,
-        mem_start=reserved[-2],
-        mem_end=reserved[-1],
-        max_passages=links.passages if count else None,
+        links_shared=links.shared and count > 0,
+        mem_start=None if links.shared else reserved[-2],
+        mem_end=None if links.shared else reserved[-1],
+        max_passages=links.passages if count and not links.shared else None,
+        header=tuple(reserved[count : count + config.header_tokens]),
         passage_template=links.passage_template,
         untitled_template=links.untitled_template,
         rank=links.rank,
@@ -122,11 +143,15 @@ def reserved_ids(tokenizer: Any) -> list[int]:
     return longest
 
 
-def _new_tokens(tokenizer: Any, links: Links) -> list[int]:
-    names = [
-        f"<|link_{slot}_{k}|>" for slot in range(links.passages) for k in range(links.per_passage)
-    ]
-    names += ["<|mem_start|>", "<|mem_end|>"]
+def _names(links: Links, header: int) -> list[str]:
+    """What the new tokens are called: link tokens, then the header, then the markers."""
+    slots = [""] if links.shared else [f"{slot}_" for slot in range(links.passages)]
+    names = [f"<|link_{slot}{k}|>" for slot in slots for k in range(links.per_passage)]
+    names += [f"<|header_{k}|>" for k in range(header)]
+    return names if links.shared else [*names, "<|mem_start|>", "<|mem_end|>"]
+
+
+def _new_tokens(tokenizer: Any, names: list[str]) -> list[int]:
     tokenizer.add_tokens(names, special_tokens=True)
     ids: list[int] = tokenizer.convert_tokens_to_ids(names)
     if ids != list(range(ids[0], ids[0] + len(names))):
@@ -143,17 +168,17 @@ def load_weights(config: FinetuneConfig, prepared: Prepared, *, attention: str) 
         attn_implementation=attention,
     )
     size = model.get_input_embeddings().weight.shape[0]
-    needed = max((len(prepared.tokenizer), *(i + 1 for i in prepared.spec.special_ids())))
+    needed = max((len(prepared.tokenizer), *(i + 1 for i in prepared.new_ids)))
     if needed > size:
         model.resize_token_embeddings(needed, mean_resizing=False)
     if prepared.new_ids:
-        begin_tokens(model, prepared.spec, config.seed)
+        begin_tokens(model, prepared.spec, config.seed, prepared.like)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # its name until transformers 5.2x, and after
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-    if config.lora is None:
+    if not config.adapts:
         return model
     if prepared.new_ids and model.config.tie_word_embeddings:
         _untie(model, size)
@@ -176,15 +201,16 @@ def _go_on_from(model: Any, adapter: Adapter, prepared: Prepared) -> None:
         )
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    alpha = model.peft_config["default"].lora_alpha
+    alpha = getattr(model.peft_config["default"], "lora_alpha", None)
     if (
         shapes != {name: tuple(tensor.shape) for name, tensor in adapter.weights.items()}
-        or adapter.settings["lora_alpha"] != alpha
+        or adapter.settings.get("lora_alpha") != alpha
         or adapter.spec.special_ids() != prepared.spec.special_ids()
     ):
         raise ConfigError(
             f"{adapter.directory} has another rank, alpha, targets or link tokens than the config; "
-            f"its rank is {adapter.settings['r']}, its alpha {adapter.settings['lora_alpha']:g}"
+            f"its rank is {adapter.settings.get('r')}, its alpha "
+            f"{adapter.settings.get('lora_alpha')}"
         )
     set_peft_model_state_dict(model, dict(adapter.weights))
 
@@ -201,34 +227,47 @@ def _untie(model: Any, vocabulary: int) -> None:
 
 
 @torch.no_grad()
-def begin_tokens(model: Any, spec: Spec, seed: int) -> None:
-    """Set the embeddings (and output rows) of the spec's tokens, as the module's text says."""
+def begin_tokens(
+    model: Any, spec: Spec, seed: int, like: Mapping[int, int] = MappingProxyType({})
+) -> None:
+    """Set the embeddings (and output rows) of the spec's tokens, as the module's text says.
+
+    like: ids whose embeddings begin as another's.
+    """
     ids = spec.special_ids()
     inside, outside = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     others = torch.ones(len(inside), dtype=torch.bool)
     others[ids] = False
-    kinds = _kinds(spec)
+    kinds = _kinds(spec) or [0]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(max(kinds) + 1, inside.shape[1], generator=generator)
     begun = inside[others].float().mean(0) + NOISE * inside[others].float().std(0) * noise
-    inside[ids] = begun[kinds].to(inside.dtype)
+    if ids:
+        inside[ids] = begun[kinds].to(inside.dtype)
+    for id, known in like.items():
+        inside[id] = inside[known]
     if outside is not inside:
         outside[ids] = outside[others].float().mean(0).to(outside.dtype)
 
 
 def _kinds(spec: Spec) -> list[int]:
     """For each id of `spec.special_ids()`: 0 and 1 the markers, then k + 2 for the k-th link."""
-    slots = (spec.max_passages or 0) if spec.links_per_passage else 0
+    slots = spec.link_slots
     markers = [] if spec.mem_start is None else [0, 1]
     return markers + [k + 2 for _ in range(slots) for k in range(spec.links_per_passage)]
 
 
-def _with_adapters(model: Any, lora: Lora, new_ids: Sequence[int]) -> Any:
-    """LoRA on the matrices, and the rows of new tokens themselves."""
+def _with_adapters(model: Any, lora: Lora | None, new_ids: Sequence[int]) -> Any:
+    """LoRA on the matrices, if any, and the rows of new tokens themselves."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, TrainableTokensConfig, get_peft_model
     except ImportError as error:
-        raise MissingExtra.of("peft", "train", "LoRA") from error
+        raise MissingExtra.of("peft", "train", "adapters") from error
+    if lora is None:
+        rows = TrainableTokensConfig(
+            token_indices=list(new_ids), target_modules=["embed_tokens"], task_type="CAUSAL_LM"
+        )
+        return get_peft_model(model, rows)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     adapters = LoraConfig(
         r=lora.rank,

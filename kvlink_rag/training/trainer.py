@@ -78,8 +78,9 @@ def finetune(
         data_collator=Collator(FLEX_BLOCK if flex else 1),
         callbacks=[Metrics(out / METRICS), _tensorboard(out)],
     )
-    trainer.distill, trainer.never = config.distill, prepared.spec.special_ids()
-    if config.lora is not None:
+    trainer.distill = config.distill
+    trainer.never = sorted({*prepared.spec.special_ids(), *prepared.new_ids})
+    if config.adapts:
         trainer.add_callback(Adapter(prepared, config, out / ADAPTER))
     trainer.train(resume_from_checkpoint=checkpoint)
     if mixture.skipped.reasons:
@@ -265,7 +266,7 @@ def _finish(
 ) -> Path:
     """Write the result once; sharded weights are gathered by the Trainer first."""
     model, directory = trainer.accelerator.unwrap_model(trainer.model), out / RESULT
-    if config.lora is not None:
+    if config.adapts:
         if trainer.is_world_process_zero():
             save_adapter(model, prepared, out / ADAPTER, config)
         if not merge:
