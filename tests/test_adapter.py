@@ -153,8 +153,8 @@ def test_link_tokens_leave_snapshots_valid_and_headers_do_not(
         model = KVLinkModel.from_pretrained(copied, device="cpu")
         found[name] = (model.fingerprint, model.backbone.links)
     as_it_is, link, header = found.values()
-    assert link[0] == as_it_is[0] and link[1] != as_it_is[1]
-    assert header[0] != as_it_is[0] and header[1] == as_it_is[1]
+    assert [a == b for a, b in zip(link, as_it_is, strict=True)] == [True, False]
+    assert [a == b for a, b in zip(header, as_it_is, strict=True)] == [False, True]
 
 
 def test_another_base_is_refused_unless_the_user_insists(adapter: Path, tmp_path: Path) -> None:

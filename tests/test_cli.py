@@ -131,7 +131,19 @@ def the_error(ran: Ran, code: int = 1) -> str:
 
 
 COMMANDS = (
-    *("ask", "bench", "chat", "check", "delete", "demo", "eval", "index", "list", "models"),
+    *(
+        "adapt",
+        "ask",
+        "bench",
+        "chat",
+        "check",
+        "delete",
+        "demo",
+        "eval",
+        "index",
+        "list",
+        "models",
+    ),
     *("plan", "serve", "stats", "train", "verify"),
 )
 # Each costs more than all of help may: these three and what they bring are seconds of start-up.

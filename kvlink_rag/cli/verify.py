@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from kvlink_rag.documents import Document
-from kvlink_rag.errors import ConfigError
 
 from . import terminal
 from .opening import OPTIONS, Options, collection, directory_of, load, load_model
@@ -63,13 +61,9 @@ def verify(
 
 def _quality(path: str, k: int, as_json: bool, options: Options) -> int:
     """What each way costs on the questions in the file `path`."""
-    from kvlink_rag.evaluation.quality import measure, read_questions
+    from kvlink_rag.evaluation.quality import measure, questions_in
 
-    try:
-        lines = Path(path).expanduser().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the questions in {path} cannot be read: {error}") from error
-    questions = list(read_questions(lines))
+    questions = questions_in(path)
     with collection(options, models=True) as rag:
         load(rag)
         found = measure(rag, questions, k=k)

@@ -90,8 +90,11 @@ def _tell_cut(parts: Parts, report: AddReport) -> None:
 
 
 def _tell_deferred(parts: Parts, report: AddReport) -> None:
-    """Warn of passages whose first question will wait for their snapshots."""
-    if not report.deferred:
+    """Warn of passages whose first question will wait for their snapshots.
+
+    Not where the budget is 0: then all of them do, as was asked for.
+    """
+    if not report.deferred or parts.budget.bytes == 0:
         return
     logger.warning(
         "%d passages are encoded when they are first asked for: the snapshots of %s have reached "

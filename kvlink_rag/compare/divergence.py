@@ -99,7 +99,7 @@ def beside(model: KVLinkModel, prompt: Layout, reuse: Reuse, taught: Taught) -> 
     for token in taught.said[:-1]:
         rows.append(run.step(token).float().cpu())
     run.end()
-    both = (torch.stack(rows), taught.logits)
+    both = (torch.stack(rows)[:, : taught.logits.shape[1]], taught.logits)  # tokens of both
     found, wanted = (_sayable(model, each).log_softmax(-1) for each in both)
     terms = (wanted.exp() * (wanted - found)).nan_to_num(0.0)  # what is never said counts nothing
     same = found.argmax(-1) == wanted.argmax(-1)
@@ -108,6 +108,5 @@ def beside(model: KVLinkModel, prompt: Layout, reuse: Reuse, taught: Taught) -> 
 
 def _sayable(model: KVLinkModel, logits: Tensor) -> Tensor:
     """`logits` [..., vocab] without what is never said."""
-    if not model.never_ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(model.never_ids), -torch.inf)
+    never = [id for id in model.never_ids if id < logits.shape[-1]]
+    return logits.index_fill(-1, torch.tensor(never, dtype=torch.int64), -torch.inf)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kvlink_rag.arguments import NO_REPAIR, parse_repair
 from kvlink_rag.collection.rag import KVLinkRAG
@@ -84,6 +85,15 @@ def _recommended(ways: Sequence[Way]) -> tuple[str, str]:
     return FULL, (
         f"no way agrees with full attention on {CLOSE:.0%} of its tokens; {best.name} is nearest"
     )
+
+
+def questions_in(path: str | Path) -> list[str]:
+    """The questions in a file; see `read_questions`. Raises `ConfigError`."""
+    try:
+        lines = Path(path).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the questions in {path} cannot be read: {error}") from error
+    return list(read_questions(lines))
 
 
 def read_questions(lines: Sequence[str]) -> Iterator[str]:
