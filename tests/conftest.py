@@ -133,6 +133,26 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.CwmForCausalLM,
         {**ENDS, "head_dim": 32, "sliding_window": 24, "rope_parameters": LLAMA3_ROPE},
     ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        {
+            **ENDS,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        transformers.SmolLM3ForCausalLM,
+        {**ENDS, "no_rope_layers": [1, 0, 1], "use_sliding_window": False},
+    ),
 }
 
 

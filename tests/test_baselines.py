@@ -38,6 +38,18 @@ def plain_logits(model: KVLinkModel, laid: Layout) -> torch.Tensor:
     return output.logits[0, -1].float()
 
 
+def heads_first(output: torch.Tensor) -> bool:
+    """Whether a hook was given [1, kv_heads, tokens, head_dim]: two heads, and more tokens."""
+    return output.dim() == 4 and output.shape[1] == 2
+
+
+def by_token(output: torch.Tensor, laid: Layout, heads: int) -> torch.Tensor:
+    """[tokens, kv_heads, head_dim] of what a hook was given."""
+    if heads_first(output):
+        return output[0].transpose(0, 1)
+    return output.view(len(laid), heads, -1)
+
+
 def hooked_logits(
     model: KVLinkModel, laid: Layout, choose: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
@@ -63,7 +75,7 @@ def hooked_logits(
         ):
 
             def keep(_: Any, __: Any, output: torch.Tensor, name: str = name) -> None:
-                found[name] = output.detach().view(len(laid), backbone.kv_heads, -1).transpose(0, 1)
+                found[name] = by_token(output.detach(), laid, backbone.kv_heads).transpose(0, 1)
 
             handles.append(module.register_forward_hook(keep))
         plain_logits(model, laid)
@@ -83,9 +95,13 @@ def hooked_logits(
             given = alone[name][number].transpose(0, 1)
 
             def replace(_: Any, __: Any, output: torch.Tensor, given: Any = given) -> torch.Tensor:
-                states = output.view(len(laid), backbone.kv_heads, -1).clone()
+                states = by_token(output, laid, backbone.kv_heads).clone()
                 states[~own] = given[~own]
-                return states.view(output.shape)
+                return (
+                    states.transpose(0, 1)[None]
+                    if heads_first(output)
+                    else states.view(output.shape)
+                )
 
             handles.append(module.register_forward_hook(replace))
     try:

@@ -47,6 +47,28 @@ def test_multimodal_checkpoints_are_refused_with_the_remedy() -> None:
         check_supported(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0.*no caps"),
+        ({"use_bidirectional_attention": True}, "encoded causally"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "RoPE type 'dynamic'",
+        ),
+    ],
+)
+def test_what_of_gemma_3_cannot_be_reused_is_refused(
+    change: dict[str, object], message: str
+) -> None:
+    config = transformers.Gemma3TextConfig()
+    check_supported(config)
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ModelNotSupported, match=message):
+        check_supported(config)
+
+
 def test_nothing_else_tests_a_model_type() -> None:
     test = re.compile(r"model_type\s*(?:==|!=|in\b|not\b)")
     root = Path(kvlink_rag.__file__).parent

@@ -29,7 +29,7 @@ from .copy_stream import CopyStream
 from .families import check_supported, family_of, masks_by_layer, reach_of, window_of
 from .identity import WeightsIdentity
 from .live_cache import LiveCache, WorkspacePool, as_argument, cache_of_rows
-from .rope import rotate_into
+from .rope import Rotation, rotate_into
 from .turns import Turns
 
 SPARE_FACTOR = 4  # how much larger than needed a live cache's memory may be
@@ -53,8 +53,13 @@ class Step:
     """What `run_layer` takes beside the hidden states."""
 
     positions: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Rotation
     masks: Any
+
+    def turned(self, number: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for layer `number`: [1, tokens, head_dim] each."""
+        cos, sin = self.rotary.of_layer(number)
+        return cos[None], sin[None]
 
     def mask(self, config: Any, number: int) -> Tensor | None:
         """The mask of layer `number`."""
@@ -134,11 +139,23 @@ class Backbone:
             self.side.join()
             torch.cuda.current_stream(self.device).synchronize()
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of int64 `positions` [tokens]: each [tokens, head_dim], model dtype."""
+    def rotary(self, positions: Tensor) -> Rotation:
+        """Cosines and sines of int64 `positions` [tokens], in the model's dtype."""
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
-        cos, sin = self.model.model.rotary_emb(probe, positions.to(self.device)[None])
-        return cos[0], sin[0]
+        at, module = positions.to(self.device)[None], self.model.model.rotary_emb
+        if self.family.ropes_by_kind:
+            kinds = self.config.layer_types
+            known = {kind: module(probe, at, kind) for kind in set(kinds)}
+            cos, sin = (torch.stack([known[kind][i] for kind in kinds]) for i in (0, 1))
+            return Rotation(cos, sin)
+        cos, sin = (states[0] for states in module(probe, at))
+        if (turns := self.family.turning_layers(self.config)) is None:
+            return Rotation(cos, sin)
+        ones, zeros = torch.ones_like(cos), torch.zeros_like(sin)
+        return Rotation(
+            torch.stack([cos if each else ones for each in turns])[:, None],
+            torch.stack([sin if each else zeros for each in turns])[:, None],
+        )
 
     def new_cache(self, positions: Tensor, segments: Tensor, capacity: int) -> LiveCache:
         """A live cache whose first entries, at these positions, are still to be filled."""
@@ -287,7 +304,8 @@ class Backbone:
         step = self._recomputing(places, cache)
         for number, layer in enumerate(self.model.model.layers):
             if choose is not None and number == 1:
-                going = choose(*self._states(layer, hidden, step.rotary)).to(self.device)
+                going = choose(*self._states(layer, hidden, step.rotary.of_layer(number)))
+                going = going.to(self.device)
                 hidden, places = hidden[:, going], places[going]
                 step = self._recomputing(places, cache)
             hidden = self.run_layer(number, hidden, step, cache, places)
@@ -313,8 +331,7 @@ class Backbone:
         of what the cache holds, these tokens among them. causal: see `_is_causal`.
         """
         masks = self._masks(at, torch.zeros_like(at), key_at, key_seg, causal)
-        cos, sin = self.rotary(at)
-        return Step(at, (cos[None], sin[None]), masks)
+        return Step(at, self.rotary(at), masks)
 
     def run_layer(
         self, number: int, hidden: Tensor, step: Step, cache: LiveCache, places: Tensor
@@ -328,7 +345,7 @@ class Backbone:
                 attention_mask=step.mask(self.config, number),
                 position_ids=step.positions[None],
                 use_cache=True,
-                position_embeddings=step.rotary,
+                position_embeddings=step.turned(number),
                 **as_argument(cache, layer),
             )
         finally:
@@ -354,7 +371,7 @@ class Backbone:
             keys = module(keys)
         keys = keys.view(shape).transpose(0, 1)
         turned = torch.empty_like(keys)
-        rotate_into(turned, keys, rotary[0][0], rotary[1][0])
+        rotate_into(turned, keys, *rotary)
         return turned, values
 
     @torch.inference_mode()
@@ -369,7 +386,10 @@ class Backbone:
         with self._capture.capturing() as capture:
             self.model.model(input_ids=token_ids.to(self.device), use_cache=False)
         shape = (*token_ids.shape, self.kv_heads, self.head_dim)
-        return [k.view(shape) for k in capture[0]], [v.view(shape) for v in capture[1]]
+        keys, values = capture
+        if self.family.heads_first:
+            keys = [k.transpose(1, 2) for k in keys]
+        return [k.reshape(shape) for k in keys], [v.view(shape) for v in values]
 
     @contextmanager
     def giving(self, places: Tensor, keys: Tensor, values: Tensor) -> Iterator[None]:

@@ -29,10 +29,16 @@ class _Given:
     keys: Tensor
     values: Tensor
 
-    def instead(self, states: Tensor, output: Tensor) -> Tensor:
-        """`output` of one layer's hook, [1, tokens, …], with `states` of that layer put in."""
+    def instead(self, states: Tensor, output: Tensor, heads_first: bool) -> Tensor:
+        """`output` of one layer's hook with `states` of that layer put in.
+
+        output: [1, tokens, …], or where heads come first [1, kv_heads, tokens, head_dim].
+        """
         changed = output.clone()
         kv_heads, _, head_dim = states.shape
+        if heads_first:
+            changed[0, :, self.places] = states
+            return changed
         changed.view(output.shape[1], kv_heads, head_dim)[self.places] = states.transpose(0, 1)
         return changed
 
@@ -47,13 +53,13 @@ class Capture(threading.local):
     values: list[Tensor] | None = None
     given: _Given | None = None
 
-    def keep(self, name: str, number: int, output: Tensor) -> Tensor | None:
+    def keep(self, name: str, number: int, heads_first: bool, output: Tensor) -> Tensor | None:
         """What a hook does with `output` of layer `number`: None leaves it as it is."""
         if (kept := getattr(self, name)) is not None:
             kept.append(output)
         if (given := self.given) is None:
             return None
-        return given.instead(getattr(given, name)[number], output)
+        return given.instead(getattr(given, name)[number], output, heads_first)
 
     @contextmanager
     def capturing(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -91,6 +97,7 @@ class Hooks:
     ) -> None:
         self._attentions, self._capture = list(attentions), capture
         self._names = {"keys": family.keys[-1], "values": family.values}
+        self._heads_first = {"keys": family.heads_first, "values": False}
         self._hooked: dict[tuple[str, int], tuple[torch.nn.Module, RemovableHandle]] = {}
         self._lock = ForkSafeLock()
         self.follow()
@@ -108,6 +115,6 @@ class Hooks:
             return
         if handle is not None:
             handle.remove()
-        keep = partial(self._capture.keep, name, number)
+        keep = partial(self._capture.keep, name, number, self._heads_first[name])
         handle = module.register_forward_hook(lambda _, __, output: keep(output))
         self._hooked[name, number] = module, handle

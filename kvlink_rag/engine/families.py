@@ -7,7 +7,7 @@ Knows configurations as transformers reads them; knows no weights and no tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvlink_rag.errors import ModelNotSupported
@@ -22,16 +22,20 @@ class Family:
     keys: modules of an attention block that keys go through before RoPE, in order; the first takes
     the hidden states, a later one takes each head, or all heads at once (over_heads). values: the
     module that gives values. input_norm: what attention's input goes through, if anything.
-    one_mask: whether all layers take one and the same mask, else one for each of
-    `config.layer_types`. slides: whether layers may have a sliding window. embeddings, logits:
-    settings that embeddings are multiplied with, and logits divided by, outside their modules.
-    shaping: settings that shape keys and values besides those of every family (`identity`).
-    rope_types: the kinds of RoPE for which stored keys can be re-encoded.
+    heads_first: whether the last of them gives [batch, kv_heads, tokens, head_dim]. one_mask:
+    whether all layers take one and the same mask, else one for each of `config.layer_types`.
+    slides: whether layers may have a sliding window. embeddings, logits: settings that embeddings
+    are multiplied with, and logits divided by, outside their modules. shaping: settings that shape
+    keys and values besides those of every family (`identity`). rope_types: the kinds of RoPE for
+    which stored keys can be re-encoded. ropes_by_kind: whether each of `config.layer_types` has a
+    RoPE of its own. turning: the setting that says, for each layer, whether it has RoPE at all.
+    without: settings that must be off, and why.
     """
 
     model_type: str
     keys: tuple[str, ...] = ("k_proj",)
     over_heads: bool = False
+    heads_first: bool = False
     values: str = "v_proj"
     input_norm: str | None = "input_layernorm"
     one_mask: bool = False
@@ -40,6 +44,15 @@ class Family:
     logits: str | None = None
     shaping: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ROPE_TYPES
+    ropes_by_kind: bool = False
+    turning: str | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    def turning_layers(self, config: Any) -> list[bool] | None:
+        """For each layer whether its keys are turned by RoPE; None where all are."""
+        if self.turning is None:
+            return None
+        return [bool(each) for each in getattr(config, self.turning)]
 
 
 _EXPERTS = ("num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
@@ -72,6 +85,19 @@ FAMILIES: Mapping[str, Family] = {
         Family("gemma", one_mask=True, slides=False, shaping=("hidden_activation",)),
         Family("starcoder2", one_mask=True, shaping=("norm_epsilon", "use_bias")),
         Family("cwm"),
+        Family(
+            "gemma3_text",
+            keys=_NORMED,
+            heads_first=True,
+            ropes_by_kind=True,
+            shaping=("hidden_activation", "query_pre_attn_scalar"),
+            without={
+                "use_bidirectional_attention": "passages are encoded causally",
+                "attn_logit_softcapping": "our attention has no caps",
+                "final_logit_softcapping": "our head has no caps",
+            },
+        ),
+        Family("smollm3", turning="no_rope_layers", shaping=("no_rope_layers",)),
     )
 }
 
@@ -104,7 +130,16 @@ def check_supported(config: Any) -> None:
             "expected plain weights, for which reuse is proved; load the original one, or a GGUF "
             "file of it"
         )
+    for name, why in family_of(config).without.items():
+        if value := getattr(config, name, None):
+            raise ModelNotSupported(f"found {name} = {value!r}, expected none: {why}")
     rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = family_of(config).ropes_by_kind
+    for each in rope.values() if by_kind else [rope]:
+        _check_rope(each or {}, kinds)
+
+
+def _check_rope(rope: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in kinds or any(isinstance(value, dict) for value in rope.values()):
         raise ModelNotSupported(

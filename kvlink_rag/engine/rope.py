@@ -1,6 +1,6 @@
 """Position re-encoding: keys stored before RoPE are rotated to the place they take in a prompt.
 
-Knows tensors and the "rotate half" convention of Llama, Mistral, Qwen2 and Qwen3; the cosines and
+Knows tensors and the "rotate half" convention of Llama, Mistral, Qwen and Gemma; the cosines and
 sines come from the model's own rotary module (`backbone`), which knows its scaling.
 KVLink, arXiv 2502.16002, section 3.2.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -18,11 +19,35 @@ logger = logging.getLogger(__name__)
 _refused: set[str] = set()  # why the kernel is not used any more, told once
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The cosines and sines of some positions, in a model's dtype.
+
+    cos, sin: [tokens, head_dim], or [layers, 1, tokens, head_dim] where layers differ.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def part(self, tokens: slice | Tensor, layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Those of some tokens and layers, as `rotate_into` takes them."""
+        if self.cos.dim() == 2:
+            return self.cos[tokens], self.sin[tokens]
+        return self.cos[layers, :, tokens], self.sin[layers, :, tokens]
+
+    def of_layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Those of one layer: [tokens, head_dim] each."""
+        if self.cos.dim() == 2:
+            return self.cos, self.sin
+        return self.cos[number, 0], self.sin[number, 0]
+
+
 def rotate_into(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Write `keys` rotated by (`cos`, `sin`) into `out`, without a temporary.
 
-    out, keys: [..., tokens, head_dim], not overlapping. cos, sin: [tokens, head_dim] in the dtype
-    of `out`. Equals `keys * cos + rotate_half(keys) * sin`. One kernel on CUDA where Triton is.
+    out, keys: [..., tokens, head_dim], not overlapping. cos, sin: [tokens, head_dim], or what goes
+    with `out` where layers differ, in its dtype. Equals `keys * cos + rotate_half(keys) * sin`. One
+    kernel on CUDA where Triton is.
     """
     if out.is_cuda and _rotated_by_kernel(out, keys, cos, sin):
         return

@@ -21,6 +21,7 @@ def can_rotate(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
     rows = all(t.stride(-1) == 1 for t in (out, keys, cos, sin))
     return (
         keys.dim() == out.dim() == 4
+        and cos.dim() == sin.dim() == 2
         and keys.shape == out.shape
         and keys.numel() > 0
         and half & (half - 1) == 0

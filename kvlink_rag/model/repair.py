@@ -60,13 +60,13 @@ def _side_by_side(
     """
     cache = backbone.new_cache(prompt.positions, prompt.segments, len(prompt) + room)
     keys, values = cache.buffers
-    cos, sin = backbone.rotary(prompt.positions)
+    rotation = backbone.rotary(prompt.positions)
     filled = torch.zeros(len(prompt), dtype=torch.bool)
     places = [slice(span.start, span.stop) for span in prompt.passages]
     begun = [slice(prompt.spans[i].start, prompt.spans[i].start + len(r)) for i, r in runs.items()]
     sources: list[Source | Run] = [*snapshots, *runs.values()]
     for at, source in zip([*places, *begun], sources, strict=True):
-        source.fill(keys[:, :, at], values[:, :, at], cos[at], sin[at])
+        source.fill(keys[:, :, at], values[:, :, at], *rotation.part(at))
         filled[at] = True
     return cache, filled
 

@@ -56,14 +56,13 @@ def assemble(
     sources: list[Source | Run] = [*snapshots, *runs.values()]
     marks = []
     with backbone.side.work():
-        cos, sin = backbone.rotary(prompt.positions[taken])
+        rotation = backbone.rotary(prompt.positions[taken])
         for layers in layer_groups(backbone.layers, GROUPS if arriving else 1):
             at = 0
             for source, span in zip(sources, reused, strict=True):
                 place = slice(at, at + len(span))
-                source.part(layers).fill(
-                    keys[layers, :, place], values[layers, :, place], cos[place], sin[place]
-                )
+                turned = rotation.part(place, layers)
+                source.part(layers).fill(keys[layers, :, place], values[layers, :, place], *turned)
                 at = place.stop
             marks.append(backbone.side.mark())
     for run in runs.values():

@@ -129,7 +129,7 @@ class Quantised:
         return self if layers == slice(None) else self.moved(lambda tensor: tensor[layers])
 
     def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Write the keys, rotated by `cos` and `sin` [tokens, head_dim], and the values in place.
+        """Write the keys, rotated by `cos` and `sin`, and the values in place; see `Snapshot.fill`.
 
         keys, values: [layers, kv_heads, tokens, head_dim], of any device and dtype. Computed in
         float32 and rounded once; never more than a slab beside what is written.
@@ -142,7 +142,7 @@ class Quantised:
         slab = SLAB if keys.device.type == "cpu" else self.shape[2]  # there, fewer kernels
         for at, group in self._slabs(slab):
             plain = self._keys(parts, at, group).to(keys.dtype)
-            rotate_into(keys[:, :, at], plain, cos[at], sin[at])
+            rotate_into(keys[:, :, at], plain, cos[..., at, :], sin[..., at, :])
             values[:, :, at] = self._values(parts, at)
 
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

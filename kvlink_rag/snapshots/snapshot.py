@@ -75,15 +75,17 @@ class Snapshot:
         return self.keys.to(dtype), self.values.to(dtype)
 
     def fill(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Write the keys, rotated by `cos` and `sin` [tokens, head_dim], and the values in place.
+        """Write the keys, rotated by `cos` and `sin`, and the values in place.
 
-        keys, values: [layers, kv_heads, tokens, head_dim], of any device. Where they have another
+        keys, values: [layers, kv_heads, tokens, head_dim], of any device. cos, sin: as `Rotation`
+        gives them. Where they have another
         dtype, the numbers are brought to it first: never more than a slab beside what is written.
         """
         own, tokens = self.keys.to(keys.device, non_blocking=True), len(self.token_ids)
         slab = tokens if keys.is_cuda or own.dtype == keys.dtype else SLAB  # there, fewer kernels
         for at in (slice(start, start + slab) for start in range(0, tokens, slab)):
-            rotate_into(keys[:, :, at], own[:, :, at].to(keys.dtype), cos[at], sin[at])
+            plain = own[:, :, at].to(keys.dtype)
+            rotate_into(keys[:, :, at], plain, cos[..., at, :], sin[..., at, :])
         values.copy_(self.values, non_blocking=True)
 
 
