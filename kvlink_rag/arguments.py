@@ -24,6 +24,8 @@ Order = Literal["score", "id"]
 ORDERS: tuple[Order, ...] = get_args(Order)  # how hits follow each other in the prompt
 Mode = Literal["reuse", "masked", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)  # how a prompt comes to its first token
+Weights = Literal["own", "int8"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)  # that generated tokens take (`quick_weights`)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 MAX_TOKENS = 200  # of a passage, as files are split
@@ -118,6 +120,11 @@ def check_codec(name: str) -> str:
 def check_search(name: str) -> str:
     """`name`. Raises `ConfigError` where there is no such way."""
     return check_choice("search", name, SEARCHES)
+
+
+def check_weights(name: str) -> str:
+    """`name`. Raises `ConfigError` where there are no such weights."""
+    return check_choice("weights", name, WEIGHTS)
 
 
 def check_order(name: str) -> str:

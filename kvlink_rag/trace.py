@@ -27,7 +27,8 @@ class Trace:
     ran the model over. snapshots_found: read from the store, or kept on the device;
     snapshots_encoded: encoded now. With CUDA graphs copies go on behind `assembly_ms`, and
     `prefill_ms` waits for them. notice: what is doubtful about the model, such as an adapter on
-    another base than it was trained on. dtype: what the model computed in, such as "float32".
+    another base than it was trained on. dtype: what the model computed in, such as "float32";
+    weights: "int8" where generated tokens took 8-bit ones.
     """
 
     retrieval_ms: float = 0.0
@@ -53,6 +54,7 @@ class Trace:
     finish_reason: str = ""
     notice: str = ""
     dtype: str = ""
+    weights: str = ""
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @contextmanager

@@ -325,6 +325,16 @@ def test_decode(tmp_path: Path) -> None:
     assert row["full_tokens_per_s"] > 0
 
 
+def test_answer(tmp_path: Path) -> None:
+    found = last_line("answer.py", *TINY, "--sizes", "2x16", "--new-tokens", "3")
+    rows = {row["way"]: row for row in found["rows"]}
+    assert list(rows) == ["reuse", "full", "int8"]  # and llama.cpp's, where it is
+    for row in rows.values():
+        assert 0 < row["first_s"] < row["answer_s"]
+        assert row["tokens_per_s"] > 0
+    assert rows["reuse"]["answer_over_reuse"] == rows["reuse"]["rate_over_reuse"] == 1
+
+
 def test_gpu_goes_through_its_steps_on_a_cpu(tmp_path: Path) -> None:
     arguments = ["--shapes", "tiny", "--dtype", "float32", "--rounds", "2", "--device", "cpu"]
     arguments += ["--sizes", "2x16", "3x24", "--codecs", "exact", "int8", "--new-tokens", "3"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from kvlink_rag.arguments import Dtype
+from kvlink_rag.arguments import Dtype, Weights
 from kvlink_rag.errors import ConfigError
 
 from . import terminal
@@ -43,6 +43,8 @@ class Options:
     """auto, cpu, cuda, cuda:1, …"""
     dtype: Dtype = "auto"
     """to compute in; auto: the model's own, on a CPU float32 where it does not multiply that"""
+    weights: Weights = "own"
+    """that generated tokens take; int8: a second copy in 8 bits, sooner on a CPU, see verify"""
     reencode: bool = False
     """take another model, embedder or codec than the collection's and encode it again"""
     offline: bool = False
@@ -94,6 +96,7 @@ def collection(
             embedder=options.embedder,
             device=options.device,
             dtype=options.dtype,
+            weights=options.weights,
             reencode=options.reencode,
             create=create,
             **settings,
@@ -124,7 +127,9 @@ def load_model(options: Options) -> KVLinkModel:
         from kvlink_rag.pretrained.known import DEFAULT
     name = options.model or DEFAULT
     with terminal.doing(f"loading the model {name!r}"):
-        return KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
+        return KVLinkModel.from_pretrained(
+            name, device=options.device, dtype=options.dtype, weights=options.weights
+        )
 
 
 def opener(

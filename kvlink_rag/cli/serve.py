@@ -104,7 +104,9 @@ def _load(
 
     name = model or DEFAULT
     with terminal.doing(f"loading the model {name!r}"):
-        reader = KVLinkModel.from_pretrained(name, device=options.device, dtype=options.dtype)
+        reader = KVLinkModel.from_pretrained(
+            name, device=options.device, dtype=options.dtype, weights=options.weights
+        )
     other = embedder or DEFAULT
     with terminal.doing(f"loading the embedder {other!r}"):
         return reader, load_embedder(other, device=options.device)

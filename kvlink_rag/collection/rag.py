@@ -78,6 +78,7 @@ class KVLinkRAG:
         embedder: AnyEmbedder | str | Path | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        weights: str = "own",
         spec: Spec | None = None,
         codec: str | None = None,
         compression: str | None = None,
@@ -96,16 +97,16 @@ class KVLinkRAG:
         """Open the collection in `directory`, or make one there.
 
         model, embedder: names, directories or loaded objects (an embedder may be LangChain's or
-        LlamaIndex's, see `as_embedder`); None: what the directory remembers, else the pair
-        `small`. dtype: what the model computes in; "auto": as in `KVLinkModel.from_pretrained`; it
-        is no part of the collection. codec: how snapshots are kept, "exact" (what the model
-        computes in), "bf16", "int8", "int4" or "fp8" (smaller, see docs/architecture.md for the
-        price); None: as the directory remembers, else "bf16" where the dtype is left to a CPU, else
-        "exact". compression: "zstd" compresses snapshots on top of the
-        codec, without loss; "none"; None: as the directory remembers, else none. search: how the
-        nearest passages are found, "exact", "ivf" or "auto", which goes by size (see
-        `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in the
-        prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
+        LlamaIndex's, see `as_embedder`); None: what the directory remembers, else the pair `small`.
+        dtype: what the model computes in; "auto": as in `KVLinkModel.from_pretrained`; it is no
+        part of the collection. weights: "int8" for generated tokens, on a CPU, likewise. codec: how
+        snapshots are kept, "exact" (what the model computes in), "bf16", "int8", "int4" or "fp8"
+        (smaller, see docs/architecture.md for the price); None: as the directory remembers, else
+        "bf16" where the dtype is left to a CPU, else "exact". compression: "zstd" compresses
+        snapshots on top of the codec, without loss; "none"; None: as the directory remembers, else
+        none. search: how the nearest passages are found, "exact", "ivf" or "auto", which goes by
+        size (see `VectorIndex`); None: as the directory remembers, else auto. order: of the hits in
+        the prompt, "score" or "id" (see `stream`); None: as the directory remembers, else score.
         repair: what is computed again of reused passages, "first:16" (tokens of each), "select:15%"
         (of all, those that deviate most) or "none"; None: as the directory remembers, else none.
         size_limit: bytes of snapshots to keep at most, as a number or text such as "20GB"; what is
@@ -124,7 +125,7 @@ class KVLinkRAG:
         asked = Asked(
             model,
             embedder if isinstance(embedder, str | Path | None) else as_embedder(embedder),
-            *(device, dtype, spec, codec, compression, search, order, repair, budget),
+            *(device, dtype, weights, spec, codec, compression, search, order, repair, budget),
         )
         parts = open_parts(
             directory,

@@ -27,6 +27,7 @@ from kvlink_rag.arguments import (
     check_codec,
     check_order,
     check_search,
+    check_weights,
     parse_budget,
     parse_repair,
 )
@@ -65,6 +66,7 @@ class Asked:
     embedder: Embedder | str | Path | None = None
     device: str = "auto"
     dtype: str | torch.dtype = "auto"
+    weights: str = "own"
     spec: Spec | None = None
     codec: str | None = None
     compression: str | None = None
@@ -75,6 +77,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         checks = {
+            "weights": check_weights,
             "codec": check_codec,
             "compression": check_compression,
             "search": check_search,
@@ -108,6 +111,11 @@ class Settings:
         self._unfinished: set[str] = set()
         self._model_lock, self._embedder_lock = ForkSafeLock(), ForkSafeLock()
         self._model = _loaded(asked.model)
+        if self._model is not None and asked.weights != "own":
+            raise ConfigError(
+                f"found weights={asked.weights!r} and a model that is loaded; give them to "
+                "KVLinkModel.from_pretrained"
+            )
         self._embedder = None if isinstance(asked.embedder, str | Path) else asked.embedder
         self.model_name = self._name("model", asked.model)
         self.embedder_name = self._name("embedder", asked.embedder)
@@ -259,7 +267,11 @@ class Settings:
 
                 with self._where_it_moved("model"):
                     self._model = KVLinkModel.from_pretrained(
-                        self.model_name, device=asked.device, dtype=asked.dtype, spec=asked.spec
+                        self.model_name,
+                        device=asked.device,
+                        dtype=asked.dtype,
+                        weights=asked.weights,
+                        spec=asked.spec,
                     )
             return self._model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .copy_stream import CopyStream
 from .families import check_supported, family_of, masks_by_layer, reach_of, window_of
 from .identity import WeightsIdentity
 from .live_cache import LiveCache, WorkspacePool, as_argument, cache_of_rows
+from .quick_weights import QuickWeights
 from .rope import Rotation, rotate_into
 from .turns import Turns
 
@@ -105,6 +106,7 @@ class Backbone:
         self.window = reach_of(self.config)
         self.side = CopyStream(self.device)
         self.workspaces: WorkspacePool | None = None  # the plain forward alone
+        self.quick: QuickWeights | None = None  # the model's own weights alone
         self._capture = Capture()
         attentions = (layer.self_attn for layer in self.model.model.layers)
         self._hooks = Hooks(attentions, self.family, self._capture)
@@ -231,6 +233,10 @@ class Backbone:
 
     def _next_logits(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
         """What `turns` runs: the logits [vocabulary] after each token, or what went wrong there."""
+        with self.quick.in_use() if self.quick else nullcontext():
+            return self._after(tokens)
+
+    def _after(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
         grouped = self.config._attn_implementation == GROUPED  # others know no rows
         if len(tokens) > 1 and grouped and all(t.cache.workspace is None for t in tokens):
             ids, at, caches = zip(*((t.id, t.position, t.cache) for t in tokens), strict=True)

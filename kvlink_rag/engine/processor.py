@@ -13,6 +13,7 @@ import torch
 
 CPU_FACTS = Path("/proc/cpuinfo")
 _BFLOAT16 = re.compile(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", re.MULTILINE)
+_VNNI = re.compile(r"^flags\s*:.*\b(?:avx512_vnni|avx_vnni)\b", re.MULTILINE)
 
 
 @cache
@@ -24,6 +25,15 @@ def multiplies_bfloat16() -> bool:
     """
     try:
         return _BFLOAT16.search(CPU_FACTS.read_text("utf-8")) is not None
+    except OSError:
+        return False
+
+
+@cache
+def adds_products_of_bytes() -> bool:
+    """Whether the CPU adds products of bytes in 32 bits (VNNI); others do in 16, which overflow."""
+    try:
+        return _VNNI.search(CPU_FACTS.read_text("utf-8")) is not None
     except OSError:
         return False
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.arguments import Mode, check_mode, parse_repair
+from kvlink_rag.arguments import Mode, check_mode, check_weights, parse_repair
 from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.quick_weights import QuickWeights
 from kvlink_rag.engine.sampling import Sampling
 from kvlink_rag.engine.workspaces import Workspaces
 from kvlink_rag.errors import SpecError
@@ -93,6 +94,7 @@ class KVLinkModel:
         adapter: str | Path | None = None,
         adapter_base: str | None = None,
         graphs: bool | None = None,
+        weights: str = "own",
     ) -> KVLinkModel:
         """Load a directory, a GGUF file, a hub id, a pair's reader, or an adapter with its base.
 
@@ -102,9 +104,11 @@ class KVLinkModel:
         else the built-in one of a published checkpoint, else a spec without link tokens. adapter:
         the directory of an adapter, merged in memory; adapter_base: "any" takes it on another base
         than it was trained on, which every trace then says. graphs: False keeps CUDA graphs off,
-        see `KVLinkModel`.
+        see `KVLinkModel`. weights: "int8" keeps a second copy of them in 8 bits for generated
+        tokens, on a CPU; see `engine.quick_weights`.
         Raises `ConfigError` (nothing to load), `ModelNotSupported`, `SpecError`.
         """
+        check_weights(weights)
         target, precision = find_device(device), find_dtype(dtype)
         # 1. a name → files, tokenizer, spec
         files = find_model(path_or_id, spec, adapter)
@@ -119,6 +123,8 @@ class KVLinkModel:
         logger.info("%s computes in %s on %s", path_or_id, backbone.dtype_name, target)
         made = cls.__new__(cls)
         made._start(backbone, files.format, graphs, notice, default_codec(dtype, target))
+        if weights == "int8":
+            backbone.quick = QuickWeights(backbone.model)
         return made
 
     def _start(

@@ -74,6 +74,7 @@ class PromptRun:
     def _start(self, room: int) -> Tensor:
         trace, backbone = self.trace, self.backbone
         trace.passages, trace.dtype = len(self.prompt.passages), backbone.dtype_name
+        trace.weights = "int8" if backbone.quick else ""
         if self.reuse.repair and trace.passages and trace.mode == "reuse":
             return self._repaired(room)
         if trace.mode == "reuse":  # a workspace's forward begins while snapshots still arrive
@@ -157,7 +158,7 @@ class PromptRun:
         """Keep the runs computed for this prompt, and the answer's, for prompts that share them.
 
         The answer's is reused as far as a later turn holds the tokens that were generated; the last
-        of them is never in the cache.
+        of them is never in the cache. Not where it was made with other weights than a prompt is.
         """
         prefix, cache, repair = self.reuse.prefix, self.cache, self.reuse.repair
         if prefix is None or cache is None or not self._chain:
@@ -165,8 +166,8 @@ class PromptRun:
         ids = np.concatenate([self.prompt.token_ids.numpy(), np.array(self._said, np.int64)])
         places = cache.positions.argsort()
         answer = Span(len(self.prompt), len(ids))
-        spans = (*self.prompt.spans, answer)
-        for i, (chain, span) in enumerate(zip(self._chain, spans, strict=True)):
+        spans = self.prompt.spans if self.backbone.quick else (*self.prompt.spans, answer)
+        for i, (chain, span) in enumerate(zip(self._chain, spans, strict=False)):
             run = ids[span.start : span.stop]
             wanted = span.document is None and len(run) and lasting(self.prompt, i, repair)
             if wanted and run_key(chain, run) not in prefix:
