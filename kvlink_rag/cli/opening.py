@@ -45,6 +45,8 @@ class Options:
     """to compute in; auto: the model's own, on a CPU float32 where it does not multiply that"""
     weights: Weights = "own"
     """that generated tokens take; int8: a second copy in 8 bits, sooner on a CPU, see verify"""
+    remote: str | None = None
+    """a tier of snapshots that machines share: redis://…, s3://…, file:///… ($KVLINK_REMOTE)"""
     reencode: bool = False
     """take another model, embedder or codec than the collection's and encode it again"""
     offline: bool = False
@@ -97,6 +99,7 @@ def collection(
             device=options.device,
             dtype=options.dtype,
             weights=options.weights,
+            remote=options.remote or os.environ.get("KVLINK_REMOTE") or None,
             reencode=options.reencode,
             create=create,
             **settings,

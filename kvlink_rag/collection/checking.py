@@ -58,7 +58,7 @@ def _check_unused(parts: Parts, fix: bool) -> list[str]:
     """Snapshots that no document uses."""
     keys = unused(parts)
     for key in keys if fix else ():
-        parts.store.delete(key)
+        parts.forget(key)
     return [f"snapshots: {key} belongs to no document" for key in keys]
 
 
@@ -90,6 +90,6 @@ def _check_encoded(parts: Parts, fix: bool, sample: int | None) -> list[str]:
         ]
         if wrong and fix:
             for key in {str(entry.snapshot_key) for entry in wrong}:
-                parts.store.delete(key)
+                parts.forget(key)
             encode_again(parts, wrong)
     return problems

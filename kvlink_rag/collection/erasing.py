@@ -30,7 +30,7 @@ def erase(parts: Parts, ids: Sequence[str], *, now: bool = False) -> int:
     parts.index.forget_file()
     # 2. snapshots
     for key in _only_theirs(parts, entries):
-        parts.store.delete(key)
+        parts.forget(key)
     # 3. catalog
     gone = parts.catalog.delete(ids)
     # 4. vector index; a question may have encoded one of them again meanwhile
@@ -38,7 +38,7 @@ def erase(parts: Parts, ids: Sequence[str], *, now: bool = False) -> int:
     remove_unused(parts, gone)
     if now:
         for key in unused(parts):
-            parts.store.delete(key)
+            parts.forget(key)
         parts.catalog.purge()
         parts.index.save()
     return len(gone)

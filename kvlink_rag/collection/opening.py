@@ -15,6 +15,7 @@ from kvlink_rag.errors import StorageError
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.snapshots.device_cache import DeviceMemory, default_budget
 from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.remote import open_remote
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
@@ -39,6 +40,7 @@ def open_parts(
     min_tokens: int,
     device_budget: int | None,
     pinned_budget: int,
+    remote: str | None,
 ) -> Parts:
     """The parts of the collection in `directory`. Errors as in `KVLinkRAG.open`."""
     path = _directory(directory, create)
@@ -51,12 +53,13 @@ def open_parts(
         )
         opened.callback(store.close)
         prefix = PrefixCache(prefix_budget) if prefix_budget else None
+        tier = open_remote(remote, catalog.identity, path, store.file_of) if remote else None
 
         def load() -> Loaded:
             model, kept = settings.model(), settings.storage
             memory = _device_memory(model, device_budget, pinned_budget)
             snapshots = StoredSnapshots(
-                store, model.encoder, codec=kept, users=catalog.users, memory=memory
+                store, model.encoder, codec=kept, users=catalog.users, memory=memory, remote=tier
             )
             # kept runs come from what was read, so they depend on how that is kept
             scope = f"{catalog.identity} {kept.codec} {kept.dtype_name}"
@@ -68,7 +71,7 @@ def open_parts(
 
         opened.pop_all()
         index = SearchIndex(path / INDEX, catalog)
-        return Parts(path, catalog, store, index, settings, prefix, Once(load))
+        return Parts(path, catalog, store, index, settings, prefix, tier, Once(load))
 
 
 def _directory(directory: str | Path, create: bool) -> Path:

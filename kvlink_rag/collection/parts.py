@@ -15,6 +15,7 @@ from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.remote import RemoteTier
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
@@ -73,7 +74,8 @@ class Seen:
 class Parts:
     """The parts of an open collection.
 
-    prefix: computed runs kept between questions, or None. loaded: the model's part, loaded by the
+    prefix: computed runs kept between questions, or None. remote: a tier of snapshots that other
+    machines share, or None. loaded: the model's part, loaded by the
     first call.
     """
 
@@ -83,6 +85,7 @@ class Parts:
     index: SearchIndex
     settings: Settings
     prefix: PrefixCache | None
+    remote: RemoteTier | None
     loaded: Once[Loaded]
     seen: Seen = field(default_factory=Seen)
 
@@ -91,6 +94,12 @@ class Parts:
         """Of snapshots that nobody has asked for yet."""
         return self.settings.budget
 
+    def forget(self, key: str) -> None:
+        """Remove a snapshot, wherever it is kept."""
+        self.store.delete(key)
+        if self.remote is not None:
+            self.remote.erase(key)
+
     def embedder(self) -> Embedder:
         """The embedder, loaded by the first call. Raises `SettingsMismatch`."""
         return self.settings.embedder()
@@ -98,5 +107,7 @@ class Parts:
     def close(self) -> None:
         """Save the index and release the directory. Nothing is lost without it."""
         self.index.close()
+        if self.remote is not None:
+            self.remote.close()
         self.store.close()
         self.catalog.close()

@@ -19,6 +19,7 @@ from kvlink_rag.errors import DocumentError, PassageTooLong
 from .catalog import Entry
 from .parts import Parts
 
+FETCHED = 32  # passages that are asked for in the remote tier at a time
 ANSWER_ROOM = 64  # tokens of the window that a single passage must leave free
 
 
@@ -77,6 +78,10 @@ def encode_missing(parts: Parts, passages: Sequence[Encodable]) -> Encoded:
     if loaded.model.spec.rank == "exact":
         return Encoded([])
     waiting = list({p.key: p for p in passages if p.key not in parts.store}.values())
+    if parts.remote is not None:
+        for some in batched(waiting, FETCHED):
+            list(loaded.snapshots.from_remote({p.token_ids: p.key for p in some}))
+        waiting = [p for p in waiting if p.key not in parts.store]
     taken = list(_within_budget(parts, waiting))
     for index, snapshot in loaded.model.encoder.many([p.token_ids for p in taken]):
         loaded.snapshots.put(taken[index].key, snapshot)
@@ -120,7 +125,7 @@ def remove_unused(parts: Parts, gone: Iterable[Entry]) -> None:
     """Remove the snapshots of replaced or deleted entries that no other document shares."""
     for key in {entry.snapshot_key for entry in gone}:
         if key is not None and parts.catalog.snapshot_users(key) == 0:
-            parts.store.delete(key)
+            parts.forget(key)
 
 
 Item = TypeVar("Item")

@@ -9,7 +9,7 @@ the extra `prometheus`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvlink_rag.errors import MissingExtra
@@ -35,6 +35,17 @@ _COUNTERS = {
     "prefix_misses": "computed runs that no earlier question had",
 }
 
+_REMOTE = {
+    "hits": "snapshots taken from the remote tier",
+    "misses": "snapshots that the remote tier did not have",
+    "written": "snapshots written to the remote tier",
+    "erased": "snapshots erased in the remote tier",
+    "dropped": "snapshots not offered to the remote tier",
+    "refused": "values of the remote tier that were not what they claimed to be",
+    "faults": "calls of the remote tier that failed or took too long",
+    "resting": "whether the remote tier is left alone for now",
+}
+
 
 class CollectionMetrics:
     """A Prometheus collector: `kvlink_documents`, `kvlink_hits_total` and so on.
@@ -58,6 +69,17 @@ class CollectionMetrics:
             for field, text in metrics.items():
                 metric = family(f"kvlink_{field}", text, labels=["collection"])
                 metric.add_metric([self._name], stats[field])
+                yield metric
+        yield from self._remote(stats["remote"] or {})
+
+    def _remote(self, counts: Mapping[str, int]) -> Iterator[Any]:
+        """Those of a tier that machines share, where there is one."""
+        counter, gauge = self._kinds[1][0], self._kinds[0][0]
+        for field, text in _REMOTE.items():
+            if field in counts:
+                family = gauge if field == "resting" else counter
+                metric = family(f"kvlink_remote_{field}", text, labels=["collection"])
+                metric.add_metric([self._name], int(counts[field]))
                 yield metric
 
     def describe(self) -> list[Any]:

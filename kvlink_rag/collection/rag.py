@@ -91,6 +91,7 @@ class KVLinkRAG:
         min_tokens: int = MIN_TOKENS,
         device_budget: int | str | None = None,
         pinned_budget: int | str = 0,
+        remote: str | None = None,
         reencode: bool = False,
         create: bool = True,
     ) -> KVLinkRAG:
@@ -117,8 +118,10 @@ class KVLinkRAG:
         keeps none. min_tokens: the shortest stretch that `recognise` takes for a passage.
         device_budget: bytes of snapshots to keep in the device's memory; None: a quarter of what a
         GPU has free, none on a CPU. pinned_budget: bytes of them to keep in pinned host memory as
-        well, which is for GPUs and taken from all other programs. reencode: where the directory
-        remembers another model, embedder or codec, take the new one and encode again.
+        well, which is for GPUs and taken from all other programs. remote: a tier of snapshots that
+        machines share, behind the directory's own: "redis://…", "s3://bucket/prefix" or
+        "file:///mnt/…" (docs/serving.md). reencode: where the directory remembers another model,
+        embedder or codec, take the new one and encode again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
@@ -138,6 +141,7 @@ class KVLinkRAG:
                 None if device_budget is None else parse_size(device_budget, "device_budget")
             ),
             pinned_budget=parse_size(pinned_budget, "pinned_budget"),
+            remote=remote,
         )
         with contextlib.ExitStack() as opened:
             rag = opened.enter_context(contextlib.closing(cls(parts)))

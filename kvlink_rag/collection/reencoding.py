@@ -37,7 +37,7 @@ def reencode(parts: Parts) -> None:
     for entries in batched(parts.catalog.iterate(), BATCH):
         encode_again(parts, entries)
     for key in unused(parts):
-        parts.store.delete(key)
+        parts.forget(key)
 
 
 def encode_again(parts: Parts, entries: Sequence[Entry]) -> None:

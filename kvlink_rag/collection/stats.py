@@ -20,6 +20,7 @@ class Stats:
     dtype: what the model computes in, "" until it is loaded. storage_dtype: of exact and bf16
     snapshots, "" of others and until there are any. budget: what snapshots may take before they
     are asked for, as it was given to `open`; room: the bytes left of that, None for no bound.
+    remote: counts of the tier that machines share (`RemoteStats`), None without one.
     """
 
     documents: int
@@ -43,6 +44,7 @@ class Stats:
     storage_dtype: str
     budget: str
     room: int | None
+    remote: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -76,6 +78,7 @@ def stats(parts: Parts) -> Stats:
         storage_dtype=parts.settings.storage_dtype,
         budget=str(parts.budget),
         room=None if left == math.inf else max(0, int(left)),
+        remote=parts.remote.stats().to_dict() if parts.remote else None,
     )
 
 

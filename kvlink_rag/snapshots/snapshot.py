@@ -58,6 +58,12 @@ class Snapshot:
         return {"token_ids": self.token_ids, "keys": self.keys, "values": self.values}
 
     @property
+    def shape(self) -> Shape:
+        """(layers, kv_heads, tokens, head_dim)."""
+        layers, heads, tokens, width = self.keys.shape
+        return layers, heads, tokens, width
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the three tensors in memory."""
         return self.keys.nbytes + self.values.nbytes + self.token_ids.nbytes
@@ -118,6 +124,9 @@ class AnySnapshot(Source, Protocol):
 
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def shape(self) -> Shape: ...
 
     @property
     def nbytes(self) -> int: ...

@@ -8,12 +8,12 @@ ids; knows no documents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvlink_rag.arguments import UNREPAIRED, Repair
-from kvlink_rag.errors import ConfigError, StorageError
+from kvlink_rag.errors import ConfigError, SnapshotCorrupt, StorageError
 from kvlink_rag.trace import Trace
 
 from .codecs import Storage
@@ -21,7 +21,8 @@ from .device_cache import DeviceMemory
 from .encode import PassageEncoder
 from .file_format import planned_size, snapshot_key
 from .kept_runs import PrefixCache
-from .snapshot import EXACT, AnySnapshot, Snapshot, Source
+from .remote import RemoteTier
+from .snapshot import EXACT, AnySnapshot, Shape, Snapshot, Source
 from .store import SnapshotStore
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class StoredSnapshots:
     codec: of the snapshots it keeps, or their `Storage`. keep: whether a snapshot encoded for a
     question is stored for the next one. users: the ids of the documents of a key, for log lines.
     encoded: how many the store did not have, so far. memory: where hot ones are kept on the device,
-    or None.
+    or None. remote: a tier that other machines share, or None.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class StoredSnapshots:
         keep: bool = True,
         users: Callable[[str], list[str]] = lambda key: [],
         memory: DeviceMemory | None = None,
+        remote: RemoteTier | None = None,
     ) -> None:
         self.store, self.encoder, self.keep = store, encoder, keep
         self.backbone = encoder.backbone
         self.storage = _storage(codec, self.backbone)
-        self.memory = memory
+        self.memory, self.remote = memory, remote
         self.encoded = 0
         self._users = users
 
@@ -119,10 +121,12 @@ class StoredSnapshots:
             )
         kept = self.storage.keep(snapshot)
         self.store.put(key, kept)
+        if self.remote is not None:
+            self.remote.offer(key)
         return kept
 
     def fetch(self, passages: Sequence[TokenIds], trace: Trace) -> Sequence[Source]:
-        """One snapshot a passage, in order, from the device, the store or encoded now."""
+        """One snapshot a passage, in order: of the device, the store, the tier, or encoded now."""
         unique = list(dict.fromkeys(passages))
         keys = dict(zip(unique, self._keys(unique), strict=True))
         with trace.stage("read"):
@@ -131,6 +135,9 @@ class StoredSnapshots:
             for key, snapshot in self.store.get_many(asked).items():
                 if snapshot is not None:
                     found[asked[key]] = self._to_device(key, snapshot)
+            lacking = {ids: key for ids, key in keys.items() if ids not in found}
+            for ids, snapshot in self.from_remote(lacking):
+                found[ids] = self._to_device(keys[ids], snapshot)
         trace.snapshots_found += len(found)
         missing = [ids for ids in keys if ids not in found]
         if missing:
@@ -140,6 +147,31 @@ class StoredSnapshots:
             trace.snapshots_encoded += len(missing)
             self.encoded += len(missing)
         return [found[ids] for ids in passages]
+
+    def from_remote(self, keys: Mapping[TokenIds, str]) -> Iterator[tuple[TokenIds, AnySnapshot]]:
+        """Those that the tier has, each checked to be what this model would have stored.
+
+        keys: by token ids. What is found is in the store from then on.
+        """
+        if self.remote is None:
+            return
+        files = self.remote.fetch(keys.values())
+        backbone = self.backbone
+        for ids, key in keys.items():
+            if (file := files.get(key)) is None:
+                continue
+            shape = (backbone.layers, backbone.kv_heads, len(ids), backbone.head_dim)
+            try:
+                yield ids, self._adopted(key, file, ids, shape)
+            except (SnapshotCorrupt, StorageError) as error:
+                self.remote.refuse(key, error)
+
+    def _adopted(self, key: str, file: bytes, ids: TokenIds, shape: Shape) -> AnySnapshot:
+        snapshot = self.store.adopt(key, file, ids)
+        if snapshot.shape != shape:
+            self.store.delete(key)
+            raise SnapshotCorrupt(f"found the shape {snapshot.shape}, expected {shape}")
+        return snapshot
 
     def _on_device(self, keys: dict[TokenIds, str]) -> dict[TokenIds, Source]:
         """Those that are kept in the device's memory, or pinned for it."""
@@ -169,6 +201,8 @@ class StoredSnapshots:
         for ids, snapshot in made.items() if keep else ():
             try:
                 self.store.put(keys[ids], snapshot)
+                if self.remote is not None:
+                    self.remote.offer(keys[ids])
             except StorageError as error:
                 logger.warning("snapshot %s is used but not stored: %s", keys[ids], error)
         return made

@@ -147,6 +147,40 @@ class SnapshotStore:
             raise StorageError(f"snapshot {key} cannot be written: {error}") from error
         return True
 
+    def file_of(self, key: str) -> bytes | None:
+        """The bytes of the file of `key`, unchecked; None where there is none to be read."""
+        path = self._path(key)
+        try:
+            return None if path is None else path.read_bytes()
+        except OSError as error:
+            logger.info("snapshot %s cannot be read: %s", key, error)
+            return None
+
+    def adopt(self, key: str, file: bytes, token_ids: Sequence[int]) -> AnySnapshot:
+        """Store a file that another store wrote for `key`, and give its snapshot.
+
+        Where it cannot be kept it is given all the same. Raises `SnapshotCorrupt` where it is not
+        what was written for `key` and `token_ids`.
+        """
+        name = new_name(checked_key(key))
+        try:
+            with atomic_files.temporary(self._temporary, Path(name).name) as target:
+                atomic_files.write_all(target, memoryview(file))
+                path = Path(target.name)
+                snapshot = read_snapshot(path, key=key, token_ids=token_ids)
+                self._keep(key, StoredFile(name, len(file), path))
+        except OSError as error:
+            raise StorageError(f"snapshot {key} cannot be written: {error}") from error
+        return snapshot
+
+    def _keep(self, key: str, file: StoredFile) -> None:
+        try:
+            if self.size_limit is None or file.size <= self.size_limit:
+                self._make_room(file.size)
+                self._insert(key, file)
+        except (StorageError, OSError) as error:
+            logger.warning("snapshot %s is used but not stored: %s", key, error)
+
     def delete(self, key: str) -> bool:
         """Remove the snapshot of `key`; False where there was none. Raises `StorageError`."""
         checked_key(key)

@@ -1,0 +1,367 @@
+"""The tier behind the store: read through, written behind, and never in an answer's way.
+
+    fetch   what is asked for, side by side, within the time limit; a fault is a miss
+    offer   a key is queued; one thread reads its file from the store and writes it there
+    erase   queued as well, after whatever was queued of that key, which goes; never dropped
+
+After a few faults in a row nothing is asked for a while. What is to be erased is written down until
+it is, so that neither a server that is gone nor a kill brings it back. Knows keys and bytes; knows
+no tensors and no documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from kvlink_rag.disk import atomic_files
+from kvlink_rag.errors import ConfigError, SnapshotCorrupt, first_line
+
+from .places import Place, place_of
+from .sealing import seal, unseal
+
+SECRET = "KVLINK_REMOTE_SECRET"  # the environment's variable
+TIMEOUT = 0.5  # seconds that an answer waits for the tier, at most
+LEAST_SECRET = 16  # characters
+READERS = 8  # values that are read side by side
+QUEUED = 1024  # snapshots that may wait to be written; more are not offered
+FAULTS, PAUSE = 3, 10.0  # so many faults in a row, and seconds without a call
+CLOSING = 5.0  # seconds that closing waits for the queue
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStats:
+    """What a tier has seen since it was opened.
+
+    hits, misses: keys asked for. written, erased: values. dropped: not offered, for the queue was
+    full or the tier not to be reached. refused: values that were not what they claimed to be.
+    faults: calls that failed or took too long. resting: whether it is left alone for now.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    written: int = 0
+    erased: int = 0
+    dropped: int = 0
+    refused: int = 0
+    faults: int = 0
+    resting: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def open_remote(url: str, namespace: str, directory: Path, read: Read) -> RemoteTier:
+    """The tier at `url`, whose query may name `namespace`, `timeout` (seconds) and `unsigned=1`.
+
+    namespace: where the URL names none. directory: where what is to be erased is written down.
+    read: the file of a key in the store. Raises `ConfigError`, `MissingExtra`.
+    """
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    named = query.pop("namespace", namespace)
+    if not _NAME.fullmatch(named) or set(named) == {"."}:
+        raise ConfigError(
+            f"found the namespace {named!r}, expected up to 100 letters, digits, '.', '_' and '-'"
+        )
+    timeout = _seconds(query.pop("timeout", str(TIMEOUT)))
+    unsigned = query.pop("unsigned", "0") == "1"
+    secret = os.environ.get(SECRET, "")
+    if not unsigned and len(secret) < LEAST_SECRET:
+        raise ConfigError(
+            "a remote tier needs a secret, the same on all machines that share it: set "
+            f"{SECRET} to {LEAST_SECRET} characters or more (such as of: openssl rand -hex 32), or "
+            "say unsigned=1 in its URL where nobody else can write there"
+        )
+    place = place_of(parts._replace(query=urlencode(query)), timeout)
+    signed = b"" if unsigned else secret.encode()
+    return RemoteTier(
+        place, named, signed, read, timeout=timeout, erasures=directory / "remote-erasures.txt"
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 3600:
+        raise ConfigError(f"found timeout={text!r} in the remote tier's URL, expected seconds")
+    return found
+
+
+Read = Callable[[str], bytes | None]
+
+
+class RemoteTier:
+    """Snapshots' files by key at a `Place`. For any number of threads.
+
+    secret: signs values; empty: nothing is signed. read: the file of a key, asked for when it is
+    its turn to be written. clock: seconds, for the pause after faults.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        namespace: str,
+        secret: bytes,
+        read: Read,
+        *,
+        timeout: float = TIMEOUT,
+        erasures: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._place, self._namespace, self._secret, self._read = place, namespace, secret, read
+        self._timeout, self._clock, self._erasures = timeout, clock, erasures
+        self._counts: Counter[str] = Counter()
+        self._in_a_row, self._resting_until = 0, -1.0
+        self._closed = False
+        self._begin()
+        _tiers.add(self)
+        self._to_erase = dict.fromkeys(_written_down(erasures))
+        for key in self._to_erase:
+            self._enqueue("erase", key)
+
+    def _begin(self) -> None:
+        """Without thread and queue: at first, and in a forked child, whose parent has both."""
+        self._queue: deque[tuple[str, str]] = deque()  # what to do, key
+        self._busy = False
+        self._changed = threading.Condition()
+        self._writer: threading.Thread | None = None
+
+    def fetch(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The files of those keys that are there, checked to be signed under that key."""
+        wanted = list(keys)
+        if not wanted or self._rests():
+            return {}
+        calls = [partial(self._place.get, self._name(key)) for key in wanted]
+        values = _side_by_side(calls, self._timeout)
+        found = {}
+        for key, value in zip(wanted, values, strict=True):
+            if isinstance(value, BaseException):
+                self._fault(f"{key} was not read", value)
+                continue
+            self._well()
+            if value is None:
+                self._count("misses")
+                continue
+            try:
+                found[key] = unseal(self._secret, self._name(key), value)
+            except SnapshotCorrupt as error:
+                self.refuse(key, error)
+        self._count("hits", len(found))
+        return found
+
+    def refuse(self, key: str, error: Exception) -> None:
+        """Count a value that is not to be used, and say why."""
+        self._count("refused")
+        logger.warning("a value of the remote tier is not used (%s): %s", key, error)
+
+    def offer(self, key: str) -> None:
+        """Queue the file of `key`, to be written when it is its turn, if there is room."""
+        with self._changed:
+            waiting = sum(what == "put" for what, _ in self._queue)
+            if waiting < QUEUED and not self._closed:
+                self._enqueue("put", key)
+                return
+        self._count("dropped")
+
+    def erase(self, key: str) -> None:
+        """Queue the removal of `key`; what was queued of it before goes."""
+        with self._changed:
+            self._queue = deque(each for each in self._queue if each != ("put", key))
+            self._to_erase[key] = None
+            self._write_down()
+            self._enqueue("erase", key)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all that is queued was tried, at most so long; whether it was."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
+
+    def close(self) -> None:
+        """Try what is queued, for a few seconds; what is left to be erased is tried next time."""
+        if not self._rests():
+            self.flush(CLOSING)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            left = len(self._to_erase)
+        if left:
+            logger.warning(
+                "%d snapshots are still to be erased in the remote tier; that is tried again when "
+                "this collection is opened with it",
+                left,
+            )
+
+    def stats(self) -> RemoteStats:
+        """Counts so far."""
+        with self._changed:
+            return RemoteStats(**self._counts, resting=self._rests())
+
+    # The writer
+
+    def _enqueue(self, what: str, key: str) -> None:
+        with self._changed:
+            self._queue.append((what, key))
+            if self._writer is None or not self._writer.is_alive():  # nor after a fork
+                self._writer = threading.Thread(
+                    target=self._write, name="kvlink-remote", daemon=True
+                )
+                self._writer.start()
+            self._changed.notify_all()
+
+    def _write(self) -> None:
+        """What the thread does: one thing after the other until the tier is closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                what, key = self._queue.popleft()
+                self._busy = True
+            try:
+                self._do(what, key)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _do(self, what: str, key: str) -> None:
+        if self._rests():
+            self._count("dropped", what == "put")
+            return  # what is to be erased stays written down
+        try:
+            if what == "erase":
+                self._place.delete(self._name(key))
+                self._erased(key)
+            elif (file := self._read(key)) is not None:
+                self._place.put(self._name(key), seal(self._secret, self._name(key), file))
+                self._count("written")
+        except Exception as error:  # whatever a client raises
+            self._fault(f"{key} was not {'erased' if what == 'erase' else 'written'}", error)
+            return
+        self._well()
+        self._again()
+
+    def _erased(self, key: str) -> None:
+        with self._changed:
+            self._to_erase.pop(key, None)
+            self._write_down()
+        self._count("erased")
+
+    def _again(self) -> None:
+        """The tier answers: what could not be erased before is tried again."""
+        with self._changed:
+            queued = {key for what, key in self._queue if what == "erase"}
+            for key in [key for key in self._to_erase if key not in queued]:
+                self._enqueue("erase", key)
+
+    def _write_down(self) -> None:
+        if self._erasures is None:
+            return
+        if not self._to_erase:
+            self._erasures.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(OSError), atomic_files.replaced(self._erasures) as file:
+            atomic_files.write_all(
+                file, memoryview("".join(f"{k}\n" for k in self._to_erase).encode())
+            )
+
+    # Faults
+
+    def _rests(self) -> bool:
+        with self._changed:
+            return self._clock() < self._resting_until
+
+    def _well(self) -> None:
+        with self._changed:
+            self._in_a_row = 0
+
+    def _fault(self, what: str, error: BaseException) -> None:
+        with self._changed:
+            self._counts["faults"] += 1
+            self._in_a_row += 1
+            rests = self._in_a_row >= FAULTS
+            if rests:
+                self._in_a_row = 0
+                self._resting_until = self._clock() + PAUSE
+        logger.warning(
+            "the remote tier failed: %s (%s: %s)%s",
+            what,
+            type(error).__name__,
+            first_line(error),
+            f"; it is left alone for {PAUSE:g} seconds" if rests else "",
+        )
+
+    def _count(self, name: str, number: int = 1) -> None:
+        with self._changed:
+            self._counts[name] += number
+
+    def _name(self, key: str) -> str:
+        return f"{self._namespace}/{key[:2]}/{key}"
+
+
+_tiers: weakref.WeakSet[RemoteTier] = weakref.WeakSet()
+
+
+def _begin_all() -> None:
+    for tier in _tiers:
+        tier._begin()
+
+
+os.register_at_fork(after_in_child=_begin_all)
+
+
+def _written_down(path: Path | None) -> list[str]:
+    try:
+        return path.read_text("ascii").split() if path is not None else []
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _side_by_side(calls: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
+    """What each call gives, or raises; `TimeoutError` for those not done in time, all together.
+
+    In daemon threads: one that hangs keeps neither the caller nor the process.
+    """
+    results: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")] * len(calls)
+    left, done = deque(enumerate(calls)), threading.Semaphore(0)
+
+    def work() -> None:
+        while True:
+            try:
+                place, call = left.popleft()
+            except IndexError:
+                return
+            try:
+                results[place] = call()
+            except Exception as error:
+                results[place] = error
+            done.release()
+
+    for _ in range(min(READERS, len(calls))):
+        threading.Thread(target=work, name="kvlink-remote-read", daemon=True).start()
+    deadline = time.monotonic() + seconds
+    for _ in calls:
+        if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            left.clear()
+            break
+    return list(results)

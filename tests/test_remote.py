@@ -1,0 +1,502 @@
+"""The tier that machines share: each passage is encoded once, and no fault of it is an answer's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
+
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
+from kvlink_rag.snapshots.remote.places import Folder, Place
+from kvlink_rag.snapshots.remote.sealing import seal, unseal
+from kvlink_rag.snapshots.remote.tier import FAULTS, PAUSE, SECRET, RemoteTier, open_remote
+
+SHARED = "0123456789abcdef"
+DOCUMENTS = [Document(f"Town {i} lies at river {i % 3}.", title=f"T{i}") for i in range(6)]
+QUESTION = "Which town lies at river 2?"
+KEY = "ab" * 32
+
+
+@pytest.fixture(scope="module")
+def model() -> KVLinkModel:
+    import torch
+
+    return KVLinkModel(random_model("llama", torch.float32), byte_tokenizer(), byte_spec())
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, SHARED)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def url(folder: Path) -> str:
+    return f"file://{folder}?namespace=team"
+
+
+Machine = Callable[..., KVLinkRAG]
+
+
+@pytest.fixture
+def machine(model: KVLinkModel, tmp_path: Path) -> Iterator[Machine]:
+    """Opens collections in directories of their own, and closes them."""
+    opened: list[KVLinkRAG] = []
+
+    def open_one(name: str, remote: str | None, **settings: Any) -> KVLinkRAG:
+        rag = KVLinkRAG.open(
+            tmp_path / name, model=model, embedder=WordEmbedder(), remote=remote, **settings
+        )
+        opened.append(rag)
+        return rag
+
+    yield open_one
+    for rag in opened:
+        rag.close()
+
+
+def settled(rag: KVLinkRAG) -> dict[str, int]:
+    """The tier's counts once all that was queued was tried."""
+    assert rag.parts.remote is not None
+    assert rag.parts.remote.flush(60)
+    return rag.parts.remote.stats().to_dict()
+
+
+def values(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# Two machines
+
+
+def test_a_passage_is_encoded_on_one_machine_only(machine: Machine, url: str) -> None:
+    alone, one, two = machine("alone", None), machine("one", url), machine("two", url)
+    expected = alone.add(DOCUMENTS) and alone.ask(QUESTION, max_new_tokens=6).text
+    assert one.add(DOCUMENTS).encoded == 6
+    assert settled(one)["written"] == 6
+    assert two.add(DOCUMENTS).encoded == 0
+    assert two.stats().snapshots == 6
+    assert two.stats().remote["hits"] == 6
+    answers = [rag.ask(QUESTION, max_new_tokens=6) for rag in (one, two)]
+    assert [answer.text for answer in answers] == [expected] * 2
+    assert all(answer.trace.snapshots_encoded == 0 for answer in answers)
+    assert one.check() == two.check() == []
+
+
+def test_a_question_takes_what_others_encoded(machine: Machine, url: str) -> None:
+    """Of passages over the budget, or evicted: the tier is asked before anything is encoded."""
+    one, two = machine("one", url), machine("two", url, budget=0)
+    one.add(DOCUMENTS[:3])
+    settled(one)
+    two.add(DOCUMENTS)  # three of them are there, and no budget for the others
+    answer = two.ask(QUESTION, k=6, max_new_tokens=4)
+    assert (answer.trace.snapshots_found, answer.trace.snapshots_encoded) == (3, 3)
+    assert settled(two)["written"] == 3  # behind the answer
+    assert len(values(Path(url.removeprefix("file://").partition("?")[0]))) == 6
+
+
+def test_collections_share_nothing_unless_they_say_so(machine: Machine, folder: Path) -> None:
+    one, two = (machine(name, f"file://{folder}") for name in ("one", "two"))
+    one.add(DOCUMENTS)
+    settled(one)
+    assert two.add(DOCUMENTS).encoded == 6
+
+
+def test_deleting_erases_there(machine: Machine, url: str, folder: Path) -> None:
+    one = machine("one", url)
+    one.add(DOCUMENTS)
+    settled(one)
+    assert len(values(folder)) == 6
+    one.delete([document.identified().id for document in DOCUMENTS[:2]])
+    assert settled(one)["erased"] >= 2
+    assert len(values(folder)) == 4
+
+
+# Faults
+
+
+class Broken(Folder):
+    """A folder whose calls fail, hang or lie as a test says."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = folder
+        self.fails: type[Exception] | None = None
+        self.hangs: threading.Event | None = None
+        self.calls = 0
+        self.entered = threading.Event()
+
+    def _call(self) -> None:
+        self.calls += 1
+        self.entered.set()
+        if self.hangs is not None:
+            self.hangs.wait()
+        if self.fails is not None:
+            raise self.fails("as the test says")
+
+    def get(self, name: str) -> bytes | None:
+        self._call()
+        return super().get(name)
+
+    def put(self, name: str, value: bytes) -> None:
+        self._call()
+        super().put(name, value)
+
+    def delete(self, name: str) -> None:
+        self._call()
+        super().delete(name)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tier(place: Place, tmp_path: Path, **settings: Any) -> RemoteTier:
+    return RemoteTier(
+        place,
+        "team",
+        SHARED.encode(),
+        lambda key: key.encode(),
+        **{"timeout": 60.0, "erasures": tmp_path / "erasures.txt", **settings},
+    )
+
+
+@pytest.mark.parametrize("damage", ["flipped", "another key", "forged", "cut", "unsigned"])
+def test_a_tier_that_lies_is_not_believed(
+    machine: Machine, url: str, folder: Path, damage: str
+) -> None:
+    one = machine("one", url)
+    one.add(DOCUMENTS)
+    settled(one)
+    files = values(folder)
+    whole = [path.read_bytes() for path in files]
+    for path, value, other in zip(files, whole, [*whole[1:], whole[0]], strict=True):
+        name = str(path.relative_to(folder))
+        path.write_bytes(
+            {
+                "flipped": value[:-5] + bytes([value[-5] ^ 1]) + value[-4:],
+                "another key": other,
+                "forged": seal(
+                    b"somebody else's secret", name, unseal(SHARED.encode(), name, value)
+                ),
+                "cut": value[: len(value) // 2],
+                "unsigned": seal(b"", name, unseal(SHARED.encode(), name, value)),
+            }[damage]
+        )
+    two = machine("two", url)
+    assert two.add(DOCUMENTS).encoded == 6
+    assert two.stats().remote["refused"] == 6
+    assert two.ask(QUESTION, max_new_tokens=6).text == one.ask(QUESTION, max_new_tokens=6).text
+    assert two.check() == []
+
+
+def test_a_signed_file_of_other_tokens_is_refused(
+    machine: Machine, url: str, folder: Path, model: KVLinkModel
+) -> None:
+    """A machine that has the secret, and a fault: the file under a name is another passage's."""
+    one = machine("one", url)
+    one.add(DOCUMENTS[:2])
+    settled(one)
+    first, second = values(folder)
+    names = [str(path.relative_to(folder)) for path in (first, second)]
+    file = unseal(SHARED.encode(), names[1], second.read_bytes())
+    first.write_bytes(seal(SHARED.encode(), names[0], file))
+    two = machine("two", url)
+    assert two.add(DOCUMENTS[:2]).encoded == 1
+    assert two.stats().remote["refused"] == 1
+    assert two.check() == []
+
+
+def test_after_faults_in_a_row_it_is_left_alone_for_a_while(tmp_path: Path, folder: Path) -> None:
+    place, clock = Broken(folder), Clock()
+    place.fails = ConnectionError
+    shared = tier(place, tmp_path, clock=clock)
+    for _ in range(FAULTS + 4):
+        assert shared.fetch([KEY]) == {}
+    assert place.calls == FAULTS
+    assert shared.stats().resting
+    clock.now += PAUSE
+    place.fails = None
+    shared.offer(KEY)
+    assert shared.flush(60)
+    assert shared.fetch([KEY]) == {KEY: KEY.encode()}
+    assert shared.stats().to_dict() == {
+        **dict.fromkeys(("misses", "erased", "dropped", "refused"), 0),
+        "hits": 1,
+        "written": 1,
+        "faults": FAULTS,
+        "resting": False,
+    }
+
+
+def test_a_tier_that_never_answers_costs_the_time_limit(tmp_path: Path, folder: Path) -> None:
+    place = Broken(folder)
+    place.hangs = threading.Event()
+    shared = tier(place, tmp_path, timeout=0.05)
+    assert shared.fetch([KEY[:-2] + f"{i:02x}" for i in range(20)]) == {}
+    assert shared.stats().faults == 20
+    place.hangs.set()
+
+
+def test_a_queued_write_never_brings_back_what_was_erased(tmp_path: Path, folder: Path) -> None:
+    place = Broken(folder)
+    place.hangs = threading.Event()
+    shared = tier(place, tmp_path)
+    other = "cd" * 32
+    shared.offer(other)  # under way, and hanging
+    assert place.entered.wait(60)
+    shared.offer(KEY)  # queued
+    shared.erase(KEY)
+    shared.erase(other)
+    place.hangs.set()
+    assert shared.flush(60)
+    assert values(folder) == []
+    assert shared.stats().written == 1  # the one under way, erased behind it
+
+
+def test_what_could_not_be_erased_is_erased_later(tmp_path: Path, folder: Path) -> None:
+    place, clock = Broken(folder), Clock()
+    shared = tier(place, tmp_path, clock=clock)
+    for key in (KEY, "cd" * 32):
+        shared.offer(key)
+    assert shared.flush(60)
+    place.fails = OSError
+    shared.erase(KEY)
+    assert shared.flush(60)
+    assert len(values(folder)) == 2
+    shared.close()  # or killed: it is written down
+    assert (tmp_path / "erasures.txt").read_text().split() == [KEY]
+    place.fails = None
+    again = tier(place, tmp_path, clock=clock)
+    assert again.flush(60)
+    assert [path.name for path in values(folder)] == ["cd" * 32]
+    assert not (tmp_path / "erasures.txt").exists()
+
+
+def test_erasing_is_tried_again_when_it_answers(tmp_path: Path, folder: Path) -> None:
+    place = Broken(folder)
+    shared = tier(place, tmp_path)
+    shared.offer(KEY)
+    assert shared.flush(60)
+    place.fails = OSError
+    shared.erase(KEY)
+    assert shared.flush(60)
+    place.fails = None
+    shared.offer("cd" * 32)
+    assert shared.flush(60)
+    assert [path.name for path in values(folder)] == ["cd" * 32]
+
+
+def test_a_full_tier_loses_nothing(machine: Machine, url: str, folder: Path) -> None:
+    """What cannot be written there is in the local store all the same."""
+    one = machine("one", url)
+    assert one.parts.remote is not None
+    place = Broken(folder)
+    place.fails = OSError
+    one.parts.remote._place = place
+    assert one.add(DOCUMENTS).encoded == 6
+    assert settled(one)["faults"] >= 1
+    assert one.stats().snapshots == 6
+    assert one.check() == []
+
+
+def test_a_forked_child_has_a_queue_of_its_own(tmp_path: Path, folder: Path) -> None:
+    shared = tier(Folder.__new__(Folder), tmp_path)
+    shared._place._root = folder  # type: ignore[attr-defined]
+    shared.offer(KEY)
+    assert shared.flush(60)
+    child = os.fork()
+    if not child:
+        try:
+            shared.offer("cd" * 32)
+            os._exit(0 if shared.flush(60) else 3)
+        finally:
+            os._exit(4)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(values(folder)) == 2
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host", "remote tier 'ftp'"),
+        ("file:///not/there", "there is no folder"),
+        ("file://host/x", "expected file:///absolute"),
+        ("file:///tmp?namespace=../up", "namespace '../up'"),
+        ("file:///tmp?namespace=..", "namespace"),
+        ("file:///tmp?timeout=soon", "timeout='soon'"),
+        ("file:///tmp?timeout=0", "expected seconds"),
+    ],
+)
+def test_what_is_wrong_with_a_url_is_said(url: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_remote(url, "own", tmp_path, lambda key: None)
+
+
+def test_a_tier_without_a_secret_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, machine: Machine
+) -> None:
+    monkeypatch.setenv(SECRET, "short")
+    with pytest.raises(ConfigError, match=f"set {SECRET} to 16 characters"):
+        machine("one", f"file://{folder}")
+    unsigned = open_remote(f"file://{folder}?unsigned=1", "own", tmp_path, lambda key: b"file")
+    unsigned.offer(KEY)
+    assert unsigned.flush(60)
+    assert unsigned.fetch([KEY]) == {KEY: b"file"}
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "line"),
+    [
+        ("redis://host", "redis", r"kvlink-rag\[redis\]"),
+        ("s3://bucket/x", "obstore", r"kvlink-rag\[s3\]"),
+    ],
+)
+def test_a_missing_client_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, package: str, line: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=line):
+        open_remote(url, "own", tmp_path, lambda key: None)
+
+
+def test_a_value_is_of_one_name_and_one_secret() -> None:
+    value = seal(b"secret", "team/ab/abc", b"file")
+    assert unseal(b"secret", "team/ab/abc", value) == b"file"
+    for secret, name in (
+        (b"secret", "other/ab/abc"),
+        (b"other", "team/ab/abc"),
+        (b"", "team/ab/abc"),
+    ):
+        with pytest.raises(SnapshotCorrupt, match="was not signed"):
+            unseal(secret, name, value)
+    with pytest.raises(SnapshotCorrupt, match="does not begin"):
+        unseal(b"secret", "team/ab/abc", b"KVL")
+
+
+# Real servers
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def answers(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until something listens."""
+    waited = threading.Event()
+    for _ in range(600):
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None, "the server ended"
+        waited.wait(0.1)
+    pytest.fail("nothing listens")
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    pytest.importorskip("redis", reason="pip install 'kvlink-rag[redis]'")
+    if (program := shutil.which("redis-server")) is None:
+        pytest.skip("no redis-server here; Debian's package is redis-server")
+    port = free_port()
+    call = [
+        program,
+        "--port",
+        str(port),
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path),
+        "--maxmemory",
+        "64mb",
+    ]
+    server = subprocess.Popen(call, stdout=subprocess.DEVNULL)
+    try:
+        answers(port, server)
+        yield f"redis://127.0.0.1:{port}/0?namespace=team&timeout=60", server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_redis(machine: Machine, redis_url: tuple[str, subprocess.Popen[bytes]]) -> None:
+    url, server = redis_url
+    one, two, three = (machine(name, url) for name in ("one", "two", "three"))
+    assert one.add(DOCUMENTS).encoded == 6
+    assert settled(one)["written"] == 6
+    assert two.add(DOCUMENTS).encoded == 0
+    one.delete([DOCUMENTS[0].identified().id])
+    assert settled(one)["erased"] >= 1
+    assert three.add(DOCUMENTS[:1]).encoded == 1
+    expected = one.ask(QUESTION, max_new_tokens=6).text
+    server.kill()
+    server.wait()
+    four = machine("four", url)
+    assert four.add(DOCUMENTS[1:]).encoded == 5
+    assert four.ask(QUESTION, max_new_tokens=6).text == expected
+    assert four.stats().remote["faults"] >= 1
+
+
+@pytest.fixture
+def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("obstore", reason="pip install 'kvlink-rag[s3]'")
+    pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    settings = {
+        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    try:
+        answers(port, server)
+        import urllib.request
+
+        made = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
+        urllib.request.urlopen(made).close()
+        yield "s3://bucket/snapshots?namespace=team&timeout=60"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_s3(machine: Machine, s3_url: str) -> None:
+    one, two = machine("one", s3_url), machine("two", s3_url)
+    assert one.add(DOCUMENTS).encoded == 6
+    assert settled(one)["written"] == 6
+    assert two.add(DOCUMENTS).encoded == 0
+    one.delete([DOCUMENTS[0].identified().id])
+    assert settled(one)["erased"] >= 1
+    three = machine("three", s3_url)
+    assert three.add(DOCUMENTS).encoded == 1
+    assert three.ask(QUESTION, max_new_tokens=6).text == two.ask(QUESTION, max_new_tokens=6).text
