@@ -7,7 +7,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pair demo notebooks test test-oldest test-newest lint format bench stress soak fuzz audit dist clean
+.PHONY: help setup pair demo notebooks test test-serve test-oldest test-newest lint format bench stress soak fuzz audit dist clean
 MINUTES ?= 5
 
 help: ## List the tasks
@@ -37,6 +37,11 @@ test: setup lint ## Set up, check style and types, run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
+
+test-serve: setup ## The server, its page, and the shared tier on a real Redis and an S3 endpoint; what is missing is told
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'moto[server]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed -rs --numprocesses $(THREADS) \
+		tests/test_serving*.py tests/test_page.py tests/test_remote.py
 
 # The oldest LlamaIndex looks for the word lists that it brings along in a folder of the user.
 test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest

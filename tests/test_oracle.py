@@ -149,6 +149,27 @@ def test_passages_behind_headers_equal_the_rule(
     assert texts["reuse"] == texts["masked"]
 
 
+@pytest.mark.parametrize("codec", ["exact", "int8"])
+def test_a_codec_behind_headers_is_verified_as_everywhere(
+    make_model: ModelMaker, codec: str
+) -> None:
+    plain = make_model("llama", F32)
+    model = plain.with_spec(replace(plain.spec, header=(3, 250, 7)))
+    found = model.verify(prompt(model, 4, seed=1), reuse=Reuse(EncodeNow(model.encoder, codec)))
+    assert found.holds
+    assert (found.price is not None) == (codec == "int8")
+
+
+def test_a_header_is_part_of_what_a_snapshot_is(make_model: ModelMaker) -> None:
+    plain = make_model("llama", F32)
+    headers: list[tuple[int, ...]] = [(), (3,), (3, 250), (250, 3)]
+    models = [plain.with_spec(replace(plain.spec, header=header)) for header in headers]
+    assert len({model.fingerprint for model in models}) == len(headers)
+    assert models[0].fingerprint == plain.backbone.fingerprint  # as it was before headers
+    runs = {id(model.reuse.prefix) for model in models}
+    assert len(runs) == len(headers)
+
+
 @pytest.mark.parametrize("family", NAMES)
 def test_a_loaded_model_equals_the_rule(
     make_model: ModelMaker, family: str, tmp_path: Path

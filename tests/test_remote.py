@@ -16,10 +16,13 @@ import pytest
 from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag.collection.opening import REMOTE
 from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
 from kvlink_rag.snapshots.remote.places import Folder, Place
 from kvlink_rag.snapshots.remote.sealing import seal, unseal
 from kvlink_rag.snapshots.remote.tier import FAULTS, PAUSE, SECRET, RemoteTier, open_remote
+from kvlink_rag.snapshots.snapshot import Snapshot
+from kvlink_rag.snapshots.store import SnapshotStore
 
 SHARED = "0123456789abcdef"
 DOCUMENTS = [Document(f"Town {i} lies at river {i % 3}.", title=f"T{i}") for i in range(6)]
@@ -37,6 +40,7 @@ def model() -> KVLinkModel:
 @pytest.fixture(autouse=True)
 def secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET, SHARED)
+    monkeypatch.delenv(REMOTE, raising=False)
 
 
 @pytest.fixture
@@ -108,6 +112,16 @@ def test_a_question_takes_what_others_encoded(machine: Machine, url: str) -> Non
     assert (answer.trace.snapshots_found, answer.trace.snapshots_encoded) == (3, 3)
     assert settled(two)["written"] == 3  # behind the answer
     assert len(values(Path(url.removeprefix("file://").partition("?")[0]))) == 6
+
+
+def test_the_environment_names_a_tier(
+    machine: Machine, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(REMOTE, url)
+    one, none = machine("one", None), machine("none", "")
+    one.add(DOCUMENTS)
+    assert settled(one)["written"] == 6
+    assert none.stats().remote is None
 
 
 def test_collections_share_nothing_unless_they_say_so(machine: Machine, folder: Path) -> None:
@@ -222,6 +236,29 @@ def test_a_signed_file_of_other_tokens_is_refused(
     assert two.add(DOCUMENTS[:2]).encoded == 1
     assert two.stats().remote["refused"] == 1
     assert two.check() == []
+
+
+def test_a_signed_file_of_another_shape_is_refused(
+    machine: Machine, url: str, folder: Path, tmp_path: Path
+) -> None:
+    one = machine("one", url)
+    one.add(DOCUMENTS[:1])
+    settled(one)
+    (path,) = values(folder)
+    name = str(path.relative_to(folder))
+    (key,) = one.parts.store.keys()
+    ids = one.model.passage_tokens(DOCUMENTS[0])
+    whole = one.parts.store.get(key, ids)
+    assert isinstance(whole, Snapshot)
+    with SnapshotStore(tmp_path / "forged") as forged:
+        forged.put(key, Snapshot(whole.keys[:1], whole.values[:1], whole.token_ids))
+        file = forged.file_of(key)
+    assert file is not None
+    path.write_bytes(seal(SHARED.encode(), name, file))
+    two = machine("two", url)
+    assert two.add(DOCUMENTS[:1]).encoded == 1
+    assert two.stats().remote["refused"] == 1
+    assert two.ask(QUESTION, max_new_tokens=4).text == one.ask(QUESTION, max_new_tokens=4).text
 
 
 def test_after_faults_in_a_row_it_is_left_alone_for_a_while(tmp_path: Path, folder: Path) -> None:

@@ -99,7 +99,7 @@ def collection(
             device=options.device,
             dtype=options.dtype,
             weights=options.weights,
-            remote=options.remote or os.environ.get("KVLINK_REMOTE") or None,
+            remote=options.remote,
             reencode=options.reencode,
             create=create,
             **settings,

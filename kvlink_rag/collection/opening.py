@@ -6,6 +6,7 @@ what was opened. Knows the names of the files; knows neither life.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from .settings import Asked, Settings
 if TYPE_CHECKING:
     from kvlink_rag.model.model import KVLinkModel
 
+REMOTE = "KVLINK_REMOTE"  # the environment's tier, where `open` names none
 CATALOG, INDEX, SNAPSHOTS, LOCK = "catalog.sqlite", "index.faiss", "snapshots", "write.lock"
 
 
@@ -53,7 +55,8 @@ def open_parts(
         )
         opened.callback(store.close)
         prefix = PrefixCache(prefix_budget) if prefix_budget else None
-        tier = open_remote(remote, catalog.identity, path, store.file_of) if remote else None
+        url = os.environ.get(REMOTE, "") if remote is None else remote
+        tier = open_remote(url, catalog.identity, path, store.file_of) if url else None
 
         def load() -> Loaded:
             model, kept = settings.model(), settings.storage

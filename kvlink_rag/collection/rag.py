@@ -120,8 +120,9 @@ class KVLinkRAG:
         GPU has free, none on a CPU. pinned_budget: bytes of them to keep in pinned host memory as
         well, which is for GPUs and taken from all other programs. remote: a tier of snapshots that
         machines share, behind the directory's own: "redis://…", "s3://bucket/prefix" or
-        "file:///mnt/…" (docs/serving.md). reencode: where the directory remembers another model,
-        embedder or codec, take the new one and encode again.
+        "file:///mnt/…" (docs/serving.md); None: what KVLINK_REMOTE says, "" for none. reencode:
+        where the directory remembers another model, embedder or codec, take the new one and encode
+        again.
         Raises `SettingsMismatch` (another of these, without `reencode`), `ConfigError` (no such
         codec), `StorageError`.
         """
