@@ -114,6 +114,19 @@ def test_a_question_takes_what_others_encoded(machine: Machine, url: str) -> Non
     assert len(values(Path(url.removeprefix("file://").partition("?")[0]))) == 6
 
 
+def test_counts_are_exported(machine: Machine, url: str) -> None:
+    pytest.importorskip("prometheus_client")
+    from kvlink_rag.collection.prometheus import CollectionMetrics
+
+    one = machine("one", url)
+    one.add(DOCUMENTS)
+    settled(one)
+    found = {metric.name: metric.samples[0].value for metric in CollectionMetrics(one).collect()}
+    assert found["kvlink_remote_written"] == 6
+    assert found["kvlink_remote_misses"] == 6
+    assert found["kvlink_remote_resting"] == 0
+
+
 def test_the_environment_names_a_tier(
     machine: Machine, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

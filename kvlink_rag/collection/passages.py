@@ -50,7 +50,7 @@ def encodable(parts: Parts, document: Document) -> Encodable:
     """Token ids and key of `document`. Raises `PassageTooLong` beyond the model's window."""
     loaded = parts.loaded()
     ids = loaded.model.passage_tokens(document)
-    most = loaded.model.window - ANSWER_ROOM
+    most = loaded.model.window - ANSWER_ROOM - len(loaded.model.spec.header)
     if len(ids) > most:
         raise PassageTooLong(
             f"document {document.id!r} has {len(ids)} tokens, the model's window leaves room for "
