@@ -487,6 +487,25 @@ def facts(tmp_path: Path) -> Part:
     return Part("qa", str(path), fill=8, fewest=2, questions=5, absent=0.25)
 
 
+def test_long_answers_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": f"{number}?",
+            "answers": [" ".join(["word"] * number), "short"],
+            "ctxs": [{"title": "", "text": "word"}],
+        }
+        for number in range(1, 9)
+    ]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"no": "answer"}]))
+    part = Part("qa", str(path), documents=1, questions=1, answer_words=3)
+    mixture = Mixture(config(data=(part,)), ENCODER, FORM)
+    found = [sample for _, sample in zip(range(30), mixture, strict=False)]
+    answers = {" ".join(["word"] * number) for number in range(1, 4)}
+    assert {learned(sample).removesuffix("<eos>") for sample in found} == answers
+    assert mixture.skipped.reasons["qa: ExampleError"] >= 1  # told as ever, not hidden
+
+
 def test_passages_are_asked_all_that_is_known_about_them(tmp_path: Path) -> None:
     """Whatever is asked has its passage in the memory, or the fixed answer and no passage."""
     part = facts(tmp_path)

@@ -33,9 +33,9 @@ class Part:
     rows where it has fewer. fewest: draw the number of passages from there to `fill`, and which of
     the row's own stay, in any order (0: all of them, in theirs). questions: the most questions of
     the set that are asked about one set of passages. absent: the share of questions whose passages
-    hold no answer, which `absent_answer` of the config answers. column: of the text or the answer,
-    where it is not the schema's. first, last: the rows to learn from, from 0, `last` not among them
-    (None: to the end).
+    hold no answer, which `absent_answer` of the config answers. answer_words: leave out rows whose
+    answer has more words (0: none). column: of the text or the answer, where it is not the
+    schema's. first, last: the rows to learn from, from 0, `last` not among them (None: to the end).
     """
 
     kind: str
@@ -48,6 +48,7 @@ class Part:
     fewest: int = 0
     questions: int = 16
     absent: float = 0.0
+    answer_words: int = 0
     column: str | None = None
     first: int = 0
     last: int | None = None

@@ -20,7 +20,7 @@ from kvlink_rag.prompt.layout import PartEncoder
 from kvlink_rag.prompt.spec import Spec
 
 from .config import FinetuneConfig, Part
-from .questions import Asking, Shelf, known_rows
+from .questions import Asking, Shelf, known, known_rows
 from .samples import Encoded, encode
 from .transforms import TRANSFORMS, Format, Unwanted
 
@@ -38,7 +38,18 @@ class Drawn:
 
 def part_rows(part: Part) -> Iterator[Row | ExampleError]:
     """The rows of one data set that are learned from."""
-    return islice(rows(Source(part.path, part.config, part.split)), part.first, part.last)
+    found = islice(rows(Source(part.path, part.config, part.split)), part.first, part.last)
+    return (row for row in found if not _is_long(row, part)) if part.answer_words else found
+
+
+def _is_long(row: Row | ExampleError, part: Part) -> bool:
+    """Whether the answer has more words than wanted; what cannot be read is not, here."""
+    try:
+        if isinstance(row, ExampleError):
+            return False
+        return len(known(row, 0, part.column).answer.split()) > part.answer_words
+    except ExampleError:
+        return False
 
 
 def _form(form: Format, part: Part, absent_answer: str) -> Format:
