@@ -274,6 +274,20 @@ def test_a_signed_file_of_another_shape_is_refused(
     assert two.ask(QUESTION, max_new_tokens=4).text == one.ask(QUESTION, max_new_tokens=4).text
 
 
+def test_a_compressed_value_is_refused_where_nothing_reads_it(
+    machine: Machine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zstandard")
+    one, two = machine("one", url, compression="zstd"), machine("two", url)
+    one.add(DOCUMENTS)
+    settled(one)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "zstandard", None)
+        assert two.add(DOCUMENTS[:3]).encoded == 3
+        assert two.stats().remote["refused"] == 3
+    assert two.add(DOCUMENTS[3:]).encoded == 0
+
+
 def test_after_faults_in_a_row_it_is_left_alone_for_a_while(tmp_path: Path, folder: Path) -> None:
     place, clock = Broken(folder), Clock()
     place.fails = ConnectionError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvlink_rag.arguments import UNREPAIRED, Repair
-from kvlink_rag.errors import ConfigError, SnapshotCorrupt, StorageError
+from kvlink_rag.errors import ConfigError, KVLinkError, SnapshotCorrupt, StorageError
 from kvlink_rag.trace import Trace
 
 from .codecs import Storage
@@ -163,7 +163,7 @@ class StoredSnapshots:
             shape = (backbone.layers, backbone.kv_heads, len(ids), backbone.head_dim)
             try:
                 yield ids, self._adopted(key, file, ids, shape)
-            except (SnapshotCorrupt, StorageError) as error:
+            except KVLinkError as error:  # also of a compressed one, without zstandard here
                 self.remote.refuse(key, error)
 
     def _adopted(self, key: str, file: bytes, ids: TokenIds, shape: Shape) -> AnySnapshot:
