@@ -12,13 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, WordEmbedder, byte_spec, byte_tokenizer, random_model
+from conftest import (
+    FAMILIES,
+    ModelMaker,
+    WordEmbedder,
+    byte_spec,
+    byte_tokenizer,
+    random_model,
+)
 
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Part, Trace
 from kvlink_rag.collection.conversation import Conversation
 from kvlink_rag.engine.attention import NAME as GROUPED
-from kvlink_rag.engine.backbone import Backbone
+from kvlink_rag.engine.backbone import Backbone, Token
 from kvlink_rag.engine.turns import Turns
+from kvlink_rag.model.prompt_run import PromptRun
 
 Maker = Callable[..., KVLinkModel]
 F32 = torch.float32
@@ -215,6 +223,67 @@ def test_a_thread_that_is_ended_leaves_no_one_waiting() -> None:
         turns.step("a", 1)
     with turns.alone():
         assert turns.waiting == 0
+
+
+def test_ctrl_c_in_the_thread_that_runs_all_leaves_the_others_their_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvlink_rag.engine.turns.PATIENCE", 1e9)
+    ran: list[list[str]] = []
+
+    def run(steps: Sequence[str]) -> list[str]:
+        ran.append(list(steps))
+        if "gone" in steps:
+            raise KeyboardInterrupt
+        return [step.upper() for step in steps]
+
+    turns: Turns[str, str] = Turns(run)
+    together(turns)
+    found: list[str] = []
+    other = threading.Thread(target=lambda: found.append(turns.step("b", "here")))
+    turns._state.changed = Interruptible(lambda: False)
+
+    def lead() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            turns.step("a", "gone")  # leads, and waits for b
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    while not turns._state.busy:
+        pass
+    other.start()
+    leader.join(60)
+    other.join(60)
+    assert found == ["HERE"]
+    assert ran[1:] == [["gone", "here"], ["here"]]
+    assert turns.waiting == 0
+
+
+def test_ctrl_c_in_a_forward_leaves_every_cache_as_it_was(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", torch.float32)
+    runs = []
+    for seed in range(3):
+        laid = model.layout(model.prompt([Document(f"number {seed}")], "what?"))
+        runs.append(PromptRun(model.backbone, laid, Trace(mode="reuse"), model.reuse))
+        runs[-1].start(4)
+    caches = [run.cache for run in runs]
+    before = [len(cache.positions) for cache in caches]
+    plain, calls = model.backbone._alone, iter(range(2))
+
+    def alone(token: Token) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return plain(token)
+
+    monkeypatch.setattr(model.backbone, "_alone", alone)
+    monkeypatch.setattr(model.backbone, "forward_rows", lambda *each: 1 / 0)
+    tokens = [Token(9, n, cache) for n, cache in zip(before, caches, strict=True)]
+    with pytest.raises(KeyboardInterrupt):
+        model.backbone._next_logits(tokens)
+    assert [len(cache.positions) for cache in caches] == before
+    assert all(layer.length == n for c, n in zip(caches, before, strict=True) for layer in c.layers)
 
 
 def test_prefills_and_steps_take_turns() -> None:

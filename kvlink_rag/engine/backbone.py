@@ -237,6 +237,15 @@ class Backbone:
             return self._after(tokens)
 
     def _after(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
+        lengths = [len(token.cache.positions) for token in tokens]
+        try:
+            return self._steps(tokens)
+        except BaseException:  # Ctrl-C: the others are asked again
+            for token, length in zip(tokens, lengths, strict=True):
+                token.cache.truncate(length)
+            raise
+
+    def _steps(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
         grouped = self.config._attn_implementation == GROUPED  # others know no rows
         if len(tokens) > 1 and grouped and all(t.cache.workspace is None for t in tokens):
             ids, at, caches = zip(*((t.id, t.position, t.cache) for t in tokens), strict=True)

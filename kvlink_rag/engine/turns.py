@@ -51,7 +51,8 @@ class _State(Generic[_Step, _Result]):
 class Turns(Generic[_Step, _Result]):
     """Who runs a model next: prefills and decode steps in turn, where both wait.
 
-    run: several steps to their results, or errors, in the same order.
+    run: several steps to their results, or errors, in the same order; where it raises, none was
+    made.
     """
 
     def __init__(self, run: Callable[[Sequence[_Step]], Sequence[_Result | Exception]]) -> None:
@@ -128,30 +129,33 @@ class Turns(Generic[_Step, _Result]):
         """Take a step back; one that is running ends first, for it writes to its live cache."""
         if leads:
             state.busy = False
-        if mine in state.steps:
+        state.changed.wait_for(lambda: mine.done or mine in state.steps)
+        if not mine.done:
             state.steps.remove(mine)
             state.changed.notify_all()
-        else:
-            state.changed.wait_for(lambda: mine.done)
 
     def _lead(
         self, state: _State[_Step, _Result], batch: Sequence[_Waiting[_Step, _Result]]
     ) -> None:
-        """Run the steps of `batch`, and hand out what comes of them."""
+        """Run the steps of `batch`, whose first is the leader's, and hand out what comes of them.
+
+        Where the leader is ended on the way (Ctrl-C), none was made, and the others wait on.
+        """
         start = time.perf_counter()
-        error: BaseException = RuntimeError("the thread that ran this step was ended")
-        results: Sequence[_Result | BaseException] = [error] * len(batch)
+        results: Sequence[_Result | Exception] | None = None
         try:
             results = self._run([each.step for each in batch])
         finally:
             with state.changed:
-                for each, result in zip(batch, results, strict=True):
+                if results is None:
+                    state.steps = [*batch[1:], *state.steps]
+                for each, result in zip(batch, results or (), strict=False):
                     each.done = True
-                    if isinstance(result, BaseException):
+                    if isinstance(result, Exception):
                         each.error = result
                     else:
                         each.result = result
-                state.coming = {each.row for each in batch if each.error is None}
+                state.coming = {each.row for each in batch if each.done and each.error is None}
                 state.seconds = time.perf_counter() - start
                 state.busy = state.prefilled = False
                 state.changed.notify_all()

@@ -17,7 +17,6 @@ import os
 import re
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from kvlink_rag.disk import atomic_files
+from kvlink_rag.disk.forks import renewed_in_child
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt, first_line
 
 from .places import Place, place_of
@@ -133,13 +133,13 @@ class RemoteTier:
         self._counts: Counter[str] = Counter()
         self._in_a_row, self._resting_until = 0, -1.0
         self._closed = False
-        self._begin()
-        _tiers.add(self)
+        self.leave_behind()
+        renewed_in_child(self)
         self._to_erase = dict.fromkeys(_written_down(erasures))
         for key in self._to_erase:
             self._enqueue("erase", key)
 
-    def _begin(self) -> None:
+    def leave_behind(self) -> None:
         """Without thread and queue: at first, and in a forked child, whose parent has both."""
         self._queue: deque[tuple[str, str]] = deque()  # what to do, key
         self._busy = False
@@ -317,17 +317,6 @@ class RemoteTier:
 
     def _name(self, key: str) -> str:
         return f"{self._namespace}/{key[:2]}/{key}"
-
-
-_tiers: weakref.WeakSet[RemoteTier] = weakref.WeakSet()
-
-
-def _begin_all() -> None:
-    for tier in _tiers:
-        tier._begin()
-
-
-os.register_at_fork(after_in_child=_begin_all)
 
 
 def _written_down(path: Path | None) -> list[str]:
