@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ModelMaker
-from test_oracle import difference, documents, rule_logits
+from test_oracle import as_given, by_token, difference, documents, rule_logits
 
 from kvlink_rag import KVLinkModel, Passage, Text
 from kvlink_rag.compare.baselines import BLOCK, METHODS, Baselines
@@ -36,18 +36,6 @@ def plain_logits(model: KVLinkModel, laid: Layout) -> torch.Tensor:
     with torch.inference_mode():
         output = model.backbone.model(input_ids=laid.token_ids[None], use_cache=False)
     return output.logits[0, -1].float()
-
-
-def heads_first(output: torch.Tensor) -> bool:
-    """Whether a hook was given [1, kv_heads, tokens, head_dim]: two heads, and more tokens."""
-    return output.dim() == 4 and output.shape[1] == 2
-
-
-def by_token(output: torch.Tensor, laid: Layout, heads: int) -> torch.Tensor:
-    """[tokens, kv_heads, head_dim] of what a hook was given."""
-    if heads_first(output):
-        return output[0].transpose(0, 1)
-    return output.view(len(laid), heads, -1)
 
 
 def hooked_logits(
@@ -97,11 +85,7 @@ def hooked_logits(
             def replace(_: Any, __: Any, output: torch.Tensor, given: Any = given) -> torch.Tensor:
                 states = by_token(output, laid, backbone.kv_heads).clone()
                 states[~own] = given[~own]
-                return (
-                    states.transpose(0, 1)[None]
-                    if heads_first(output)
-                    else states.view(output.shape)
-                )
+                return as_given(states, output)
 
             handles.append(module.register_forward_hook(replace))
     try:

@@ -49,6 +49,23 @@ def fresh(model: KVLinkModel) -> Reuse:
     return Reuse(EncodeNow(model.encoder))
 
 
+def heads_first(output: torch.Tensor) -> bool:
+    """Whether a hook was given [1, kv_heads, tokens, head_dim]: two heads, and more tokens."""
+    return output.dim() == 4 and output.shape[1] == 2
+
+
+def by_token(output: torch.Tensor, laid: Layout, heads: int) -> torch.Tensor:
+    """[tokens, kv_heads, head_dim] of what a hook was given."""
+    if heads_first(output):
+        return output[0].transpose(0, 1)
+    return output.view(len(laid), heads, -1)
+
+
+def as_given(states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """`states` [tokens, kv_heads, head_dim] in the shape of what a hook was given."""
+    return states.transpose(0, 1)[None] if heads_first(output) else states.view(output.shape)
+
+
 def rule_mask(laid: Layout, window: int | None) -> torch.Tensor:
     """The visibility rule of the paper, written out for each pair of tokens."""
     n = len(laid)

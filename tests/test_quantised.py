@@ -22,7 +22,7 @@ from conftest import FAMILIES, ModelMaker, WordEmbedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_oracle import difference, documents, rule_logits
+from test_oracle import as_given, by_token, difference, documents, rule_logits
 
 import kvlink_rag.collection.reencoding
 import kvlink_rag.snapshots.quantised
@@ -314,9 +314,9 @@ def given_logits(model: KVLinkModel, laid: Layout, files: list[Path]) -> torch.T
             states_here = given_states[number].transpose(0, 1)
 
             def put(_: Any, __: Any, output: torch.Tensor, here: Any = states_here) -> torch.Tensor:
-                changed = output.view(len(laid), backbone.kv_heads, backbone.head_dim).clone()
+                changed = by_token(output, laid, backbone.kv_heads).clone()
                 changed[at] = here
-                return changed.view(output.shape)
+                return as_given(changed, output)
 
             handles.append(module.register_forward_hook(put))
     try:

@@ -153,7 +153,8 @@ def trace(fields: Mapping[str, Any]) -> list[str]:
         f"tokens: {fields['reused_tokens']:,} reused, {fields['prefix_tokens']:,} kept, "
         f"{fields['computed_tokens']:,} computed, {fields['generated_tokens']:,} generated",
         f"snapshots: {fields['snapshots_found']} found, {fields['snapshots_encoded']} encoded",
-        f"computed in {fields['dtype']}",
+        f"computed in {fields['dtype']}"
+        + (f", generated with {fields['weights']} weights" if fields["weights"] else ""),
     ]
     return ["ms: " + ", ".join(times), "; ".join(counts)]
 
