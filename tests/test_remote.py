@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
 
-from kvlink_rag import Document, KVLinkModel, KVLinkRAG
+from kvlink_rag import Document, KVLinkModel, KVLinkRAG, Trace
 from kvlink_rag.collection.opening import REMOTE
 from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
 from kvlink_rag.snapshots.remote.places import Folder, Place
@@ -154,6 +154,25 @@ def test_deleting_erases_there(machine: Machine, url: str, folder: Path) -> None
     assert len(values(folder)) == 4
 
 
+def test_what_is_deleted_without_the_tier_is_erased_when_it_is_back(
+    machine: Machine, url: str, folder: Path
+) -> None:
+    first = machine("one", url)
+    first.add(DOCUMENTS)
+    settled(first)
+    first.close()
+    without = machine("one", "")
+    without.delete([DOCUMENTS[0].identified().id])
+    without.close()
+    assert len(values(folder)) == 6
+    settled(machine("one", url))
+    assert len(values(folder)) == 5
+    never = machine("never", "")
+    never.add(DOCUMENTS)
+    never.delete([DOCUMENTS[0].identified().id])
+    assert not list(never.directory.glob("remote*"))
+
+
 # Faults
 
 
@@ -175,9 +194,9 @@ class Broken(Folder):
         if self.fails is not None:
             raise self.fails("as the test says")
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, name: str, most: int) -> bytes | None:
         self._call()
-        return super().get(name)
+        return super().get(name, most)
 
     def put(self, name: str, value: bytes) -> None:
         self._call()
@@ -293,14 +312,14 @@ def test_after_faults_in_a_row_it_is_left_alone_for_a_while(tmp_path: Path, fold
     place.fails = ConnectionError
     shared = tier(place, tmp_path, clock=clock)
     for _ in range(FAULTS + 4):
-        assert shared.fetch([KEY]) == {}
+        assert shared.fetch({KEY: 99}) == {}
     assert place.calls == FAULTS
     assert shared.stats().resting
     clock.now += PAUSE
     place.fails = None
     shared.offer(KEY)
     assert shared.flush(60)
-    assert shared.fetch([KEY]) == {KEY: KEY.encode()}
+    assert shared.fetch({KEY: 99}) == {KEY: KEY.encode()}
     assert shared.stats().to_dict() == {
         **dict.fromkeys(("misses", "erased", "dropped", "refused"), 0),
         "hits": 1,
@@ -314,7 +333,7 @@ def test_a_tier_that_never_answers_costs_the_time_limit(tmp_path: Path, folder: 
     place = Broken(folder)
     place.hangs = threading.Event()
     shared = tier(place, tmp_path, timeout=0.05)
-    assert shared.fetch([KEY[:-2] + f"{i:02x}" for i in range(20)]) == {}
+    assert shared.fetch({KEY[:-2] + f"{i:02x}": 99 for i in range(20)}) == {}
     assert shared.stats().faults == 20
     place.hangs.set()
 
@@ -351,7 +370,7 @@ def test_what_could_not_be_erased_is_erased_later(tmp_path: Path, folder: Path) 
     again = tier(place, tmp_path, clock=clock)
     assert again.flush(60)
     assert [path.name for path in values(folder)] == ["cd" * 32]
-    assert not (tmp_path / "erasures.txt").exists()
+    assert (tmp_path / "erasures.txt").read_text() == ""
 
 
 def test_erasing_is_tried_again_when_it_answers(tmp_path: Path, folder: Path) -> None:
@@ -379,6 +398,57 @@ def test_a_full_tier_loses_nothing(machine: Machine, url: str, folder: Path) -> 
     assert settled(one)["faults"] >= 1
     assert one.stats().snapshots == 6
     assert one.check() == []
+
+
+def test_a_value_larger_than_such_a_snapshot_is_not_read(
+    machine: Machine, url: str, folder: Path
+) -> None:
+    one = machine("one", url)
+    one.add(DOCUMENTS[:1])
+    settled(one)
+    (path,) = values(folder)
+    with path.open("ab") as file:
+        file.truncate(1 << 40)  # a hole; reading it would take all memory
+    two = machine("two", url)
+    assert two.add(DOCUMENTS[:1]).encoded == 1
+    assert two.stats().remote["refused"] == 1
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_neither_links_nor_pipes_are_read(
+    machine: Machine, url: str, folder: Path, kind: str
+) -> None:
+    one = machine("one", url)
+    one.add(DOCUMENTS[:1])
+    settled(one)
+    (path,) = values(folder)
+    elsewhere = folder.parent / "elsewhere"
+    path.rename(elsewhere)
+    if kind == "link":
+        path.symlink_to(elsewhere)
+    else:
+        os.mkfifo(path)
+    two = machine("two", url)
+    assert two.add(DOCUMENTS[:1]).encoded == 1
+    assert two.stats().remote["faults"] == 1
+
+
+def test_what_no_document_has_is_not_written(machine: Machine, url: str, folder: Path) -> None:
+    one = machine("one", url)
+    ids = one.model.passage_tokens(Document("A passage of an application's own."))
+    one.parts.loaded().snapshots.fetch([ids], Trace())
+    assert settled(one)["written"] == 0
+    assert values(folder) == []
+
+
+def test_what_is_deleted_while_it_is_written_is_taken_back(tmp_path: Path, folder: Path) -> None:
+    """By another process, whose erasure came before the write."""
+    place = Broken(folder)
+    there = iter([True, False])  # before the write, after it
+    shared = tier(place, tmp_path, wanted=lambda key: next(there))
+    shared.offer(KEY)
+    assert shared.flush(60)
+    assert values(folder) == []
 
 
 def test_a_forked_child_has_a_queue_of_its_own(tmp_path: Path, folder: Path) -> None:
@@ -426,7 +496,7 @@ def test_a_tier_without_a_secret_is_refused(
     unsigned = open_remote(f"file://{folder}?unsigned=1", "own", tmp_path, lambda key: b"file")
     unsigned.offer(KEY)
     assert unsigned.flush(60)
-    assert unsigned.fetch([KEY]) == {KEY: b"file"}
+    assert unsigned.fetch({KEY: 4}) == {KEY: b"file"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.prompt.recognition import Recogniser
 from kvlink_rag.retrieval.embedder import Embedder
 from kvlink_rag.snapshots.kept_runs import PrefixCache
-from kvlink_rag.snapshots.remote import RemoteTier
+from kvlink_rag.snapshots.remote import RemoteTier, note_erasure
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
@@ -99,6 +99,8 @@ class Parts:
         self.store.delete(key)
         if self.remote is not None:
             self.remote.erase(key)
+        else:
+            note_erasure(self.directory, key)
 
     def embedder(self) -> Embedder:
         """The embedder, loaded by the first call. Raises `SettingsMismatch`."""

@@ -155,7 +155,7 @@ class StoredSnapshots:
         """
         if self.remote is None:
             return
-        files = self.remote.fetch(keys.values())
+        files = self.remote.fetch({k: self.planned_bytes(len(ids)) for ids, k in keys.items()})
         backbone = self.backbone
         for ids, key in keys.items():
             if (file := files.get(key)) is None:

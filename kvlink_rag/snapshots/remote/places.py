@@ -7,8 +7,9 @@ client's own exception. Knows clients; knows no snapshot, and not who asks.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import SplitResult, unquote
 
 from kvlink_rag.disk import atomic_files
@@ -18,11 +19,19 @@ REDIS = ("redis", "rediss", "valkey", "valkeys")
 OBJECTS = ("s3", "gs", "az")
 
 
+class TooLarge(Exception):
+    """A value of more bytes than what is asked for can have."""
+
+
+def _too_large(name: str, most: int) -> NoReturn:
+    raise TooLarge(f"{name} has more than the {most:,} bytes that such a snapshot takes")
+
+
 class Place(Protocol):
     """For any number of threads."""
 
-    def get(self, name: str) -> bytes | None:
-        """The value, or None where there is none."""
+    def get(self, name: str, most: int) -> bytes | None:
+        """The value, or None where there is none. Raises `TooLarge` beyond `most` bytes."""
         ...
 
     def put(self, name: str, value: bytes) -> None:
@@ -59,12 +68,17 @@ class Folder:
         if not self._root.is_dir():
             raise ConfigError(f"there is no folder {self._root}; make or mount it first")
 
-    def get(self, name: str) -> bytes | None:
-        """See `Place`."""
+    def get(self, name: str, most: int) -> bytes | None:
+        """See `Place`. Neither a link nor a pipe is read."""
         try:
-            return (self._root / name).read_bytes()
+            number = os.open(self._root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
+        with open(number, "rb") as file:
+            found = os.fstat(number)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(f"found {name} to be no regular file")
+            return file.read() if found.st_size <= most else _too_large(name, most)
 
     def put(self, name: str, value: bytes) -> None:
         """See `Place`."""
@@ -94,10 +108,12 @@ class Redis:
             retry=None,
         )
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, name: str, most: int) -> bytes | None:
         """See `Place`."""
-        found: bytes | None = self._client.get(f"kvlink:{name}")
-        return found
+        found: bytes = self._client.getrange(f"kvlink:{name}", 0, most)  # `most` is among them
+        if len(found) > most:
+            _too_large(name, most)
+        return found or None
 
     def put(self, name: str, value: bytes) -> None:
         """See `Place`."""
@@ -129,12 +145,13 @@ class Objects:
             retry_config={"max_retries": 0},
         )
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, name: str, most: int) -> bytes | None:
         """See `Place`."""
         try:
-            return bytes(self._client.get(self._store, name).bytes())
+            found = self._client.get(self._store, name)
         except FileNotFoundError:
             return None
+        return bytes(found.bytes()) if found.meta["size"] <= most else _too_large(name, most)
 
     def put(self, name: str, value: bytes) -> None:
         """See `Place`."""

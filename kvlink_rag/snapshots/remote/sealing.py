@@ -12,6 +12,7 @@ from kvlink_rag.errors import SnapshotCorrupt
 
 MAGIC = b"KVLINK\x01\n"
 _MARK = hashlib.sha256().digest_size
+SEALED = len(MAGIC) + _MARK  # bytes that a value has beside its file
 
 
 def seal(secret: bytes, name: str, file: bytes) -> bytes:
@@ -21,11 +22,10 @@ def seal(secret: bytes, name: str, file: bytes) -> bytes:
 
 def unseal(secret: bytes, name: str, value: bytes) -> bytes:
     """The file in a value. Raises `SnapshotCorrupt` where it is not what `seal` made of `name`."""
-    head = len(MAGIC) + _MARK
-    if value[: len(MAGIC)] != MAGIC or len(value) < head:
+    if value[: len(MAGIC)] != MAGIC or len(value) < SEALED:
         raise SnapshotCorrupt(f"{name} in the remote tier does not begin as a value of kvlink-rag")
-    file = value[head:]
-    if not hmac.compare_digest(value[len(MAGIC) : head], _mark(secret, name, file)):
+    file = value[SEALED:]
+    if not hmac.compare_digest(value[len(MAGIC) : SEALED], _mark(secret, name, file)):
         raise SnapshotCorrupt(
             f"{name} in the remote tier was changed, or was not signed with this machine's "
             "KVLINK_REMOTE_SECRET"

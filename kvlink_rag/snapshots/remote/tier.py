@@ -1,7 +1,8 @@
 """The tier behind the store: read through, written behind, and never in an answer's way.
 
     fetch   what is asked for, side by side, within the time limit; a fault is a miss
-    offer   a key is queued; one thread reads its file from the store and writes it there
+    offer   a key is queued; one thread reads its file from the store and writes it there, if some
+            document still has it, and takes it back if none has it any more by then
     erase   queued as well, after whatever was queued of that key, which goes; never dropped
 
 After a few faults in a row nothing is asked for a while. What is to be erased is written down until
@@ -18,7 +19,7 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,11 @@ from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.forks import renewed_in_child
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt, first_line
 
-from .places import Place, place_of
-from .sealing import seal, unseal
+from .places import Place, TooLarge, place_of
+from .sealing import SEALED, seal, unseal
 
 SECRET = "KVLINK_REMOTE_SECRET"  # the environment's variable
+ERASURES = "remote-erasures.txt"  # in a collection that has been opened with a tier
 TIMEOUT = 0.5  # seconds that an answer waits for the tier, at most
 LEAST_SECRET = 16  # characters
 READERS = 8  # values that are read side by side
@@ -68,11 +70,14 @@ class RemoteStats:
         return asdict(self)
 
 
-def open_remote(url: str, namespace: str, directory: Path, read: Read) -> RemoteTier:
+def open_remote(
+    url: str, namespace: str, directory: Path, read: Read, wanted: Wanted = lambda key: True
+) -> RemoteTier:
     """The tier at `url`, whose query may name `namespace`, `timeout` (seconds) and `unsigned=1`.
 
     namespace: where the URL names none. directory: where what is to be erased is written down.
-    read: the file of a key in the store. Raises `ConfigError`, `MissingExtra`.
+    read: the file of a key in the store. wanted: whether a document has it. Raises `ConfigError`,
+    `MissingExtra`.
     """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -93,7 +98,9 @@ def open_remote(url: str, namespace: str, directory: Path, read: Read) -> Remote
     place = place_of(parts._replace(query=urlencode(query)), timeout)
     signed = b"" if unsigned else secret.encode()
     return RemoteTier(
-        place, named, signed, read, timeout=timeout, erasures=directory / "remote-erasures.txt"
+        *(place, named, signed, read, wanted),
+        timeout=timeout,
+        erasures=directory / ERASURES,
     )
 
 
@@ -108,13 +115,15 @@ def _seconds(text: str) -> float:
 
 
 Read = Callable[[str], bytes | None]
+Wanted = Callable[[str], bool]
 
 
 class RemoteTier:
     """Snapshots' files by key at a `Place`. For any number of threads.
 
     secret: signs values; empty: nothing is signed. read: the file of a key, asked for when it is
-    its turn to be written. clock: seconds, for the pause after faults.
+    its turn to be written; wanted: whether it is to be there at all. clock: seconds, for the pause
+    after faults.
     """
 
     def __init__(
@@ -123,12 +132,14 @@ class RemoteTier:
         namespace: str,
         secret: bytes,
         read: Read,
+        wanted: Wanted = lambda key: True,
         *,
         timeout: float = TIMEOUT,
         erasures: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._place, self._namespace, self._secret, self._read = place, namespace, secret, read
+        self._place, self._namespace, self._secret = place, namespace, secret
+        self._read, self._wanted = read, wanted
         self._timeout, self._clock, self._erasures = timeout, clock, erasures
         self._counts: Counter[str] = Counter()
         self._in_a_row, self._resting_until = 0, -1.0
@@ -136,6 +147,7 @@ class RemoteTier:
         self.leave_behind()
         renewed_in_child(self)
         self._to_erase = dict.fromkeys(_written_down(erasures))
+        self._write_down()
         for key in self._to_erase:
             self._enqueue("erase", key)
 
@@ -146,15 +158,21 @@ class RemoteTier:
         self._changed = threading.Condition()
         self._writer: threading.Thread | None = None
 
-    def fetch(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The files of those keys that are there, checked to be signed under that key."""
+    def fetch(self, keys: Mapping[str, int]) -> dict[str, bytes]:
+        """The files of those keys that are there, checked to be signed under that key.
+
+        keys: with the most bytes that each file may have.
+        """
         wanted = list(keys)
         if not wanted or self._rests():
             return {}
-        calls = [partial(self._place.get, self._name(key)) for key in wanted]
+        calls = [partial(self._place.get, self._name(k), keys[k] + SEALED) for k in wanted]
         values = _side_by_side(calls, self._timeout)
         found = {}
         for key, value in zip(wanted, values, strict=True):
+            if isinstance(value, TooLarge):
+                self.refuse(key, value)
+                continue
             if isinstance(value, BaseException):
                 self._fault(f"{key} was not read", value)
                 continue
@@ -252,9 +270,11 @@ class RemoteTier:
             if what == "erase":
                 self._place.delete(self._name(key))
                 self._erased(key)
-            elif (file := self._read(key)) is not None:
+            elif self._wanted(key) and (file := self._read(key)) is not None:
                 self._place.put(self._name(key), seal(self._secret, self._name(key), file))
                 self._count("written")
+                if not self._wanted(key):  # deleted meanwhile, perhaps by another process
+                    self._place.delete(self._name(key))
         except Exception as error:  # whatever a client raises
             self._fault(f"{key} was not {'erased' if what == 'erase' else 'written'}", error)
             return
@@ -276,9 +296,6 @@ class RemoteTier:
 
     def _write_down(self) -> None:
         if self._erasures is None:
-            return
-        if not self._to_erase:
-            self._erasures.unlink(missing_ok=True)
             return
         with contextlib.suppress(OSError), atomic_files.replaced(self._erasures) as file:
             atomic_files.write_all(
@@ -317,6 +334,15 @@ class RemoteTier:
 
     def _name(self, key: str) -> str:
         return f"{self._namespace}/{key[:2]}/{key}"
+
+
+def note_erasure(directory: Path, key: str) -> None:
+    """Where a tier is known by this collection, but not open: erase `key` there the next time."""
+    path = directory / ERASURES
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("a", encoding="ascii") as file:
+                file.write(f"{key}\n")
 
 
 def _written_down(path: Path | None) -> list[str]:
