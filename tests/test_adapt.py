@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting .save_embedding_layers.:UserWarning",
 )
 TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<eos>"
+    "<bos>{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<eos>"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 WANTED = Adaptation(questions=12, held=4, passages=4, tokens=6, steps=40, learning_rate=2e-2)
@@ -89,6 +89,18 @@ def test_an_adapted_model_reuses_exactly_with_any_number_of_passages(
     }
     assert said["reuse"] == said["masked"]
     assert set(model.spec.special_ids()) | set(model.spec.header) <= set(model.never_ids)
+
+
+@pytest.mark.parametrize(("header", "links"), [(3, 0), (0, 2)], ids=["header", "links"])
+def test_one_kind_of_token_alone(rag: KVLinkRAG, tmp_path: Path, header: int, links: int) -> None:
+    few = replace(WANTED, steps=3, header=header, links=links)
+    found = adapt(rag, tmp_path / "out", few, questions=QUESTIONS, device="cpu")
+    model = KVLinkModel.from_pretrained(found.directory, device="cpu")
+    assert (len(model.spec.header), model.spec.links_per_passage) == (header or 1, links)
+    if not header:  # that of a model nobody tuned: what its prompts begin with
+        assert model.spec.header == rag.model.spec.header
+    assert model.verify(model.prompt([Document("One."), Document("Two.")], "Which?")).holds
+    assert found.after.divergence != found.before.divergence
 
 
 def test_the_model_writes_questions_itself(rag: KVLinkRAG, tmp_path: Path) -> None:

@@ -248,6 +248,9 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("found adapter without lora; give the rank and alpha it was trained with")
     if config.tokens_only and (config.lora is not None or config.links is None):
         raise ConfigError("tokens_only learns new tokens and nothing else: give links and no lora")
+    new = config.header_tokens + (config.links.per_passage if config.links else 0)
+    if config.tokens_only and not new:
+        raise ConfigError("tokens_only found no new tokens to learn; give links or header_tokens")
     if config.header and config.header_tokens:
         raise ConfigError("found header and header_tokens, expected one: text, or new tokens")
     if not 0 <= config.header_tokens <= LONGEST_HEADER:

@@ -31,6 +31,7 @@ from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.adapter import Adapter, read_adapter
 from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer
 from kvlink_rag.pretrained.model_files import resolve
+from kvlink_rag.prompt.format import default_spec
 from kvlink_rag.prompt.spec import SPEC_FILE, Base, Spec
 from kvlink_rag.prompt.tokenizer import PartTokenizer
 
@@ -81,7 +82,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
         )
     known = PartTokenizer(tokenizer)  # as the base knows text
     opening = known.encode(chat.presets(config.instruction)[config.preset].before, special=True)
-    line = known.encode("\n")[-1]
+    line = (known.encode("\n") or opening or [0])[-1]
     spec = replace(with_tokens(tokenizer, config.links, chat, config), base=base)
     header = spec.header if config.header_tokens else ()
     new_ids = (*spec.special_ids(), *header)
@@ -96,7 +97,9 @@ def prepare(config: FinetuneConfig) -> Prepared:
 
 
 def _with_header(spec: Spec, tokenizer: Any, config: FinetuneConfig) -> Spec:
-    """`spec` with the config's header of known text, if it has one."""
+    """`spec` with the config's header of known text, or a plain prompt's own, if there is one."""
+    if config.chat == "plain" and not config.header and not config.header_tokens:
+        return replace(spec, header=default_spec(tokenizer).header)
     if not config.header:
         return spec
     return replace(spec, header=tuple(PartTokenizer(tokenizer).encode(config.header, special=True)))
