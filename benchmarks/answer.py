@@ -19,20 +19,18 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from measuring import Row, finish, load, median, parser, refuse, show
-from shapes import words
-from ways import Laid, check
+from ways import laid_out
 
-from kvlink_rag import Document, KVLinkModel, Layout, Trace
+from kvlink_rag import KVLinkModel, Layout, Trace
 from kvlink_rag.compare.baselines import plain_spec
 from kvlink_rag.engine.quick_weights import QuickWeights
 from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.prompt.layout import layout
-from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse
 
 COLUMNS = (
@@ -67,14 +65,7 @@ def measure(
     arguments: argparse.Namespace,
 ) -> list[Row]:
     """Medians over rounds; ratios to reuse within each round."""
-    passages, tokens = (int(n) for n in size.split("x"))
-    generator = torch.Generator().manual_seed(passages * tokens)
-    documents = [
-        Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
-    ]
-    prompt = model.prompt(documents, words(12, generator, model.tokenizer.encode))
-    laid = Laid(model, directory, documents, EXACT)
-    check(model, prompt, laid.at("cached"))
+    laid, prompt = laid_out(model, directory, size)
     linked = model.layout(prompt)
     plain = layout(prompt, model.tokenizer, plain_spec(model.spec))
     new = arguments.new_tokens
@@ -147,7 +138,7 @@ def theirs(name: str, path: Path, ids: Sequence[int], new: int, threads: int) ->
 
     kinds = xllamacpp.llama_flash_attn_type
     flash = {
-        f"{name}": kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+        name: kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED,
         f"{name} flash": kinds.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     }
     found = {}
@@ -192,9 +183,7 @@ def written(arguments: argparse.Namespace, directory: Path) -> dict[str, Path]:
     """The GGUF file in each type that was asked for; none where it or xllamacpp is missing."""
     if arguments.gguf is None:
         return {}
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
+    if find_spec("xllamacpp") is None:
         refuse("found no xllamacpp; pip install xllamacpp, or leave --gguf out")
     source = Path(arguments.gguf).expanduser()
     return {

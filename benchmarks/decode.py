@@ -19,15 +19,13 @@ from pathlib import Path
 
 import torch
 from measuring import Row, finish, load, median, parser, refuse, show
-from shapes import words
 from transformers import DynamicCache
-from ways import Laid, check
+from ways import laid_out
 
-from kvlink_rag import Document, KVLinkModel, Layout, Trace
+from kvlink_rag import KVLinkModel, Layout, Trace
 from kvlink_rag.engine.live_cache import as_argument
 from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.model.verify import TOLERANCE
-from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse
 
 COLUMNS = ("size", "new_tokens", "reuse_tokens_per_s", "full_tokens_per_s", "reuse_over_full")
@@ -44,15 +42,8 @@ def main() -> None:
 
 def measure(model: KVLinkModel, directory: Path, size: str, arguments: argparse.Namespace) -> Row:
     """Medians of interleaved rounds."""
-    passages, tokens = (int(n) for n in size.split("x"))
-    generator = torch.Generator().manual_seed(passages * tokens)
-    documents = [
-        Document(words(tokens, generator, model.tokenizer.encode)) for _ in range(passages)
-    ]
-    prompt = model.prompt(documents, words(12, generator, model.tokenizer.encode))
-    laid = Laid(model, directory, documents, EXACT)
+    laid, prompt = laid_out(model, directory, size)
     reuse = laid.at("cached")
-    check(model, prompt, reuse)
     layout, new = model.layout(prompt), arguments.new_tokens
     agree(model, layout, reuse, new)
     rounds = [

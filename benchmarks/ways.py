@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from measuring import make_cold, refuse, resident_pages
+from shapes import words
 
 from kvlink_rag import Document, KVLinkModel, Part, Trace
 from kvlink_rag.snapshots.kept_runs import PrefixCache
 from kvlink_rag.snapshots.quantised import Quantised
-from kvlink_rag.snapshots.snapshot import AnySnapshot, Snapshot
+from kvlink_rag.snapshots.snapshot import EXACT, AnySnapshot, Snapshot
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
 from kvlink_rag.snapshots.store import SnapshotStore
 
@@ -98,6 +100,18 @@ class Laid:
     def _file(self, ids: TokenIds) -> Path:
         key = self.source.key(ids)
         return Path(glob.glob(f"{self.store.directory}/{key[:2]}/{key}-*")[0])
+
+
+def laid_out(model: KVLinkModel, directory: Path, size: str) -> tuple[Laid, list[Part]]:
+    """PxT passages of random words on the disk, and a prompt over all of them, checked."""
+    passages, tokens = (int(n) for n in size.split("x"))
+    generator = torch.Generator().manual_seed(passages * tokens)
+    encode = model.tokenizer.encode
+    documents = [Document(words(tokens, generator, encode)) for _ in range(passages)]
+    prompt = model.prompt(documents, words(12, generator, encode))
+    laid = Laid(model, directory, documents, EXACT)
+    check(model, prompt, laid.at("cached"))
+    return laid, prompt
 
 
 def check(model: KVLinkModel, prompt: list[Part], reuse: Reuse) -> None:

@@ -18,6 +18,8 @@ from kvlink_rag.disk.digests import tokenizer_digest, weights_digest
 from kvlink_rag.errors import ConfigError, SpecError
 from kvlink_rag.model.loading import find_model
 from kvlink_rag.prompt.spec import SPEC_FILE, Base, PromptPreset, Spec
+from kvlink_rag.snapshots.kept_runs import PrefixCache
+from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 
 pytest.importorskip("peft", reason="peft makes the adapters of these tests")
 pytestmark = pytest.mark.filterwarnings(
@@ -139,7 +141,7 @@ def test_link_tokens_leave_snapshots_valid_and_headers_do_not(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     """Rows that only computed tokens have name the runs that are kept, and no snapshot."""
-    behind = replace(spec(base), header=(SIZE + 3,))
+    behind, shared = replace(spec(base), header=(SIZE + 3,)), PrefixCache()
     found = {}
     for name, row in (("as it is", None), ("another link", 5), ("another header", 3)):
         copied = tmp_path / name
@@ -152,6 +154,11 @@ def test_link_tokens_leave_snapshots_valid_and_headers_do_not(
         save_file(weights, copied / "adapter_model.safetensors")
         model = KVLinkModel.from_pretrained(copied, device="cpu")
         found[name] = (model.fingerprint, model.backbone.links)
+        # kept runs of one are no other's, even where the snapshots under them are
+        parts = model.prompt(DOCUMENTS, "Which?")
+        runs = Reuse(EncodeNow(model.encoder), shared)
+        assert model.prefill(parts, reuse=runs).trace.prefix_tokens == 0, name
+        assert model.prefill(parts, reuse=runs).trace.prefix_tokens > 0, name
     as_it_is, link, header = found.values()
     assert [a == b for a, b in zip(link, as_it_is, strict=True)] == [True, False]
     assert [a == b for a, b in zip(header, as_it_is, strict=True)] == [False, True]

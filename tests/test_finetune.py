@@ -22,6 +22,7 @@ from kvlink_rag import Document, KVLinkModel, Passage, Text
 from kvlink_rag.cli.main import main
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.loading import load_config
+from kvlink_rag.prompt.spec import SPEC_FILE, Spec
 from kvlink_rag.training import trainer as module
 from kvlink_rag.training.attention import NAME
 from kvlink_rag.training.batches import Collator
@@ -379,7 +380,7 @@ def test_a_tuned_model_is_tuned_further_with_its_own_spec(
 def test_new_tokens_begin_alike_in_every_slot() -> None:
     model, spec = random_model("llama", torch.float32, tie_word_embeddings=False), byte_spec(5)
     before = model.model.embed_tokens.weight.detach().clone()
-    begin_tokens(model, spec, seed=0)
+    begin_tokens(model, spec, 0, {})
     after, out = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
     ids = spec.special_ids()
     others = [i for i in range(len(before)) if i not in set(ids)]
@@ -411,6 +412,17 @@ def test_the_command_tells_and_trains(
     assert str(Path(config.out) / "model") in capsys.readouterr().out
     assert main(["train", str(tmp_path / "none.yaml")]) == 1
     assert "one of llama-3" in capsys.readouterr().err
+
+
+def test_a_header_that_a_model_brings_stays(
+    config: FinetuneConfig, base: Path, tmp_path: Path
+) -> None:
+    brought = shutil.copytree(base, tmp_path / "brought")
+    spec = Spec(header=(7, 9), links_per_passage=1, first_link_id=3, links_shared=True)
+    (brought / SPEC_FILE).write_text(spec.to_json())
+    for chat in ("template", "plain"):
+        again = dataclasses.replace(config, model=str(brought), links=None, chat=chat)
+        assert prepare(again).spec.header == (7, 9)
 
 
 def test_the_estimate_counts_what_is_there(config: FinetuneConfig, base: Path) -> None:

@@ -380,9 +380,10 @@ def test_a_snapshot_encoded_now_is_the_one_that_is_kept(
         assert torch.equal(found.logits, made.logits)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])  # heads behind tokens, and first
 @pytest.mark.parametrize("codec", ["bf16", *NAMES])
-def test_verify_states_the_codecs_price(make_model: ModelMaker, codec: str) -> None:
-    model = make_model("qwen3", F32)
+def test_verify_states_the_codecs_price(make_model: ModelMaker, codec: str, family: str) -> None:
+    model = make_model(family, F32)
     parts = model.prompt(documents(4, seed=2), "what is it?")
     reuse = Reuse(EncodeNow(model.encoder, codec))
     found = model.verify(parts, reuse=reuse)

@@ -444,6 +444,20 @@ def test_text_that_the_embedder_does_not_read_is_told_once(
     assert not caplog.records
 
 
+def test_a_header_takes_room_in_the_window(model: KVLinkModel, tmp_path: Path) -> None:
+    long = Document("x" * (model.window - 64 - 10))
+    behind = model.with_spec(replace(model.spec, header=(5,) * 50))
+    for name, reader, fits in (("without", model, True), ("with", behind, False)):
+        with KVLinkRAG.open(
+            tmp_path / name, model=reader, embedder=WordEmbedder(), budget=0
+        ) as rag:
+            if fits:
+                assert rag.add([long]).added == 1
+            else:
+                with pytest.raises(PassageTooLong, match="split_document"):
+                    rag.add([long])
+
+
 def test_bad_input_is_refused_and_loses_nothing(rag: KVLinkRAG) -> None:
     rag.add(towns(3))
     with pytest.raises(PassageTooLong, match="split_document"):

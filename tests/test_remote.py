@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from conftest import WordEmbedder, byte_spec, byte_tokenizer, random_model
@@ -20,7 +21,7 @@ from kvlink_rag.collection.opening import REMOTE
 from kvlink_rag.errors import ConfigError, MissingExtra, SnapshotCorrupt
 from kvlink_rag.snapshots.remote.places import Folder, Place
 from kvlink_rag.snapshots.remote.sealing import seal, unseal
-from kvlink_rag.snapshots.remote.tier import FAULTS, PAUSE, SECRET, RemoteTier, open_remote
+from kvlink_rag.snapshots.remote.tier import FAULTS, HANGING, PAUSE, SECRET, RemoteTier, open_remote
 from kvlink_rag.snapshots.snapshot import Snapshot
 from kvlink_rag.snapshots.store import SnapshotStore
 
@@ -135,6 +136,25 @@ def test_the_environment_names_a_tier(
     one.add(DOCUMENTS)
     assert settled(one)["written"] == 6
     assert none.stats().remote is None
+
+
+def test_a_server_shares_what_it_was_given_and_no_store_of_a_client(
+    machine: Machine, url: str, tmp_path: Path, model: KVLinkModel
+) -> None:
+    library = pytest.importorskip("kvlink_rag.serving.library")
+    machine("towns", "").close()
+    given = {"towns": tmp_path / "towns"}
+    served = library.Library(model, WordEmbedder(), tmp_path / "data", given, remote=url)
+    try:
+        store = served.create("owner", "own", {})
+        remotes = {}
+        for id in ("towns", store.id):
+            with served.using(id) as rag:
+                remotes[id] = rag.stats().remote
+        assert remotes["towns"] is not None
+        assert remotes[store.id] is None
+    finally:
+        served.close()
 
 
 def test_collections_share_nothing_unless_they_say_so(machine: Machine, folder: Path) -> None:
@@ -338,6 +358,47 @@ def test_a_tier_that_never_answers_costs_the_time_limit(tmp_path: Path, folder: 
     place.hangs.set()
 
 
+def test_reads_that_never_end_are_a_bounded_number(tmp_path: Path, folder: Path) -> None:
+    """A mount that hangs for days leaves some threads behind, not one more at each try."""
+    place, clock = Broken(folder), Clock()
+    place.hangs = threading.Event()
+    shared = tier(place, tmp_path, timeout=0.01, clock=clock)
+    for _ in range(HANGING):
+        assert shared.fetch({f"{i:02x}" + KEY[2:]: 99 for i in range(8)}) == {}
+        clock.now += PAUSE
+    assert place.calls <= HANGING
+    place.hangs.set()
+    shared.offer(KEY)
+    assert shared.flush(60)
+    clock.now += PAUSE
+    patient = tier(Folder(urlsplit(f"file://{folder}")), tmp_path)
+    for _ in range(2 * HANGING):  # those that end make room
+        assert patient.fetch({KEY: 99})
+
+
+def test_closing_leaves_nothing_to_be_done(tmp_path: Path, folder: Path) -> None:
+    """Afterwards the store and the catalog are closed."""
+    place, clock = Broken(folder), Clock()
+    place.fails = OSError
+    shared = tier(place, tmp_path, clock=clock)
+    assert shared.fetch({f"{i:02x}" + KEY[2:]: 99 for i in range(FAULTS)}) == {}
+    assert shared.stats().resting
+    place.fails, place.hangs = None, threading.Event()
+    clock.now += PAUSE
+    place.entered.clear()
+    shared.offer(KEY)  # under way, and hanging
+    assert place.entered.wait(60)
+    clock.now -= PAUSE  # resting, so that closing waits for nothing
+    shared.offer("cd" * 32)
+    shared.close()
+    shared.offer("ef" * 32)
+    place.hangs.set()
+    assert shared._writer is not None
+    shared._writer.join(60)
+    assert [path.name for path in values(folder)] == [KEY]
+    assert shared.stats().dropped == 2
+
+
 def test_a_queued_write_never_brings_back_what_was_erased(tmp_path: Path, folder: Path) -> None:
     place = Broken(folder)
     place.hangs = threading.Event()
@@ -452,8 +513,7 @@ def test_what_is_deleted_while_it_is_written_is_taken_back(tmp_path: Path, folde
 
 
 def test_a_forked_child_has_a_queue_of_its_own(tmp_path: Path, folder: Path) -> None:
-    shared = tier(Folder.__new__(Folder), tmp_path)
-    shared._place._root = folder  # type: ignore[attr-defined]
+    shared = tier(Broken(folder), tmp_path)
     shared.offer(KEY)
     assert shared.flush(60)
     child = os.fork()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlink_rag import Document, PromptPreset, Spec
 from kvlink_rag.errors import SpecError
+from kvlink_rag.prompt.format import PromptFormat
 from kvlink_rag.prompt.published import KVLINK5_LLAMA32
+from kvlink_rag.prompt.tokenizer import PartTokenizer
 
 
 def test_round_trip() -> None:
@@ -90,3 +93,11 @@ def test_templates_never_read_user_text_as_template(title: str, text: str) -> No
 def test_empty_preset_parts_are_left_out() -> None:
     spec = Spec(presets={"p": PromptPreset(after="!")}, preset="p")
     assert [part.text for part in spec.prompt([], "q")] == ["q", "!"]  # type: ignore[union-attr]
+
+
+def test_link_tokens_that_slots_share_are_counted_for_as_many_as_the_window_holds() -> None:
+    shared = Spec(links_per_passage=4, first_link_id=300, links_shared=True)
+    found = PromptFormat("m", 2000, PartTokenizer(byte_tokenizer(0)), shared)
+    assert found.link_tokens == 4 * (2000 // (16 + 4))
+    assert PromptFormat("m", 2000, found.tokenizer, Spec()).link_tokens == 0
+    assert shared.link_ids(0) == shared.link_ids(7) == [300, 301, 302, 303]

@@ -239,23 +239,26 @@ def test_ctrl_c_in_the_thread_that_runs_all_leaves_the_others_their_answers(
 
     turns: Turns[str, str] = Turns(run)
     together(turns)
+    turns._state.coming = set("bc")
     found: list[str] = []
-    other = threading.Thread(target=lambda: found.append(turns.step("b", "here")))
-    turns._state.changed = Interruptible(lambda: False)
+    others = [
+        threading.Thread(target=lambda row=row: found.append(turns.step(row, row))) for row in "bc"
+    ]
 
     def lead() -> None:
         with pytest.raises(KeyboardInterrupt):
-            turns.step("a", "gone")  # leads, and waits for b
+            turns.step("a", "gone")  # leads, and waits for b and c
 
     leader = threading.Thread(target=lead)
     leader.start()
     while not turns._state.busy:
         pass
-    other.start()
-    leader.join(60)
-    other.join(60)
-    assert found == ["HERE"]
-    assert ran[1:] == [["gone", "here"], ["here"]]
+    for thread in others:
+        thread.start()
+    for thread in (leader, *others):
+        thread.join(60)
+    assert sorted(found) == ["B", "C"]
+    assert [sorted(steps) for steps in ran[1:]] == [["b", "c", "gone"], ["b", "c"]]
     assert turns.waiting == 0
 
 

@@ -99,7 +99,8 @@ def adapt(
     before, after = found.before, found.after
     terminal.show(
         [
-            f"reuse against full attention of the model as it was, on {held} questions held out:",
+            "reuse against full attention of the model as it was, on "
+            f"{found.held} questions held out:",
             f"{'':<8}{'nats a token':>14}{'agreement':>12}{'first token':>14}",
             *(
                 f"{way.name:<8}{way.divergence:>14.4f}{way.agreement:>12.1%}{way.first:>14.1%}"

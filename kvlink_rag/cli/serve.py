@@ -90,6 +90,7 @@ def serve(
             upload=max_upload,
         ),
         k=k,
+        remote=options.remote,
         say=terminal.above(False),
     )
     return 0

@@ -56,10 +56,11 @@ def open_parts(
         opened.callback(store.close)
         prefix = PrefixCache(prefix_budget) if prefix_budget else None
         url = os.environ.get(REMOTE, "") if remote is None else remote
-        tier = None
-        if url:
-            wanted = lambda key: catalog.snapshot_users(key) > 0  # noqa: E731
-            tier = open_remote(url, catalog.identity, path, store.file_of, wanted)
+
+        def wanted(key: str) -> bool:
+            return catalog.snapshot_users(key) > 0
+
+        tier = open_remote(url, catalog.identity, path, store.file_of, wanted) if url else None
 
         def load() -> Loaded:
             model, kept = settings.model(), settings.storage

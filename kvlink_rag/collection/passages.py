@@ -19,7 +19,7 @@ from kvlink_rag.errors import DocumentError, PassageTooLong
 from .catalog import Entry
 from .parts import Parts
 
-FETCHED = 32  # passages that are asked for in the remote tier at a time
+FETCHED = 8  # passages that are asked for in the remote tier within one time limit
 ANSWER_ROOM = 64  # tokens of the window that a single passage must leave free
 
 

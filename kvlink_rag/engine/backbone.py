@@ -28,7 +28,7 @@ from .capture import Capture, Hooks
 from .copy_stream import CopyStream
 from .families import check_supported, family_of, masks_by_layer, reach_of, window_of
 from .identity import WeightsIdentity
-from .live_cache import LiveCache, WorkspacePool, as_argument, cache_of_rows
+from .live_cache import LiveCache, WorkspacePool, as_argument, cache_of_rows, undone
 from .quick_weights import QuickWeights
 from .rope import Rotation, rotate_into
 from .turns import Turns
@@ -233,19 +233,11 @@ class Backbone:
 
     def _next_logits(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
         """What `turns` runs: the logits [vocabulary] after each token, or what went wrong there."""
-        with self.quick.in_use() if self.quick else nullcontext():
+        quick = self.quick.in_use() if self.quick else nullcontext()
+        with quick, undone([token.cache for token in tokens]):  # Ctrl-C: all are asked again
             return self._after(tokens)
 
     def _after(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
-        lengths = [len(token.cache.positions) for token in tokens]
-        try:
-            return self._steps(tokens)
-        except BaseException:  # Ctrl-C: the others are asked again
-            for token, length in zip(tokens, lengths, strict=True):
-                token.cache.truncate(length)
-            raise
-
-    def _steps(self, tokens: Sequence[Token]) -> list[Tensor | Exception]:
         grouped = self.config._attn_implementation == GROUPED  # others know no rows
         if len(tokens) > 1 and grouped and all(t.cache.workspace is None for t in tokens):
             ids, at, caches = zip(*((t.id, t.position, t.cache) for t in tokens), strict=True)
@@ -270,8 +262,7 @@ class Backbone:
 
         None of the caches in a workspace. Where it fails, the caches are as they were.
         """
-        lengths = [len(cache.positions) for cache in caches]
-        try:
+        with undone(caches):
             for cache, position in zip(caches, positions, strict=True):
                 cache.append_entry(position)
             at = torch.tensor(positions, device=self.device)
@@ -283,10 +274,6 @@ class Backbone:
                 use_cache=True,
                 **as_argument(cache_of_rows(caches, self._row_masks(at, caches)), self.model),
             )
-        except BaseException:
-            for cache, length in zip(caches, lengths, strict=True):
-                cache.truncate(length)
-            raise
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def _row_masks(self, at: Tensor, caches: Sequence[LiveCache]) -> list[list[Tensor | None]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -153,6 +154,18 @@ class LiveCache(Cache):  # type: ignore[misc]
         keys = torch.stack([layer.keys[0].index_select(1, places) for layer in self.layers])
         values = torch.stack([layer.values[0].index_select(1, places) for layer in self.layers])
         return keys, values
+
+
+@contextmanager
+def undone(caches: Sequence[LiveCache]) -> Iterator[None]:
+    """A block that, where it raises, leaves the caches as long as they were."""
+    lengths = [len(cache.positions) for cache in caches]
+    try:
+        yield
+    except BaseException:
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.truncate(length)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

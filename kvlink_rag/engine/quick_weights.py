@@ -9,9 +9,10 @@ arXiv 2101.05615, or oneDNN). Knows linear layers; knows no prompt and no cache.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,8 +24,13 @@ from kvlink_rag.errors import ConfigError
 
 from .processor import adds_products_of_bytes
 
+Look = tuple[int, int]
+
 LARGEST = 127  # of an 8-bit weight
 ENGINES = ("x86", "fbgemm", "onednn")  # of torch, whose weights may have a scale a channel
+
+
+logger = logging.getLogger(__name__)
 
 
 class QuickWeights:
@@ -39,10 +45,11 @@ class QuickWeights:
         self._here = threading.local()
         # 7-bit activations where the processor would overflow 16 bits adding two products
         self._reduced = not adds_products_of_bytes()
-        self.bytes = 0
-        for module in model.modules():
-            if type(module) is torch.nn.Linear:
-                self._take(module)
+        linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+        for module in linears:
+            self._take(module)
+        taken = sum(module.weight.numel() for module in linears)
+        logger.info("weights in 8 bits for generated tokens take %d bytes more", taken)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -64,23 +71,27 @@ class QuickWeights:
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         bias = None if linear.bias is None else linear.bias.detach().float()
         packed = torch.ops.quantized.linear_prepack(rounded, bias)
-        self.bytes += weight.numel()
         plain = linear.forward
         linear.forward = partial(self._forward, linear, plain, packed, _look(linear))  # type: ignore[method-assign]
 
     def _forward(
-        self, linear: torch.nn.Linear, plain: Any, packed: Any, look: Any, states: Tensor
+        self,
+        linear: torch.nn.Linear,
+        plain: Callable[[Tensor], Tensor],
+        packed: Any,
+        look: Look,
+        states: Tensor,
     ) -> Tensor:
         """What `linear` gives for `states` [..., in]: [..., out]."""
         if not getattr(self._here, "on", False) or _look(linear) != look:
-            return plain(states)  # type: ignore[no-any-return]
+            return plain(states)
         rows = states.reshape(-1, 1, states.shape[-1]).float()
         made = [torch.ops.quantized.linear_dynamic(row, packed, self._reduced) for row in rows]
         out = made[0] if len(made) == 1 else torch.cat(made)
         return out.to(states.dtype).view(*states.shape[:-1], -1)
 
 
-def _look(linear: torch.nn.Linear) -> tuple[int, int]:
+def _look(linear: torch.nn.Linear) -> Look:
     """Changes where the weight is another tensor, or was written to."""
     weight = linear.weight
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version

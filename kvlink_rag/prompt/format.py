@@ -17,6 +17,7 @@ from kvlink_rag.errors import PromptError, PromptTooLong
 
 from .chat import GAP, checked_role, content_parts, has_template, render, template_pieces
 from .layout import Layout, layout
+from .recognition import MIN_TOKENS
 from .spec import PLAIN_PRESET, PromptPreset, Spec
 from .tokenizer import PartTokenizer
 
@@ -54,9 +55,15 @@ class PromptFormat:
 
     @property
     def link_tokens(self) -> int:
-        """The most link tokens and markers that the passages of one message can take."""
-        markers = 0 if self.spec.mem_start is None else 2
-        return self.spec.links_per_passage * (self.spec.max_passages or 0) + markers
+        """The most link tokens and markers that the passages of one message can take.
+
+        Where any number of passages has link tokens, as many as the window holds of passages that
+        are long enough to be recognised.
+        """
+        each, most = self.spec.links_per_passage, self.spec.max_passages
+        if most is None:
+            most = self.window // (MIN_TOKENS + each)
+        return each * most + (0 if self.spec.mem_start is None else 2)
 
     def prompt(self, documents: Sequence[Document], question: str) -> list[Part]:
         """The spec's one-question prompt over `documents`."""

@@ -19,7 +19,8 @@ from kvlink_rag.documents import Document, Part, Passage, Text
 from kvlink_rag.errors import PromptError, SpecError
 
 SPEC_FILE = "kvlink.json"
-SPEC_FORMATS = (1, 2)  # the second has headers and link tokens that slots share
+SPEC_FORMATS = (1, 2)
+SECOND = ("header", "links_shared")  # fields that only the second format has
 LONGEST_HEADER = 1024  # tokens; each passage is encoded behind it
 MOST = 1 << 22  # a token id, a slot or a count beyond this is a mistake
 
@@ -142,10 +143,10 @@ class Spec:
         fields = dataclasses.asdict(self)
         if self.base is None:
             del fields["base"]  # an older release reads the file of a whole model
-        new = [name for name in ("header", "links_shared") if getattr(self, name)]
-        for name in {"header", "links_shared"}.difference(new):
-            del fields[name]  # the same
-        fields = {"format": SPEC_FORMATS[bool(new)], **fields}
+        unused = [name for name in SECOND if not getattr(self, name)]
+        for name in unused:
+            del fields[name]  # likewise
+        fields = {"format": SPEC_FORMATS[len(unused) < len(SECOND)], **fields}
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod

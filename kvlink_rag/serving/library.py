@@ -47,7 +47,8 @@ class Library:
     """Collections by id. For any number of threads.
 
     given: directories of collections by name, which are their ids; they are never deleted. lock:
-    of `data`, as `claim` gives it. Errors as in `claim`.
+    of `data`, as `claim` gives it. remote: as in `KVLinkRAG.open`, for those that were given;
+    stores of clients share with nobody. Errors as in `claim`.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Library:
         data: Path,
         given: Mapping[str, Path],
         lock: filelock.BaseFileLock | None = None,
+        remote: str | None = None,
     ) -> None:
+        self._remote = remote
         self.model, self.embedder = model, embedder
         self._data, self._given = data, dict(given)
         self._open: dict[str, _Open] = {}
@@ -157,12 +160,14 @@ class Library:
 
     def _opened(self, id: str) -> KVLinkRAG:
         if id in self._given:
-            path, create = self._given[id], False
+            path, create, remote = self._given[id], False, self._remote
         elif any(s.id == id and not s.leaving for s in self.records.stores()):
-            path, create = self._directory(id), True
+            path, create, remote = self._directory(id), True, ""
         else:
             raise not_found("vector_store", id)
-        return KVLinkRAG.open(path, model=self.model, embedder=self.embedder, create=create)
+        return KVLinkRAG.open(
+            path, model=self.model, embedder=self.embedder, create=create, remote=remote
+        )
 
     # Stores of clients
 

@@ -46,13 +46,14 @@ def serve(
     host_names: Collection[str] = (),
     limits: Limits,
     k: int,
+    remote: str | None = None,
     say: Callable[[str], object],
 ) -> None:
     """Serve until SIGTERM or SIGINT; what runs then is finished.
 
     load: loads model and embedder, by the names that the collections remember, if there are any.
-    say: told the address once it listens. Raises `ConfigError`, `StorageError` and what `load`
-    raises.
+    remote: as in `Library`. say: told the address once it listens. Raises `ConfigError`,
+    `StorageError` and what `load` raises.
     """
     hosts = allowed_hosts(host, keys, host_names)
     given = named(collections)
@@ -63,7 +64,7 @@ def serve(
         listening = stack.enter_context(bound(host, port))
         lock = claim(data)
         stack.callback(lock.release)
-        library = Library(*load(*known), data, given, lock)
+        library = Library(*load(*known), data, given, lock, remote)
         stack.callback(library.close)
         service = Service.of(library, keys, limits, k=k)
         for id in given:  # another model than the one that made it is told now

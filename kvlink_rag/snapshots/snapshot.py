@@ -84,8 +84,8 @@ class Snapshot:
         """Write the keys, rotated by `cos` and `sin`, and the values in place.
 
         keys, values: [layers, kv_heads, tokens, head_dim], of any device. cos, sin: as `Rotation`
-        gives them. Where they have another
-        dtype, the numbers are brought to it first: never more than a slab beside what is written.
+        gives them. Where they have another dtype, the numbers are brought to it first: never more
+        than a slab beside what is written.
         """
         own, tokens = self.keys.to(keys.device, non_blocking=True), len(self.token_ids)
         slab = tokens if keys.is_cuda or own.dtype == keys.dtype else SLAB  # there, fewer kernels

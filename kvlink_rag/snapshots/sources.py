@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvlink_rag.arguments import UNREPAIRED, Repair
-from kvlink_rag.errors import ConfigError, KVLinkError, SnapshotCorrupt, StorageError
+from kvlink_rag.errors import ConfigError, KVLinkError, StorageError
 from kvlink_rag.trace import Trace
 
 from .codecs import Storage
@@ -22,7 +22,7 @@ from .encode import PassageEncoder
 from .file_format import planned_size, snapshot_key
 from .kept_runs import PrefixCache
 from .remote import RemoteTier
-from .snapshot import EXACT, AnySnapshot, Shape, Snapshot, Source
+from .snapshot import EXACT, AnySnapshot, Snapshot, Source
 from .store import SnapshotStore
 
 if TYPE_CHECKING:
@@ -162,16 +162,9 @@ class StoredSnapshots:
                 continue
             shape = (backbone.layers, backbone.kv_heads, len(ids), backbone.head_dim)
             try:
-                yield ids, self._adopted(key, file, ids, shape)
+                yield ids, self.store.adopt(key, file, ids, shape)
             except KVLinkError as error:  # also of a compressed one, without zstandard here
                 self.remote.refuse(key, error)
-
-    def _adopted(self, key: str, file: bytes, ids: TokenIds, shape: Shape) -> AnySnapshot:
-        snapshot = self.store.adopt(key, file, ids)
-        if snapshot.shape != shape:
-            self.store.delete(key)
-            raise SnapshotCorrupt(f"found the shape {snapshot.shape}, expected {shape}")
-        return snapshot
 
     def _on_device(self, keys: dict[TokenIds, str]) -> dict[TokenIds, Source]:
         """Those that are kept in the device's memory, or pinned for it."""

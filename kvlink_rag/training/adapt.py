@@ -69,6 +69,8 @@ class Adaptation:
         for name in ("questions", "held", "tokens", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}, expected above 0")
         if self.passages < FEWEST:
             raise ConfigError(f"passages is {self.passages}, expected {FEWEST} or more")
         if self.links < 0 or self.header < 0 or not self.links + self.header:
@@ -79,12 +81,13 @@ class Adaptation:
 class Adapted:
     """What came of it: the adapter's directory, and how far reuse is from full attention.
 
-    before: of the model as it was; after: with the adapter, both from the full attention of the
-    untouched model, on questions that were not learned from. seconds: of this call.
+    questions: learned from. before: of the model as it was; after: with the adapter, both from the
+    full attention of the untouched model, on `held` questions besides. seconds: of this call.
     """
 
     directory: Path
     questions: int
+    held: int
     before: Way
     after: Way
     seconds: float
@@ -117,7 +120,7 @@ def adapt(
     adapted = KVLinkModel.from_pretrained(directory, device=device)
     ways = {"before": model, "after": adapted}
     before, after = beside_full_attention(model, ways, held, wanted.tokens)
-    return Adapted(directory, len(learned), before, after, time.perf_counter() - start)
+    return Adapted(directory, len(learned), len(held), before, after, time.perf_counter() - start)
 
 
 def _check(rag: KVLinkRAG, model: KVLinkModel) -> None:

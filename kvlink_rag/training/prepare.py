@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,11 +96,10 @@ def prepare(config: FinetuneConfig) -> Prepared:
 
 
 def _with_header(spec: Spec, tokenizer: Any, config: FinetuneConfig) -> Spec:
-    """`spec` with the config's header of known text, or a plain prompt's own, if there is one."""
-    if config.chat == "plain" and not config.header and not config.header_tokens:
-        return replace(spec, header=default_spec(tokenizer).header)
+    """`spec` with the config's header of known text, or, without any, that of a plain prompt."""
     if not config.header:
-        return spec
+        plain = config.chat == "plain" and not spec.header
+        return replace(spec, header=default_spec(tokenizer).header) if plain else spec
     return replace(spec, header=tuple(PartTokenizer(tokenizer).encode(config.header, special=True)))
 
 
@@ -230,9 +228,7 @@ def _untie(model: Any, vocabulary: int) -> None:
 
 
 @torch.no_grad()
-def begin_tokens(
-    model: Any, spec: Spec, seed: int, like: Mapping[int, int] = MappingProxyType({})
-) -> None:
+def begin_tokens(model: Any, spec: Spec, seed: int, like: Mapping[int, int]) -> None:
     """Set the embeddings (and output rows) of the spec's tokens, as the module's text says.
 
     like: ids whose embeddings begin as another's.

@@ -3,7 +3,7 @@
     fetch   what is asked for, side by side, within the time limit; a fault is a miss
     offer   a key is queued; one thread reads its file from the store and writes it there, if some
             document still has it, and takes it back if none has it any more by then
-    erase   queued as well, after whatever was queued of that key, which goes; never dropped
+    erase   before all that is queued to be written, of which that key goes; never dropped
 
 After a few faults in a row nothing is asked for a while. What is to be erased is written down until
 it is, so that neither a server that is gone nor a kill brings it back. Knows keys and bytes; knows
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.forks import renewed_in_child
 from kvlink_rag.errors import ConfigError, SnapshotCorrupt, first_line
 
@@ -38,6 +37,7 @@ ERASURES = "remote-erasures.txt"  # in a collection that has been opened with a 
 TIMEOUT = 0.5  # seconds that an answer waits for the tier, at most
 LEAST_SECRET = 16  # characters
 READERS = 8  # values that are read side by side
+HANGING = 32  # reads that are under way, those that never end among them
 QUEUED = 1024  # snapshots that may wait to be written; more are not offered
 FAULTS, PAUSE = 3, 10.0  # so many faults in a row, and seconds without a call
 CLOSING = 5.0  # seconds that closing waits for the queue
@@ -146,17 +146,20 @@ class RemoteTier:
         self._closed = False
         self.leave_behind()
         renewed_in_child(self)
-        self._to_erase = dict.fromkeys(_written_down(erasures))
-        self._write_down()
-        for key in self._to_erase:
-            self._enqueue("erase", key)
+        self._to_erase = dict.fromkeys(_written_down(erasures))  # sooner or later
+        if self._to_erase:
+            self._again()
+        elif erasures is not None:
+            _keep_file(erasures)
 
     def leave_behind(self) -> None:
-        """Without thread and queue: at first, and in a forked child, whose parent has both."""
-        self._queue: deque[tuple[str, str]] = deque()  # what to do, key
+        """Without threads and queues: at first, and in a forked child, whose parent has them."""
+        self._offered: dict[str, None] = {}  # keys, in order
+        self._erasing: dict[str, None] = {}
         self._busy = False
         self._changed = threading.Condition()
         self._writer: threading.Thread | None = None
+        self._readers = threading.Semaphore(HANGING)
 
     def fetch(self, keys: Mapping[str, int]) -> dict[str, bytes]:
         """The files of those keys that are there, checked to be signed under that key.
@@ -167,7 +170,7 @@ class RemoteTier:
         if not wanted or self._rests():
             return {}
         calls = [partial(self._place.get, self._name(k), keys[k] + SEALED) for k in wanted]
-        values = _side_by_side(calls, self._timeout)
+        values = self._side_by_side(calls)
         found = {}
         for key, value in zip(wanted, values, strict=True):
             if isinstance(value, TooLarge):
@@ -195,24 +198,25 @@ class RemoteTier:
     def offer(self, key: str) -> None:
         """Queue the file of `key`, to be written when it is its turn, if there is room."""
         with self._changed:
-            waiting = sum(what == "put" for what, _ in self._queue)
-            if waiting < QUEUED and not self._closed:
-                self._enqueue("put", key)
-                return
-        self._count("dropped")
+            if len(self._offered) < QUEUED and not self._closed:
+                self._offered[key] = None
+                self._wake()
+            else:
+                self._count("dropped")
 
     def erase(self, key: str) -> None:
         """Queue the removal of `key`; what was queued of it before goes."""
         with self._changed:
-            self._queue = deque(each for each in self._queue if each != ("put", key))
-            self._to_erase[key] = None
-            self._write_down()
-            self._enqueue("erase", key)
+            self._offered.pop(key, None)
+            self._to_erase[key] = self._erasing[key] = None
+            if self._erasures is not None:
+                _note(self._erasures, key)
+            self._wake()
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that is queued was tried, at most so long; whether it was."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
+            return self._changed.wait_for(lambda: not (self._waits() or self._busy), seconds)
 
     def close(self) -> None:
         """Try what is queued, for a few seconds; what is left to be erased is tried next time."""
@@ -220,6 +224,9 @@ class RemoteTier:
             self.flush(CLOSING)
         with self._changed:
             self._closed = True
+            self._count("dropped", len(self._offered))
+            self._offered.clear()
+            self._erasing.clear()
             self._changed.notify_all()
             left = len(self._to_erase)
         if left:
@@ -236,38 +243,41 @@ class RemoteTier:
 
     # The writer
 
-    def _enqueue(self, what: str, key: str) -> None:
-        with self._changed:
-            self._queue.append((what, key))
-            if self._writer is None or not self._writer.is_alive():  # nor after a fork
-                self._writer = threading.Thread(
-                    target=self._write, name="kvlink-remote", daemon=True
-                )
-                self._writer.start()
-            self._changed.notify_all()
+    def _waits(self) -> bool:
+        return bool(self._erasing or self._offered)
+
+    def _wake(self) -> None:
+        """Have what waits done; under the lock."""
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, name="kvlink-remote", daemon=True)
+            self._writer.start()
+        self._changed.notify_all()
 
     def _write(self) -> None:
         """What the thread does: one thing after the other until the tier is closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if not self._queue:
+                self._changed.wait_for(lambda: self._waits() or self._closed)
+                if not self._waits():
                     return
-                what, key = self._queue.popleft()
+                erases = bool(self._erasing)
+                queue = self._erasing if erases else self._offered
+                key = next(iter(queue))
+                del queue[key]
                 self._busy = True
             try:
-                self._do(what, key)
+                self._do(key, erases=erases)
             finally:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
 
-    def _do(self, what: str, key: str) -> None:
+    def _do(self, key: str, *, erases: bool) -> None:
         if self._rests():
-            self._count("dropped", what == "put")
-            return  # what is to be erased stays written down
+            self._count("dropped", 0 if erases else 1)  # what is to be erased stays written down
+            return
         try:
-            if what == "erase":
+            if erases:
                 self._place.delete(self._name(key))
                 self._erased(key)
             elif self._wanted(key) and (file := self._read(key)) is not None:
@@ -276,7 +286,7 @@ class RemoteTier:
                 if not self._wanted(key):  # deleted meanwhile, perhaps by another process
                     self._place.delete(self._name(key))
         except Exception as error:  # whatever a client raises
-            self._fault(f"{key} was not {'erased' if what == 'erase' else 'written'}", error)
+            self._fault(f"{key} was not {'erased' if erases else 'written'}", error)
             return
         self._well()
         self._again()
@@ -284,23 +294,46 @@ class RemoteTier:
     def _erased(self, key: str) -> None:
         with self._changed:
             self._to_erase.pop(key, None)
-            self._write_down()
+            if not self._to_erase and self._erasures is not None:
+                _keep_file(self._erasures)
         self._count("erased")
 
     def _again(self) -> None:
         """The tier answers: what could not be erased before is tried again."""
         with self._changed:
-            queued = {key for what, key in self._queue if what == "erase"}
-            for key in [key for key in self._to_erase if key not in queued]:
-                self._enqueue("erase", key)
+            self._erasing |= self._to_erase
+            if self._erasing:
+                self._wake()
 
-    def _write_down(self) -> None:
-        if self._erasures is None:
-            return
-        with contextlib.suppress(OSError), atomic_files.replaced(self._erasures) as file:
-            atomic_files.write_all(
-                file, memoryview("".join(f"{k}\n" for k in self._to_erase).encode())
-            )
+    def _side_by_side(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What each call gives, or raises; `TimeoutError` for those not done within the limit.
+
+        In daemon threads, a bounded number of them: one that hangs keeps neither the caller nor the
+        process, and not the memory of one thread after the other.
+        """
+        late = TimeoutError(f"no answer within {self._timeout:g} s")
+        results: list[Any] = [late] * len(calls)
+        left, done, readers = deque(enumerate(calls)), threading.Semaphore(0), self._readers
+
+        def work() -> None:
+            try:
+                while left:
+                    with contextlib.suppress(IndexError):  # another one took the last
+                        place, call = left.popleft()
+                        results[place] = _outcome(call)
+                        done.release()
+            finally:
+                readers.release()
+
+        for _ in range(min(READERS, len(calls))):
+            if readers.acquire(blocking=False):
+                threading.Thread(target=work, name="kvlink-remote-read", daemon=True).start()
+        deadline = time.monotonic() + self._timeout
+        for _ in calls:
+            if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                left.clear()
+                break
+        return list(results)
 
     # Faults
 
@@ -338,11 +371,19 @@ class RemoteTier:
 
 def note_erasure(directory: Path, key: str) -> None:
     """Where a tier is known by this collection, but not open: erase `key` there the next time."""
-    path = directory / ERASURES
+    if (path := directory / ERASURES).is_file():
+        _note(path, key)
+
+
+def _note(path: Path, key: str) -> None:
+    with contextlib.suppress(OSError), path.open("a", encoding="ascii") as file:
+        file.write(f"{key}\n")
+
+
+def _keep_file(path: Path) -> None:
+    """Empty: the collection knows a tier, and nothing is left to be erased there."""
     with contextlib.suppress(OSError):
-        if path.is_file():
-            with path.open("a", encoding="ascii") as file:
-                file.write(f"{key}\n")
+        path.write_text("", "ascii")
 
 
 def _written_down(path: Path | None) -> list[str]:
@@ -352,31 +393,9 @@ def _written_down(path: Path | None) -> list[str]:
         return []
 
 
-def _side_by_side(calls: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
-    """What each call gives, or raises; `TimeoutError` for those not done in time, all together.
-
-    In daemon threads: one that hangs keeps neither the caller nor the process.
-    """
-    results: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")] * len(calls)
-    left, done = deque(enumerate(calls)), threading.Semaphore(0)
-
-    def work() -> None:
-        while True:
-            try:
-                place, call = left.popleft()
-            except IndexError:
-                return
-            try:
-                results[place] = call()
-            except Exception as error:
-                results[place] = error
-            done.release()
-
-    for _ in range(min(READERS, len(calls))):
-        threading.Thread(target=work, name="kvlink-remote-read", daemon=True).start()
-    deadline = time.monotonic() + seconds
-    for _ in calls:
-        if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            left.clear()
-            break
-    return list(results)
+def _outcome(call: Callable[[], Any]) -> Any:
+    """What it gives, or the exception that it raises, whatever a client raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error

@@ -30,7 +30,7 @@ from kvlink_rag.disk.database_paths import printable, require_text
 from kvlink_rag.disk.forks import ForkSafeLock, undivided
 from kvlink_rag.errors import SnapshotCorrupt, StorageError
 from kvlink_rag.snapshots.file_format import read_snapshot, snapshot_size, write_snapshot
-from kvlink_rag.snapshots.snapshot import AnySnapshot
+from kvlink_rag.snapshots.snapshot import AnySnapshot, Shape
 
 from .checking import check, sweep
 from .eviction import evict, touch
@@ -156,11 +156,12 @@ class SnapshotStore:
             logger.info("snapshot %s cannot be read: %s", key, error)
             return None
 
-    def adopt(self, key: str, file: bytes, token_ids: Sequence[int]) -> AnySnapshot:
+    def adopt(self, key: str, file: bytes, token_ids: Sequence[int], shape: Shape) -> AnySnapshot:
         """Store a file that another store wrote for `key`, and give its snapshot.
 
         Where it cannot be kept it is given all the same. Raises `SnapshotCorrupt` where it is not
-        what was written for `key` and `token_ids`.
+        what is written for `key`, `token_ids` and a model of this shape, and `StorageError` where
+        there is no room to look at it.
         """
         name = new_name(checked_key(key))
         try:
@@ -168,6 +169,8 @@ class SnapshotStore:
                 atomic_files.write_all(target, memoryview(file))
                 path = Path(target.name)
                 snapshot = read_snapshot(path, key=key, token_ids=token_ids)
+                if snapshot.shape != shape:
+                    raise SnapshotCorrupt(f"found the shape {snapshot.shape}, expected {shape}")
                 self._keep(key, StoredFile(name, len(file), path))
         except OSError as error:
             raise StorageError(f"snapshot {key} cannot be written: {error}") from error
