@@ -29,6 +29,7 @@ from kvlink_rag.training.config import (
     from_mapping,
     load,
 )
+from kvlink_rag.training.gaps import gap
 from kvlink_rag.training.prepare import reserved_ids, with_tokens
 from kvlink_rag.training.questions import Asking
 from kvlink_rag.training.samples import IGNORED, Encoded, Sample, encode
@@ -67,6 +68,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "summary": {"document": " ".join(f"news{i}" for i in range(900)), "summary": "News."},
 }
 ROWS["qa_full"] = ROWS["qa"]
+ROWS["gaps"] = {
+    "question": "Who?",
+    "answers": ["Tarn"],
+    "ctxs": [{"title": "A", "text": "It was found by Mary Anning in the cliffs of the south."}],
+}
 
 
 def made(kind: str, row: dict[str, Any] | None = None, form: Format = FORM) -> Sample:
@@ -467,6 +473,96 @@ def test_an_oracle_file_is_filled_up_from_its_own_rows(tmp_path: Path) -> None:
     assert len(places) > 1
     with pytest.raises(ConfigError, match="fill is 11"):
         config(data=(Part("qa", "x", fill=11),))
+
+
+def test_loader_workers_share_the_rows(tmp_path: Path) -> None:
+    """Each row is one worker's, also where there are fewer rows than workers."""
+    part, _ = files(tmp_path)
+    setting = config(data=(part,), shuffle=4)
+    seen: list[str] = []
+    for worker in range(12):
+        stream = Mixture(setting, ENCODER, FORM).draw(worker, 12)
+        seen += [learned(next(stream).sample) for _ in range(3)]
+    assert set(seen) == {f"a{i}<eos>" for i in range(9)}
+    first = [
+        [learned(next(stream).sample) for _ in range(3)]
+        for stream in (Mixture(setting, ENCODER, FORM).draw(worker, 3) for worker in range(3))
+    ]
+    assert sorted(answer for each in first for answer in each) == [f"a{i}<eos>" for i in range(9)]
+
+
+def test_a_set_without_a_usable_row_is_told_to_every_worker(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text('{"question": "?"}\n' * 5)
+    for worker in range(3):
+        with pytest.raises(ConfigError, match="no usable row"):
+            next(Mixture(config(data=(Part("qa", str(path)),)), ENCODER, FORM).draw(worker, 3))
+
+
+# Gaps
+
+
+TEXTS = [
+    f"The town of Place{i} lies on the river Water{i} and was founded by Founder{i} in 18{i:02} "
+    f"after the great fire. Its market is held on each Monday by the guild of bakers."
+    for i in range(12)
+]
+
+
+def gap_rows(tmp_path: Path, *, of: int = 6) -> str:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {
+            "question": f"q{i}",
+            "answers": [f"Founder{i}"],
+            "ctxs": [
+                {"title": f"T{n % 12}", "text": TEXTS[n % 12], "isgold": n == i}
+                for n in range(i, i + of)
+            ],
+        }
+        for i in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_gaps_are_filled_by_what_stands_in_the_passages(tmp_path: Path) -> None:
+    part = Part("gaps", gap_rows(tmp_path), documents=4, fill=4, fewest=2, questions=6, absent=0.3)
+    setting = config(data=(part,), absent_answer="Not said.")
+    stream = Mixture(setting, ENCODER, FORM).draw()
+    absent = answered = 0
+    for _ in range(40):
+        sample = next(stream).sample
+        passages = decoded(sample.token_ids[sample.segments > 0])
+        for branch in range(1, int(sample.branches.max()) + 1):
+            own = sample.branches == branch
+            asked, *_ = decoded(sample.token_ids[own]).partition("\n")
+            answer = decoded(sample.targets[own & (sample.targets != IGNORED)])
+            answer = answer.removesuffix("<eos>")
+            found = re.search(r"Fill in the gap: (.*?) ?___ ?(.*)", asked)
+            assert found is not None
+            whole = f"{found[1]} {answer} {found[2]}".strip().replace(" .", ".")
+            if answer == "Not said.":
+                absent += 1
+                assert found[1] not in passages
+            else:
+                answered += 1
+                assert whole in passages
+                assert answer not in f"{found[1]} {found[2]}"
+    assert absent > 20
+    assert answered > 60
+
+
+def test_a_gap_is_a_name_or_a_number_in_the_midst_of_a_sentence() -> None:
+    rng = random.Random(0)
+    found = {gap(TEXTS[3], rng) for _ in range(200)} - {None}
+    answers = {each[1] for each in found if each is not None}
+    assert answers == {"Place3", "Water3", "Founder3", "1803", "Monday"}
+    assert all(each is not None and "Its" not in each[1] for each in found)
+    assert gap("no names here, none at all in this text", rng) is None
+    assert gap("", rng) is None
+    assert gap("is Anna, was Anna, are Anna and so Anna, that Anna now", rng) is None
+    assert gap("of A B C D E F of that which is far too long to be said", rng) is None
 
 
 def facts(tmp_path: Path) -> Part:

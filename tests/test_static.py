@@ -30,6 +30,7 @@ from kvlink_rag.snapshots.quantised import SCHEMES
 from kvlink_rag.snapshots.sources import Reuse
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+EXPERTS = {"mixtral", "qwen3_moe"}  # chosen by what is read, which no graph can hold
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 
@@ -60,15 +61,16 @@ def plainly(model: KVLinkModel, call: Callable[[], Any]) -> Any:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", NAMES)
 def test_padded_prefill_and_decode_equal_the_oracle(family: str, device: str) -> None:
-    """Twice: on CUDA the second question replays graphs."""
+    """Twice: on CUDA the second question replays graphs, of a family that can be recorded."""
     model = static_model(family, device=device)
+    refused = device == "cuda" and family in EXPERTS
     for question in ("what is it?", "and who was that, pray?"):
         parts = model.prompt(documents(5, seed=3), question)
         oracle = PromptRun(model.backbone, model.layout(parts), Trace(mode="masked"), fresh(model))
         run = PromptRun(model.backbone, model.layout(parts), Trace(), fresh(model))
         logits, expected = run.start(room=20), oracle.start(room=20)
         assert run.cache is not None
-        assert run.cache.workspace is not None
+        assert refused or run.cache.workspace is not None
         assert run.trace.computed_tokens not in TOKENS  # so there is padding
         for _ in range(6):
             assert difference(logits, expected) < TOLERANCE[F32]
@@ -76,8 +78,8 @@ def test_padded_prefill_and_decode_equal_the_oracle(family: str, device: str) ->
             logits, expected = run.step(token), oracle.step(token)
         assert len(run.cache.positions) == len(run.prompt) + 6
         del run
-    assert workspaces(model).graphs.refused is None
-    assert (workspaces(model).graphs.replays > 0) == (device == "cuda")
+    assert (workspaces(model).graphs.refused is not None) == refused
+    assert (workspaces(model).graphs.replays > 0) == (device == "cuda" and not refused)
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -243,6 +245,7 @@ def test_a_failure_to_record_is_told_once_and_the_answer_is_right(
     expected = model.generate(parts, max_new_tokens=8, mode="masked")
     workspaces(model).graphs.record = True
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
 
     class NoGraph:
         def __init__(self) -> None:

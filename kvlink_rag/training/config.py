@@ -16,7 +16,7 @@ from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.prompt.spec import LONGEST_HEADER
 
 CONFIGS = Path(__file__).parent / "configs"
-KINDS = ("qa", "qa_full", "text", "text_memory", "chat", "chat_memory", "summary")
+KINDS = ("qa", "qa_full", "gaps", "text", "text_memory", "chat", "chat_memory", "summary")
 INSTRUCTION = (
     "You are a intelligent AI assistant. Please answer questions based on the user's instruction. "
     "Below are some reference documents that may help you in answering the user's question."

@@ -95,9 +95,7 @@ def asked_together(
     """The passages of one row, and what is asked about them. Raises `ExampleError`."""
     first = known(row, number, column)
     taken_away = rng.random() < asking.absent
-    documents, left = _passages(first, asking, rng, without_gold=taken_away)
-    if not documents:
-        raise ExampleError(f"example {first.example.id} has no documents; retrieve some for it")
+    documents, left = passages_of(first, asking, rng, without_gold=taken_away)
     answered = [] if taken_away else [first]
     answered += [r for r in asking.shelf.about(documents) if not _same(r, first)]
     share = asking.absent / (1 - asking.absent)
@@ -115,10 +113,13 @@ def asked_together(
     return documents, asked
 
 
-def _passages(
-    first: Known, asking: Asking, rng: random.Random, *, without_gold: bool
+def passages_of(
+    first: Known, asking: Asking, rng: random.Random, *, without_gold: bool = False
 ) -> tuple[tuple[Document, ...], list[Document]]:
-    """The passages of the row `first`, and those of its own that were left out."""
+    """The passages of the row `first`, and those of its own that were left out.
+
+    Raises `ExampleError` where it has none.
+    """
     example, total = first.example, asking.fill
     if asking.fewest:
         total = rng.randint(asking.fewest, asking.fill)
@@ -130,6 +131,8 @@ def _passages(
         example = example.with_documents([*gold, *drawn])
     filled = fill_up(example, asking.shelf.documents, total, rng).documents
     kept = [d for d in filled if not (without_gold and d in first.gold)][: asking.documents]
+    if not kept:
+        raise ExampleError(f"example {example.id} has no documents; retrieve some for it")
     if asking.fewest:
         rng.shuffle(kept)
     return tuple(kept), [d for d in first.example.documents if d not in kept]

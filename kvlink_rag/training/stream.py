@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -25,6 +25,7 @@ from .samples import Encoded, encode
 from .transforms import TRANSFORMS, Format, Unwanted
 
 GIVE_UP = 10_000  # rows of one data set in a row that could not be used
+ASKING = ("qa", "qa_full", "gaps")
 POOL = 20_000  # rows whose questions and documents may join another row's
 
 
@@ -55,7 +56,7 @@ def _is_long(row: Row | ExampleError, part: Part) -> bool:
 def _form(form: Format, part: Part, absent_answer: str) -> Format:
     """`form` with the part's own settings, and the rows that others are asked together with."""
     shelf = Shelf()
-    if part.kind in ("qa", "qa_full") and (part.fill or part.absent or part.questions > 1):
+    if part.kind in ASKING and (part.fill or part.absent or part.questions > 1):
         shelf = Shelf(known_rows(islice(part_rows(part), POOL), part.column))
     asking = Asking(
         documents=part.documents,
@@ -72,8 +73,8 @@ def _form(form: Format, part: Part, absent_answer: str) -> Format:
 class Mixture(IterableDataset[Encoded]):
     """Samples drawn from the config's data sets by their weights, without end.
 
-    skipped: counts what could not be used, by reason. With several loader workers each takes every
-    n-th sample. Iterating raises `ConfigError` where a data set gives nothing.
+    skipped: counts what could not be used, by reason. Several loader workers share the rows: each
+    lays out its own. Iterating raises `ConfigError` where a data set gives nothing.
     """
 
     def __init__(self, config: FinetuneConfig, encoder: PartEncoder, form: Format) -> None:
@@ -85,43 +86,44 @@ class Mixture(IterableDataset[Encoded]):
 
     def __iter__(self) -> Iterator[Encoded]:
         worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for place, drawn in enumerate(self.draw()):
-            if place % count == number:
-                yield drawn.sample
+        share = (worker.id, worker.num_workers) if worker else (0, 1)
+        return (drawn.sample for drawn in self.draw(*share))
 
-    def draw(self) -> Iterator[Drawn]:
-        """Every sample, in the order of the run."""
+    def draw(self, worker: int = 0, workers: int = 1) -> Iterator[Drawn]:
+        """Every sample of one of `workers`, in the order of the run."""
         self._forms = [
             _form(self._form, part, self.config.absent_answer) for part in self.config.data
         ]
-        rng = random.Random(f"mixture-{self.config.seed}")
-        streams = [self._endless(number) for number in range(len(self.config.data))]
+        rng = random.Random(f"mixture-{self.config.seed}-{worker}")
+        streams = [self._endless(number, worker, workers) for number in range(len(self._forms))]
         weights = [part.weight for part in self.config.data]
         while True:
             (number,) = rng.choices(range(len(streams)), weights)
             yield Drawn(next(streams[number]), number)
 
-    def _endless(self, number: int) -> Iterator[Encoded]:
-        """One data set again and again, in another order each time."""
-        part, epoch = self.config.data[number], 0
-        while True:
-            rng = random.Random(f"{self.config.seed}-{number}-{epoch}")
-            given = unused = 0
-            for at, row in shuffled(enumerate(part_rows(part)), rng, self.config.shuffle):
+    def _endless(self, number: int, worker: int, workers: int) -> Iterator[Encoded]:
+        """One data set again and again, in another order each time; of it, one worker's rows."""
+        part, place, unused = self.config.data[number], 0, 0
+        for epoch in count():
+            order = random.Random(f"{self.config.seed}-{number}-{epoch}")
+            rng = random.Random(f"{self.config.seed}-{number}-{epoch}-{worker}")
+            began = place
+            for at, row in shuffled(enumerate(part_rows(part)), order, self.config.shuffle):
+                place += 1
+                if place % workers != worker:
+                    continue
                 sample = self._sample(number, at, row, rng)
+                unused = unused + 1 if sample is None else 0
                 if sample is not None:
-                    given, unused = given + 1, 0
                     yield sample
-                elif (unused := unused + 1) >= GIVE_UP:
+                elif unused >= GIVE_UP:
                     break
-            if not given or unused >= GIVE_UP:
+            if place == began or unused >= min(GIVE_UP, place - began):
                 raise ConfigError(
                     f"no usable row in {part.path} for kind {part.kind} "
                     f"({dict(self.skipped.reasons) or 'it is empty'}); look at its columns, at "
                     "max_length, or name another kind"
                 )
-            epoch += 1
 
     def _sample(self, number: int, at: int, row: object, rng: random.Random) -> Encoded | None:
         part, form = self.config.data[number], self._forms[number]

@@ -1,7 +1,8 @@
-"""Rows of the paper's training sets to samples: one documented transform for each.
+"""Rows of training sets to samples: one documented transform for each, most of them the paper's.
 
     qa            multi-document QA, passages as memory; only the answer is learned
     qa_full       its twin: the same documents as computed text (ordinary attention)
+    gaps          the passages of a QA row, and words taken out of them to be found again
     text_memory   plain text, its beginning cut into memory passages; the rest is learned
     text          plain text, all of it learned
     chat_memory   a conversation, earlier exchanges as memory; the last answer is learned
@@ -28,6 +29,7 @@ from kvlink_rag.errors import ExampleError
 from kvlink_rag.prompt.spec import Spec
 
 from .chat import Chat
+from .gaps import gaps_together
 from .questions import Asking, asked_together
 from .samples import Sample, Tail
 
@@ -102,6 +104,15 @@ def qa_full(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     return Sample(texts, tails)
 
 
+def gaps(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
+    """Rows of `question_answering`: their passages, and gaps in them in place of their questions.
+
+    This is not of the paper's recipe.
+    """
+    documents, asked = gaps_together(row, number, form.asking, form.column, rng)
+    return Sample(*form.ask(documents, asked))
+
+
 def text(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
     """`text` (FineWeb) behind the token that begins a text."""
     learned = Text(_string(row, form.column or "text"))
@@ -168,6 +179,7 @@ def summary(row: Row, number: int, form: Format, rng: random.Random) -> Sample:
 TRANSFORMS: Mapping[str, Transform] = {
     "qa": qa,
     "qa_full": qa_full,
+    "gaps": gaps,
     "text": text,
     "text_memory": text_memory,
     "chat": chat,
