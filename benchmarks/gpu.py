@@ -66,11 +66,15 @@ def main() -> None:
     decoding: list[Row] = []
     for shape in [arguments.model] if arguments.model else arguments.shapes:
         arguments.shape = shape
+        stamp(f"{shape}: loading")
         model = load(arguments)
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
             for size in arguments.sizes:
+                stamp(f"{size}: encoding")
                 measured = Size(model, Path(directory) / size, size, arguments)
+                stamp(f"{size}: proofs, then first tokens")
                 rows += measured.first_tokens()
+                stamp(f"{size}: decoding")
                 decoding += measured.decoding()
                 measured.close()
         del model, measured
@@ -80,6 +84,11 @@ def main() -> None:
     show(rows, COLUMNS)
     show(decoding, DECODE)
     finish(arguments, rows, decode=decoding)
+
+
+def stamp(stage: str) -> None:
+    """Say what begins, and when; a machine that is lent by the minute is planned by this."""
+    print(f"# {time.process_time():.0f} CPU s, {time.strftime('%X')}: {stage}", flush=True)
 
 
 class Size:

@@ -64,6 +64,30 @@ def test_it_goes_with_its_last_holder(tmp_path: Path, model: KVLinkModel) -> Non
     assert shared_collection(tmp_path, model=model).directory == tmp_path.resolve()
 
 
+def test_its_tier_is_closed_with_it(
+    tmp_path: Path, model: KVLinkModel, embedder: WordEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was offered to the tier is written before the last holder has let go."""
+    tier = tmp_path / "tier"
+    tier.mkdir()
+    url = f"file://{tier}?unsigned=1"
+    rag = shared_collection(tmp_path / "c", model=model, embedder=embedder, remote=url)
+    assert shared_collection(tmp_path / "c") is rag
+    assert shared_collection(tmp_path / "c", remote=url) is rag
+    other = shared_collection(tmp_path / "c", remote="")
+    assert other is not rag
+    assert other.parts.remote is None
+    monkeypatch.setenv("KVLINK_REMOTE", url)
+    assert shared_collection(tmp_path / "c") in (rag, other)
+    told = rag.parts.remote
+    assert told is not None
+    rag.add([Document("The harbour of Orvale.")])
+    del rag
+    gc.collect()
+    assert [path for path in tier.rglob("*") if path.is_file()]
+    assert told._closed
+
+
 def test_the_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path))
     assert default_directory() == tmp_path / "collection"

@@ -14,12 +14,14 @@ from kvlink_rag.disk.digests import cache_directory
 from kvlink_rag.disk.forks import ForkSafeLock
 from kvlink_rag.model.model import KVLinkModel
 from kvlink_rag.retrieval.framework_embedders import AnyEmbedder
+from kvlink_rag.snapshots.remote import RemoteTier
 from kvlink_rag.snapshots.store import SnapshotStore
 
 from .catalog import Catalog
+from .opening import remote_url
 from .rag import KVLinkRAG
 
-_opened: weakref.WeakSet[KVLinkRAG] = weakref.WeakSet()
+_opened: weakref.WeakKeyDictionary[KVLinkRAG, str] = weakref.WeakKeyDictionary()  # its tier
 _lock = ForkSafeLock()
 
 
@@ -36,26 +38,32 @@ def shared_collection(
     embedder: AnyEmbedder | str | Path | None = None,
     device: str = "auto",
     codec: str | None = None,
+    remote: str | None = None,
 ) -> KVLinkRAG:
     """The collection in `directory` (None: `default_directory()`), opened once.
 
     Whoever asks for the same directory gets the same object while anyone holds it, as long as
-    model, embedder, device and codec agree; None and "auto" agree with all. Arguments and errors as
-    in `KVLinkRAG.open`. It is closed when the last holder lets go, so do not close it.
+    model, embedder, device, codec and remote agree; None and "auto" agree with all. Arguments and
+    errors as in `KVLinkRAG.open`. It is closed when the last holder lets go, so do not close it.
     """
     path = Path(directory).expanduser() if directory is not None else default_directory()
     with _lock:
-        for rag in list(_opened):
-            if rag.directory == path.resolve() and rag.uses(model, embedder, device, codec):
+        for rag, tier in list(_opened.items()):
+            agrees = rag.uses(model, embedder, device, codec) and remote in (None, tier)
+            if rag.directory == path.resolve() and agrees:
                 return rag
-        rag = KVLinkRAG.open(path, model=model, embedder=embedder, device=device, codec=codec)
-        weakref.finalize(rag, _release, rag.store, rag.catalog)
-        _opened.add(rag)
+        rag = KVLinkRAG.open(
+            path, model=model, embedder=embedder, device=device, codec=codec, remote=remote
+        )
+        weakref.finalize(rag, _release, rag.store, rag.catalog, rag.parts.remote)
+        _opened[rag] = remote_url(remote)
         return rag
 
 
-def _release(store: SnapshotStore, catalog: Catalog) -> None:
-    """Close the files of a collection that nobody holds any more."""
+def _release(store: SnapshotStore, catalog: Catalog, remote: RemoteTier | None) -> None:
+    """Close the files of a collection that nobody holds any more, and its tier."""
+    if remote is not None:
+        remote.close()
     store.close()
     catalog.close()
 

@@ -55,7 +55,7 @@ def open_parts(
         )
         opened.callback(store.close)
         prefix = PrefixCache(prefix_budget) if prefix_budget else None
-        url = os.environ.get(REMOTE, "") if remote is None else remote
+        url = remote_url(remote)
 
         def wanted(key: str) -> bool:
             return catalog.snapshot_users(key) > 0
@@ -79,6 +79,11 @@ def open_parts(
         opened.pop_all()
         index = SearchIndex(path / INDEX, catalog)
         return Parts(path, catalog, store, index, settings, prefix, tier, Once(load))
+
+
+def remote_url(remote: str | None) -> str:
+    """The tier that is meant: what is named, else the environment's; empty for none."""
+    return os.environ.get(REMOTE, "") if remote is None else remote
 
 
 def _directory(directory: str | Path, create: bool) -> Path:

@@ -69,9 +69,9 @@ class ChatKVLink(GenerationFields, BaseChatModel):
         llm = ChatKVLink(directory="my-collection")
         chain = create_stuff_documents_chain(llm, prompt)
 
-    model, embedder, directory, device, codec: as everywhere in this package; None is the pair
-    small and the directory of the `kvlink-rag` command line. rag: an open `kvlink_rag.KVLinkRAG`
-    instead.
+    model, embedder, directory, device, codec, remote: as everywhere in this package; None is the
+    pair small and the directory of the `kvlink-rag` command line. rag: an open
+    `kvlink_rag.KVLinkRAG` instead.
     temperature, top_k, top_p, min_p, repetition_penalty, max_tokens, seed, stop: fields, and
     arguments of a call (`bind`).
 

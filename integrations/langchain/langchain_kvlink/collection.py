@@ -1,4 +1,4 @@
-"""What all classes share: `model`, `embedder`, `directory`, `device`, `codec`, or an open `rag`.
+"""What all classes share: `model`, `embedder`, `directory`, `device`, `codec`, `remote`, or `rag`.
 
 A collection is opened on first use and once a process, so that the store, the retriever and the
 LLM of one application share one model and one index. Knows no prompts and no searches.
@@ -48,6 +48,7 @@ class Words(TypedDict, total=False):
     directory: str | Path | None
     device: str
     codec: str | None
+    remote: str | None
     rag: RagLike
 
 
@@ -70,21 +71,24 @@ class CollectionFields(BaseModel):
     codec: str | None = None
     """How snapshots are kept: "exact", "bf16", "int8", "int4" or "fp8"; None: as the directory
     remembers, else "bf16" on a CPU, "exact" on a GPU."""
+    remote: str | None = Field(default=None, exclude=True, repr=False)
+    """A tier of snapshots that machines share, such as "redis://…"; may hold a password, so it is
+    neither shown nor serialised. None: what KVLINK_REMOTE says, "" for none."""
     rag: RagLike = Field(default=None, exclude=True, repr=False)
-    """An open `kvlink_rag.KVLinkRAG` instead of the five above."""
+    """An open `kvlink_rag.KVLinkRAG` instead of the six above."""
 
     _opened: RagLike = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        words = (self.model, self.embedder, self.directory, self.codec)
+        words = (self.model, self.embedder, self.directory, self.codec, self.remote)
         named = self.device != "auto" or any(word is not None for word in words)
         if self.rag is not None and not hasattr(self.rag, "catalog"):
             raise ConfigError(f"rag is a {type(self.rag).__name__}, expected an open KVLinkRAG")
         if self.rag is not None and named:
             raise ConfigError(
-                "found rag= and one of model=, embedder=, directory=, device=, codec=; an open "
-                "collection has them already, so give rag= alone"
+                "found rag= and one of model=, embedder=, directory=, device=, codec=, remote=; an "
+                "open collection has them already, so give rag= alone"
             )
         return self
 
@@ -111,6 +115,7 @@ class CollectionFields(BaseModel):
             embedder=embedder,
             device=self.device,
             codec=self.codec,
+            remote=self.remote,
         )
         return _last
 

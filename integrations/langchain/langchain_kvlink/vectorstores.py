@@ -41,9 +41,9 @@ class KVLinkVectorStore(VectorStore):
         retriever = store.as_retriever(search_kwargs={"k": 5})
         llm = ChatKVLink(directory="my-collection")
 
-    model, embedder, directory, device, codec: as everywhere in this package; None is the pair
-    small and the directory of the `kvlink-rag` command line. `embedder` may be any LangChain
-    `Embeddings`. rag: an open `kvlink_rag.KVLinkRAG` instead of these five. The collection is
+    model, embedder, directory, device, codec, remote: as everywhere in this package; None is the
+    pair small and the directory of the `kvlink-rag` command line. `embedder` may be any LangChain
+    `Embeddings`. rag: an open `kvlink_rag.KVLinkRAG` instead of these six. The collection is
     opened at the first call; the async methods open it in their thread too.
 
     A document's title is `metadata["title"]`; metadata must be JSON. Without an id a document gets

@@ -306,6 +306,31 @@ def test_a_codec_is_passed_on(
         ChatKVLink(directory=tmp_path, codec="exact").invoke("x")
 
 
+def test_a_tier_that_machines_share(
+    tmp_path: Path,
+    model: KVLinkModel,
+    embeddings: Embeddings,
+    towns: list[Document],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One word for all classes; it may hold a password, so no serialised form has it."""
+    tier = tmp_path / "tier"
+    tier.mkdir()
+    monkeypatch.setenv("KVLINK_REMOTE_SECRET", "0123456789abcdef" * 4)
+    words: dict[str, Any] = {"directory": tmp_path / "one", "remote": f"file://{tier}"}
+    store = KVLinkVectorStore.from_documents(towns, embeddings, model=model, **words)
+    llm = ChatKVLink(**words)
+    assert llm.collection is store.collection
+    assert ChatKVLink(directory=tmp_path / "one").collection is store.collection
+    assert ChatKVLink(directory=tmp_path / "one", remote="").collection is not store.collection
+    store.collection.close()
+    assert [path for path in tier.rglob("*") if path.is_file()]
+    assert str(tier) not in str(llm.model_dump()) + repr(llm) + str(llm.facts())
+    opened = store.collection
+    with pytest.raises(ValueError, match="found rag= and one of"):
+        ChatKVLink(rag=opened, remote="")
+
+
 def test_objects_that_name_one_directory_share_it(
     tmp_path: Path, model: KVLinkModel, embeddings: Embeddings, towns: list[Document]
 ) -> None:

@@ -206,6 +206,27 @@ def test_one_codec_a_directory(tmp_path: Path, model: KVLinkModel) -> None:
         KVLinkRetriever(directory=tmp_path, codec="exact").retrieve("Orvale")
 
 
+def test_a_tier_that_machines_share(
+    tmp_path: Path, model: KVLinkModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One word for all classes; it may hold a password, so no serialised form has it."""
+    tier = tmp_path / "tier"
+    tier.mkdir()
+    monkeypatch.setenv("KVLINK_REMOTE_SECRET", "0123456789abcdef" * 4)
+    words: dict[str, Any] = {"directory": tmp_path / "one", "remote": f"file://{tier}"}
+    llm = KVLink(**words, model=model)
+    opened = llm.rag
+    KVLinkRegister(**words)([TextNode(text="The harbour of Orvale.")])
+    assert KVLinkRetriever(directory=tmp_path / "one").rag is opened
+    opened.close()
+    assert [path for path in tier.rglob("*") if path.is_file()]
+    assert str(tier) not in str(llm.to_dict()) + repr(llm)
+    again = pickle.loads(pickle.dumps(KVLinkRegister(**words)))  # noqa: S301
+    assert again._collection.remote == words["remote"]
+    with pytest.raises(ConfigError, match="found rag and one of"):
+        KVLink(rag=opened, remote="")
+
+
 def test_context_window_and_tokenizer(rag: KVLinkRAG, model: KVLinkModel) -> None:
     llm = KVLink(rag=rag, max_new_tokens=20)
     seen = llm.metadata

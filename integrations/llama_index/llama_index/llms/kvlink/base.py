@@ -81,13 +81,15 @@ class KVLink(CollectionFields, CustomLLM):
         device: "auto", "cpu", "cuda", "cuda:1", ...
         codec: how snapshots are kept, "exact", "bf16", "int8", "int4" or "fp8"; None: as the
             directory remembers, else "bf16" on a CPU, "exact" on a GPU.
+        remote: a tier of snapshots that machines share, such as "redis://…"; it may hold a
+            password, so `to_dict` leaves it out. None: what KVLINK_REMOTE says, "" for none.
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed, repair:
             how answers are generated; each may also be given to a call (`max_tokens` means
             `max_new_tokens`). temperature 0 is greedy. repair: what is computed again of reused
             passages, "first:16" or "select:15%"; None: the collection's.
         messages_to_prompt: makes one prompt, which is one user message, of a conversation; left
             out, conversations go through the tokenizer's chat template.
-        rag: an open `kvlink_rag.KVLinkRAG` instead of the first five.
+        rag: an open `kvlink_rag.KVLinkRAG` instead of the first five and `remote`.
 
     Nothing of the process is changed. LlamaIndex counts tokens as GPT-3.5 does, so that prompts
     that it packs may not fit the window: `Settings.tokenizer = llm.tokenizer` lets it count as this

@@ -1,4 +1,4 @@
-"""What all classes of this integration share: `model`, `embedder`, `directory`, `device`, `codec`.
+"""What all classes of this integration share: their collection's words.
 
 A collection is opened on first use and once a process, so that the LLM, the retriever and the
 ingestion of one application share one model and one index. `OnCollection` is the base of every
@@ -38,6 +38,7 @@ class Words(TypedDict, total=False):
     directory: DirectoryLike
     device: str
     codec: str | None
+    remote: str | None
     rag: KVLinkRAG | None
 
 
@@ -48,7 +49,8 @@ class Collection:
     kvlink_rag, of LlamaIndex or of LangChain; None: what the directory remembers, else the pair
     small. directory: None is the one that `kvlink-rag` uses on the command line. codec: how
     snapshots are kept, "exact", "bf16", "int8", "int4" or "fp8"; None: as the directory remembers,
-    else "bf16" on a CPU, "exact" on a GPU. rag: an open collection instead of the other five.
+    else "bf16" on a CPU, "exact" on a GPU. remote: a tier of snapshots that machines share; None:
+    what KVLINK_REMOTE says. rag: an open collection instead of the other six.
     """
 
     def __init__(
@@ -59,23 +61,24 @@ class Collection:
         directory: DirectoryLike = None,
         device: str = "auto",
         codec: str | None = None,
+        remote: str | None = None,
         rag: KVLinkRAG | None = None,
     ) -> None:
-        others = [v is not None for v in (model, embedder, directory, codec)]
+        others = [v is not None for v in (model, embedder, directory, codec, remote)]
         if rag is not None and (any(others) or device != "auto"):
             raise ConfigError(
-                "found rag and one of model, embedder, directory, device, codec; give one"
+                "found rag and one of model, embedder, directory, device, codec, remote; give one"
             )
         if rag is not None and not hasattr(rag, "catalog"):
             raise ConfigError(f"rag is a {type(rag).__name__}, expected an open KVLinkRAG")
         self.model, self.embedder, self.directory, self.device = model, embedder, directory, device
-        self.codec = codec
+        self.codec, self.remote = codec, remote
         self._given = self._rag = rag
         self._outline: PromptFormat | None = None
         self._lock = threading.Lock()
 
     def names(self) -> dict[str, str | None]:
-        """The five as plain strings, for LlamaIndex's fields and its serialised form."""
+        """The six as plain strings, for LlamaIndex's fields and its serialised form."""
         directory = self.directory if self._given is None else self._given.directory
         return {
             "model": _name(self.model),
@@ -83,6 +86,7 @@ class Collection:
             "directory": None if directory is None else str(directory),
             "device": self.device,
             "codec": self.codec,
+            "remote": self.remote,
         }
 
     @property
@@ -103,6 +107,7 @@ class Collection:
                     embedder=_bare(self.embedder),
                     device=self.device,
                     codec=self.codec,
+                    remote=self.remote,
                 )
             return self._rag
 
@@ -155,13 +160,16 @@ class OnCollection:
 
 
 class CollectionFields(OnCollection, BaseModel):
-    """The five words as fields of a LlamaIndex component. Raises `ArgumentError` for others."""
+    """The six words as fields of a LlamaIndex component. Raises `ArgumentError` for others."""
 
     model: str | None = Field(default=None, description="Name or directory of the model.")
     embedder: str | None = Field(default=None, description="Name or directory of the encoder.")
     directory: str | None = Field(default=None, description="Where the collection is kept.")
     device: str = Field(default="auto", description="Torch device.")
     codec: str | None = Field(default=None, description="How snapshots are kept.")
+    remote: str | None = Field(
+        default=None, exclude=True, repr=False, description="A tier that machines share."
+    )
 
     _collection: Collection = PrivateAttr()
 
@@ -173,6 +181,7 @@ class CollectionFields(OnCollection, BaseModel):
         directory: DirectoryLike = None,
         device: str = "auto",
         codec: str | None = None,
+        remote: str | None = None,
         rag: KVLinkRAG | None = None,
         **fields: Any,
     ) -> None:
@@ -184,6 +193,7 @@ class CollectionFields(OnCollection, BaseModel):
             directory=directory,
             device=device,
             codec=codec,
+            remote=remote,
             rag=rag,
         )
         given = {name: value for name, value in fields.items() if value is not None}

@@ -37,8 +37,8 @@ class KVLinkRegister(CollectionFields, TransformComponent):
     and indexed, for `KVLinkRetriever`, and their metadata must be JSON; without, what is not JSON
     is kept as text in the collection, and a warning names the keys. Of a node of a
     `SentenceWindowNodeParser` the window is encoded too, since that will stand in the prompt.
-    `model`, `embedder`, `directory`, `device`, `codec`, `rag`: as everywhere in this integration,
-    see `KVLink`.
+    `model`, `embedder`, `directory`, `device`, `codec`, `remote`, `rag`: as everywhere in this
+    integration, see `KVLink`.
 
     Nodes follow their source document (`ref_doc_id`): those of another version of it go, as an
     upsert has it. A node whose id is a random UUID is known by its content, so that a program that

@@ -42,9 +42,9 @@ class KVLinkSynthesizer(BaseSynthesizer):
     `response.metadata["kvlink"]` holds token counts and the trace, for a stream once it has ended.
 
     Args:
-        llm: a `KVLink`; None makes one of the next six.
-        model, embedder, directory, device, codec, rag: as everywhere in this integration, see
-            `KVLink`.
+        llm: a `KVLink`; None makes one of the next seven.
+        model, embedder, directory, device, codec, remote, rag: as everywhere in this integration,
+            see `KVLink`.
         streaming: whether responses stream.
 
     Examples:
@@ -64,7 +64,8 @@ class KVLinkSynthesizer(BaseSynthesizer):
     ) -> None:
         if llm is not None and set(words.values()) - {None, "auto"}:
             raise ArgumentError(
-                "found llm and one of model, embedder, directory, device, codec, rag; give one"
+                "found llm and one of model, embedder, directory, device, codec, remote, rag; "
+                "give one"
             )
         if not isinstance(llm, KVLink | None):
             raise ArgumentError(

@@ -35,8 +35,8 @@ class KVLinkRetriever(OnCollection, BaseRetriever):
         filters: LlamaIndex's `MetadataFilters`, nested or not; applied to the whole ranking, so
             that k are found where there are k.
         rounds: 2 searches again from the best first hits, for two-hop questions.
-        model, embedder, directory, device, codec, rag: as everywhere in this integration, see
-            `KVLink`.
+        model, embedder, directory, device, codec, remote, rag: as everywhere in this integration,
+            see `KVLink`.
 
     `delete_ref_doc`, `delete_nodes` and `sync` take nodes out again.
 
