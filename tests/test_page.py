@@ -184,7 +184,7 @@ def test_an_answer_is_stopped_by_keyboard(
     page: Any, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = Unfinished()
-    monkeypatch.setattr("kvlink_rag.serving.completions.from_collection", lambda *a, **n: answer)
+    monkeypatch.setattr("kvlink_rag.serving.pieces.from_collection", lambda *a, **n: answer)
     left = threading.Event()
     monkeypatch.setattr(server.service.tally.left, "inc", left.set)
     page.fill("#question", "Where is the harbour?")

@@ -146,7 +146,7 @@ def test_sampling_options(client: Any) -> None:
 def test_an_answer_cites_the_passages_with_its_words(
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvlink_rag.serving.completions.cited", lambda *texts: [1])
+    monkeypatch.setattr("kvlink_rag.serving.pieces.cited", lambda *texts: [1])
     asked = {"model": "kvlink/towns", "messages": MESSAGES, "max_tokens": 6}
     answer = client.chat.completions.create(**asked)
     second = answer.model_extra["kvlink"]["sources"][1]
@@ -202,6 +202,140 @@ def test_what_is_not_served_is_a_400_in_openais_form(server: Running, asked: Any
     assert error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
     assert any(word in error["message"] for word in (*asked, "role", "last message"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
+        ({"conversation": "conv_1"}, "conversation is not supported"),
+        ({"background": True}, "background is not supported"),
+        ({"reasoning": {"effort": "high"}}, "reasoning is not supported"),
+        ({"tools": [{"type": "web_search"}]}, "file_search"),
+        ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "at least 1 item"),
+        ({"tools": [{"type": "file_search", "vector_store_ids": ["a", "b"]}]}, "at most 1 item"),
+        ({"tools": [{"type": "file_search", "vector_store_ids": ["towns"]}]}, "own collection"),
+        ({"text": {"format": {"type": "json_object"}}}, "'text'"),
+        ({"input": []}, "at least 1 item"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0"),
+        ({"input": [{"role": "assistant", "content": "x"}]}, "not the user's"),
+        ({"input": [{"type": "file_search_call", "id": "fs_1"}]}, "not the user's"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+    ],
+    ids=str,
+)
+def test_what_a_response_cannot_be(server: Running, asked: Any, told: str) -> None:
+    with server.client() as http:
+        answer = http.post("/v1/responses", json={"model": "kvlink/towns", "input": "x", **asked})
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]["message"]
+
+
+def test_a_response_is_what_a_chat_says(client: Any) -> None:
+    chat = client.chat.completions.create(model="kvlink/towns", messages=MESSAGES, max_tokens=12)
+    answer = client.responses.create(model="kvlink/towns", input=QUESTION, max_output_tokens=12)
+    assert answer.output_text == chat.choices[0].message.content
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert answer.usage.input_tokens == chat.usage.prompt_tokens
+    assert answer.usage.output_tokens == 12
+    assert answer.usage.total_tokens == chat.usage.total_tokens
+    assert answer.usage.input_tokens_details.cached_tokens > 0
+    assert answer.model_extra["kvlink"]["sources"] == chat.model_extra["kvlink"]["sources"]
+    (message,) = answer.output
+    (text,) = message.content
+    cited = [each.model_dump() for each in chat.choices[0].message.annotations]
+    assert [each.model_dump() for each in text.annotations] == [
+        {"type": "url_citation", **each["url_citation"]} for each in cited
+    ]
+
+
+def test_a_response_keeps_what_stands_before(client: Any) -> None:
+    """Instructions, and a conversation with the output of an earlier response in it."""
+    first = client.responses.create(model="kvlink/towns", input=QUESTION, max_output_tokens=6)
+    answer = client.responses.create(
+        model="kvlink/towns",
+        instructions="Be brief.",
+        input=[
+            {"role": "user", "content": QUESTION},
+            *first.output,
+            {"role": "user", "content": [{"type": "input_text", "text": "And the mill?"}]},
+        ],
+        max_output_tokens=6,
+        metadata={"asked": "twice"},
+    )
+    chat = client.chat.completions.create(
+        model="kvlink/towns",
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            *MESSAGES,
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "And the mill?"},
+        ],
+        max_tokens=6,
+    )
+    assert answer.output_text == chat.choices[0].message.content
+    assert answer.usage.input_tokens == chat.usage.prompt_tokens
+    assert (answer.instructions, answer.metadata) == ("Be brief.", {"asked": "twice"})
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_response_comes_in_pieces(client: Any, search: bool) -> None:
+    """To a stop string, since the client's own helper asks for an end that is no limit."""
+    asked: dict[str, Any] = {"model": "kvlink/towns", "input": QUESTION, "max_output_tokens": 16}
+    if search:
+        tool = {"type": "file_search", "vector_store_ids": ["towns"], "max_num_results": 2}
+        asked |= {"model": READER, "tools": [tool], "include": ["file_search_call.results"]}
+    stop = client.responses.create(**asked).output_text[8:10]
+    asked["extra_body"] = {"stop": [stop]}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:  # the client puts the pieces together itself
+        events = list(stream)
+        final = stream.get_final_response()
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    pieces = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert "".join(pieces) == whole.output_text == final.output_text != ""
+    assert final.usage.model_dump() == whole.usage.model_dump() | {
+        "input_tokens_details": final.usage.input_tokens_details.model_dump()
+    }
+    kinds = [item.type for item in final.output]
+    assert kinds == [item.type for item in whole.output]
+    added = [e.item.type for e in events if e.type == "response.output_item.added"]
+    done = [e.item for e in events if e.type == "response.output_item.done"]
+    assert added == kinds == [item.type for item in done]
+    for one, other in zip(done, final.output, strict=True):
+        assert {**one.model_dump(), "id": ""} == {**other.model_dump(), "id": ""} | (
+            {"content": one.model_dump()["content"]} if one.type == "message" else {}
+        )
+
+
+def test_a_response_searches_a_store(server: Running, client: Any) -> None:
+    """OpenAI's own tool, over a collection: the answer is that of the collection's model."""
+    tool = {"type": "file_search", "vector_store_ids": ["towns"], "max_num_results": 2}
+    asked: Any = {"model": READER, "input": QUESTION, "tools": [tool], "max_output_tokens": 8}
+    answer = client.responses.create(**asked, include=["file_search_call.results"])
+    call, message = answer.output
+    with server.towns() as rag:
+        expected = rag.ask(QUESTION, k=2, max_new_tokens=8)
+    assert message.content[0].text == expected.text
+    assert call.queries == [QUESTION]
+    assert [found.text for found in call.results] == [h.document.text for h in expected.hits]
+    assert [found.score for found in call.results] == [h.score for h in expected.hits]
+    assert client.responses.create(**asked).output[0].results is None
+    missing = {**tool, "vector_store_ids": ["elsewhere"]}
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(**{**asked, "tools": [missing]})
+
+
+def test_a_response_that_fails_midway_says_so(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("told to nobody")
+
+    monkeypatch.setattr("kvlink_rag.serving.pieces._whole", broken)
+    asked: Any = {"model": READER, "input": "x", "max_output_tokens": 4, "stream": True}
+    *_, last = client.responses.create(**asked)
+    assert (last.type, last.code) == ("error", "internal_error")
+    assert last.message == "the server failed; its log says how"
 
 
 def test_a_prompt_beyond_the_window_is_told(client: Any) -> None:

@@ -53,6 +53,21 @@ def test_langchain_chat(server: Running, where: dict[str, Any]) -> None:
     assert llm.invoke([("system", "Be brief."), ("human", QUESTION)]).content
 
 
+def test_langchain_responses(server: Running, where: dict[str, Any]) -> None:
+    chat = pytest.importorskip("langchain_openai").ChatOpenAI
+    llm = chat(model="kvlink/towns", max_tokens=8, use_responses_api=True, **where)
+    answer = llm.invoke([("system", "Be brief."), ("human", QUESTION)])
+    again = chat(model="kvlink/towns", max_tokens=8, **where).invoke(
+        [("system", "Be brief."), ("human", QUESTION)]
+    )
+    assert answer.text == again.text
+    assert answer.usage_metadata["output_tokens"] == 8
+    pieces = list(llm.stream(QUESTION))
+    assert "".join(piece.text for piece in pieces) == llm.invoke(QUESTION).text
+    further = llm.invoke([("human", QUESTION), answer, ("human", "And the mill?")])
+    assert further.usage_metadata["output_tokens"] == 8
+
+
 def test_langchain_completions(server: Running, where: dict[str, Any]) -> None:
     llm = pytest.importorskip("langchain_openai").OpenAI
     llm = llm(model=READER, max_tokens=8, temperature=0, **where)

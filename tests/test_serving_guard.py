@@ -134,7 +134,7 @@ def test_faults_are_logged_and_not_told(
     def fail(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("the secret path /root")
 
-    monkeypatch.setattr("kvlink_rag.serving.completions.from_collection", fail)
+    monkeypatch.setattr("kvlink_rag.serving.pieces.from_collection", fail)
     with plain.client() as http:
         for stream in (False, True):
             answer = http.post(CHAT, json=asking(stream=stream))
@@ -260,9 +260,7 @@ class Endless:
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endless]:
     answer = Endless()
-    monkeypatch.setattr(
-        "kvlink_rag.serving.completions.from_collection", lambda *given, **named: answer
-    )
+    monkeypatch.setattr("kvlink_rag.serving.pieces.from_collection", lambda *given, **named: answer)
     yield answer
     answer.let()
 

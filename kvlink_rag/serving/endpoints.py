@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from . import completions, embeddings, replies, requests, stores
+from . import completions, embeddings, replies, requests, responses, stores
 from .refusals import Refused, not_found
 from .service import Call, Endpoint
 from .tally import CONTENT_TYPE
@@ -75,6 +75,15 @@ ENDPOINTS = (
         "Answer prompts",
         replies.CompletionAnswer,
         requests.CompletionRequest,
+        sse=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses",
+        responses.create,
+        "Create a response",
+        replies.ResponseAnswer,
+        requests.ResponseRequest,
         sse=True,
     ),
     Endpoint(

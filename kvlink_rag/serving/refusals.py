@@ -99,9 +99,19 @@ def refusal_of(error: BaseException) -> Refused:
 
 
 def _of_validation(error: ValidationError) -> Refused:
-    """The first thing that is wrong with a body or a query."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
+    """One thing that is wrong with a body or a query.
+
+    Where a field may be of several kinds, each has its complaint: the one that looked deepest is
+    told, and not that a list is no text.
+    """
+    found = error.errors(include_url=False, include_context=False)
+    first = max(found, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    place = ".".join(str(step) for step in first["loc"] if _is_named(step))
     message = first["msg"].removeprefix("Value error, ")
     param = str(first["loc"][0]) if first["loc"] else None
     return Refused(400, f"{place}: {message}" if place else message, param, first["type"])
+
+
+def _is_named(step: str | int) -> bool:
+    """Whether a step of a place is a field or a number, and no kind of a library's."""
+    return isinstance(step, int) or step.isidentifier()

@@ -129,6 +129,105 @@ class CompletionAnswer(BaseModel):
     usage: Usage
 
 
+class ResponseCitation(UrlCitation):
+    """A citation, as /v1/responses writes one."""
+
+    type: Literal["url_citation"] = "url_citation"
+
+
+class OutputText(BaseModel):
+    """The text of an answer."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[ResponseCitation]
+    logprobs: list[None] = []
+
+
+class OutputMessage(BaseModel):
+    """What the assistant said."""
+
+    id: str
+    type: Literal["message"] = "message"
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText]
+
+
+class SearchResult(BaseModel):
+    """A passage that the answer was read from."""
+
+    file_id: str
+    filename: str
+    score: float
+    text: str
+    attributes: dict[str, Any]
+
+
+class SearchCall(BaseModel):
+    """That a vector store was searched. results: where they were asked for (`include`)."""
+
+    id: str
+    type: Literal["file_search_call"] = "file_search_call"
+    status: Literal["completed"] = "completed"
+    queries: list[str]
+    results: list[SearchResult] | None = None
+
+
+class InputDetails(PromptDetails):
+    """cache_write_tokens: none, since nothing of a prompt is kept for its own sake."""
+
+    cache_write_tokens: Literal[0] = 0
+
+
+class OutputDetails(BaseModel):
+    """This server's models do not reason before they answer."""
+
+    reasoning_tokens: Literal[0] = 0
+
+
+class ResponseUsage(BaseModel):
+    """Tokens of a request, in the words of /v1/responses."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class Incomplete(BaseModel):
+    """Why an answer ended early."""
+
+    reason: Literal["max_output_tokens"] = "max_output_tokens"
+
+
+class ResponseAnswer(BaseModel):
+    """Of /v1/responses."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    error: None = None
+    incomplete_details: Incomplete | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[SearchCall | OutputMessage]
+    parallel_tool_calls: Literal[False] = False
+    previous_response_id: None = None
+    store: Literal[False] = False
+    temperature: float
+    tool_choice: Literal["auto"] = "auto"
+    tools: list[dict[str, Any]]
+    top_p: float
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None = None
+    kvlink: Extension | None = None
+
+
 class Embedding(BaseModel):
     """A vector, or its float32 numbers, little-endian, in base64."""
 

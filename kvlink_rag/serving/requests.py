@@ -41,6 +41,17 @@ _OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
 }
 
+_OF_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "previous_response_id": (),
+    "conversation": (),
+    "prompt": (),
+    "background": (False,),
+    "top_logprobs": (0,),
+    "reasoning": ({}, {"effort": "none"}),
+    "max_tool_calls": (),
+    "tool_choice": ("auto", "none", {"type": "file_search"}),
+}
+
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Attribute = (
@@ -130,6 +141,10 @@ class Answering(Asked):
         """The most tokens that were asked for."""
         return self.max_tokens
 
+    def asked_passages(self) -> int | None:
+        """How many passages were asked for."""
+        return self.k
+
 
 class ContentPart(Asked):
     """A part of a message; text only."""
@@ -183,6 +198,70 @@ class CompletionRequest(Answering):
 
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_COMPLETIONS
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
+
+
+class FileSearch(Asked):
+    """The tool of OpenAI's that answers from a vector store; the answer is always from it."""
+
+    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {"filters": ()}
+    type: Literal["file_search"]
+    vector_store_ids: Annotated[list[Name], Field(min_length=1, max_length=1)]
+    max_num_results: Annotated[int, Field(ge=1, le=50)] | None = None
+
+
+class InputMessage(ChatMessage):
+    """A message of a response's input."""
+
+    type: Literal["message"] | None = None
+
+
+class EarlierSearch(Asked):
+    """What an earlier response says it did, which clients send back; passed over."""
+
+    type: Literal["file_search_call"]
+
+
+class TextFormat(Asked):
+    """Plain text only."""
+
+    type: Literal["text"]
+
+
+class TextOptions(Asked):
+    """How the text is to be."""
+
+    format: TextFormat | None = None
+
+
+class ResponseRequest(Answering):
+    """Of /v1/responses. Nothing of it is kept: a conversation is sent whole each time."""
+
+    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_RESPONSES
+    input: (
+        Text | Annotated[list[InputMessage | EarlierSearch], Field(min_length=1, max_length=2048)]
+    )
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[FileSearch], Field(max_length=1)] | None = None
+    text: TextOptions | None = None
+    include: list[str] | None = None
+    metadata: Metadata | None = None
+
+    def asked_tokens(self) -> int | None:
+        """See `Answering`."""
+        return self.max_output_tokens or self.max_tokens
+
+    def asked_passages(self) -> int | None:
+        """See `Answering`; the tool's word for it is `max_num_results`."""
+        return self.k or (self.tools[0].max_num_results if self.tools else None)
+
+    def messages(self) -> list[dict[str, str]]:
+        """The instructions, then the conversation, as the library takes them."""
+        before = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*before, {"role": "user", "content": self.input}]
+        said = [item.plain() for item in self.input if isinstance(item, InputMessage)]
+        return [*before, *said]
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
