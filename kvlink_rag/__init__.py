@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvlink_rag.collection.answering import Answer, AnswerStream
     from kvlink_rag.collection.conversation import Conversation
     from kvlink_rag.collection.opened import shared_collection
+    from kvlink_rag.collection.passage_writer import PassageWriter
     from kvlink_rag.collection.prometheus import CollectionMetrics
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.splitter import split_document
@@ -52,6 +53,7 @@ _HOME = {
     "Layout": "prompt.layout",
     "Part": "documents",
     "Passage": "documents",
+    "PassageWriter": "collection.passage_writer",
     "Prefill": "model.model",
     "PromptPreset": "prompt.spec",
     "Spec": "prompt.spec",
@@ -79,6 +81,7 @@ __all__ = [
     "Layout",
     "Part",
     "Passage",
+    "PassageWriter",
     "Prefill",
     "PromptPreset",
     "Spec",

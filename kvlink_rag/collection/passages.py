@@ -15,6 +15,8 @@ from typing import TypeVar
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError, PassageTooLong
+from kvlink_rag.model.model import KVLinkModel
+from kvlink_rag.snapshots.sources import StoredSnapshots
 
 from .catalog import Entry
 from .parts import Parts
@@ -47,16 +49,21 @@ def checked(document: Document) -> Document:
 
 
 def encodable(parts: Parts, document: Document) -> Encodable:
-    """Token ids and key of `document`. Raises `PassageTooLong` beyond the model's window."""
+    """`document` for the model and the codec of a collection. Raises as `encodable_by`."""
     loaded = parts.loaded()
-    ids = loaded.model.passage_tokens(document)
-    most = loaded.model.window - ANSWER_ROOM - len(loaded.model.spec.header)
+    return encodable_by(loaded.model, loaded.snapshots, document)
+
+
+def encodable_by(model: KVLinkModel, snapshots: StoredSnapshots, document: Document) -> Encodable:
+    """Token ids and key of `document`. Raises `PassageTooLong` beyond the model's window."""
+    ids = model.passage_tokens(document)
+    most = model.window - ANSWER_ROOM - len(model.spec.header)
     if len(ids) > most:
         raise PassageTooLong(
             f"document {document.id!r} has {len(ids)} tokens, the model's window leaves room for "
             f"{most}; split it with kvlink_rag.split_document"
         )
-    return Encodable(document, ids, loaded.snapshots.key(ids))
+    return Encodable(document, ids, snapshots.key(ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,12 @@ class RemoteTier:
             else:
                 self._count("dropped")
 
+    def write(self, key: str) -> None:
+        """Write the file of `key` now, for who can wait. Raises what the place's client raises."""
+        if (file := self._read(key)) is not None:
+            self._place.put(self._name(key), seal(self._secret, self._name(key), file))
+            self._count("written")
+
     def erase(self, key: str) -> None:
         """Queue the removal of `key`; what was queued of it before goes."""
         with self._changed:
@@ -280,9 +286,8 @@ class RemoteTier:
             if erases:
                 self._place.delete(self._name(key))
                 self._erased(key)
-            elif self._wanted(key) and (file := self._read(key)) is not None:
-                self._place.put(self._name(key), seal(self._secret, self._name(key), file))
-                self._count("written")
+            elif self._wanted(key):
+                self.write(key)
                 if not self._wanted(key):  # deleted meanwhile, perhaps by another process
                     self._place.delete(self._name(key))
         except Exception as error:  # whatever a client raises
