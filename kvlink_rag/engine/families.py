@@ -185,12 +185,12 @@ def reach_of(config: Any) -> int:
 
 
 def window_of(config: Any) -> int | None:
-    """The sliding window in positions, or None where no layer slides."""
+    """The sliding window in positions, or None where no layer slides, or no prompt is longer."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if not family_of(config).slides or (kinds and "sliding_attention" not in kinds):
         return None
-    return window
+    return None if window is None or window >= reach_of(config) else window
 
 
 def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
@@ -202,4 +202,6 @@ def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
     if family_of(config).one_mask:
         return make(window)
     masks = {"full_attention": make(None)}
-    return masks if window is None else {**masks, "sliding_attention": make(window)}
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = masks["full_attention"] if window is None else make(window)
+    return masks
