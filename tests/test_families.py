@@ -16,7 +16,7 @@ import transformers
 import kvlink_rag
 from kvlink_rag import Document, KVLinkModel
 from kvlink_rag.engine.families import FAMILIES, check_supported, masks_by_layer, window_of
-from kvlink_rag.errors import ModelNotSupported, PromptTooLong
+from kvlink_rag.errors import ConfigError, ModelNotSupported, PromptTooLong
 
 
 def test_the_oracle_covers_every_family_and_no_other() -> None:
@@ -145,6 +145,19 @@ def test_longrope_is_held_within_its_original_window() -> None:
     texts = {mode: "".join(stream) for mode, stream in streams.items()}
     assert texts["reuse"] == texts["masked"]
     assert streams["reuse"].trace.generated_tokens == room  # the answer ends there too
+
+
+def test_longrope_by_its_first_name_is_refused_as_transformers_does(tmp_path: Path) -> None:
+    """Phi's first files said "su", for which transformers 5 misses a setting."""
+    made = longrope(64)
+    made.backbone.model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    rope = fields.pop("rope_parameters")
+    scaling = {"type": "su", **{name: rope[name] for name in ("short_factor", "long_factor")}}
+    file.write_text(json.dumps({**fields, "rope_scaling": scaling, "partial_rotary_factor": 0.75}))
+    with pytest.raises(ConfigError, match="original_max_position_embeddings"):
+        KVLinkModel.from_pretrained(tmp_path)
 
 
 def test_what_scales_longrope_is_part_of_the_identity() -> None:
