@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -64,6 +65,16 @@ MINISTRAL3_ROPE = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
+}
+PHI4_MINI_ROPE = {  # as in its file: 12 of a head's 16 numbers are turned
+    "partial_rotary_factor": 0.75,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 7168,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+        "long_factor": [1.0, 1.2, 2.0, 5.0, 11.0, 30.0],
+    },
 }
 SHAPE = {
     "hidden_size": 64,
@@ -153,6 +164,16 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.SmolLM3ForCausalLM,
         {**ENDS, "no_rope_layers": [1, 0, 1], "use_sliding_window": False},
     ),
+    "phi3-window": (
+        transformers.Phi3Config,
+        transformers.Phi3ForCausalLM,
+        {**ENDS, "num_key_value_heads": 4, "sliding_window": 24},
+    ),
+    "phi4-mini": (
+        transformers.Phi3Config,
+        transformers.Phi3ForCausalLM,
+        {**ENDS, **PHI4_MINI_ROPE, "sliding_window": 262144, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -188,13 +209,15 @@ def random_model(family: str, dtype: torch.dtype, *, seed: int = 0, **overrides:
     """A tiny causal LM whose attention is sharp enough for a wrong mask to show."""
     config_class, model_class, extra = FAMILIES[family]
     vocabulary = 260 + 5 * MAX_PASSAGES
-    config = config_class(**{"vocab_size": vocabulary, **SHAPE, **extra, **overrides})
+    shape = {"vocab_size": vocabulary, **SHAPE, **extra, **overrides}
+    config = config_class(**copy.deepcopy(shape))  # which writes into what it is given
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                wide = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+                sharp = any(each in name for each in ("q_proj", "k_proj", "qkv_proj"))
+                wide = 1.5 if sharp else 1.0
                 parameter.normal_(0, wide / parameter.shape[1] ** 0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.5)

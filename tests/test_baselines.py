@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ModelMaker
-from test_oracle import as_given, by_token, difference, documents, rule_logits
+from test_oracle import as_given, by_token, difference, documents, givers, rule_logits
 
 from kvlink_rag import KVLinkModel, Passage, Text
 from kvlink_rag.compare.baselines import BLOCK, METHODS, Baselines
@@ -38,6 +38,14 @@ def plain_logits(model: KVLinkModel, laid: Layout) -> torch.Tensor:
     return output.logits[0, -1].float()
 
 
+def stretch(backbone: Any) -> torch.Tensor:
+    """[head_dim]: what RoPE multiplies the numbers of each key by, besides turning them."""
+    rotary, factors = backbone.model.model.rotary_emb, torch.ones(backbone.head_dim)
+    if (scaling := getattr(rotary, "attention_scaling", 1.0)) != 1.0:
+        factors[: 2 * len(rotary.inv_freq)] = scaling
+    return factors
+
+
 def hooked_logits(
     model: KVLinkModel, laid: Layout, choose: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
@@ -57,35 +65,34 @@ def hooked_logits(
         """Of the second layer, whose keys and values depend on the first alone."""
         handles, found = [], {}
         layer = backbone.model.model.layers[1].self_attn
-        for name, module in (
-            ("keys", getattr(layer, "k_norm", layer.k_proj)),
-            ("values", layer.v_proj),
-        ):
+        for name, (module, columns) in givers(layer).items():
 
-            def keep(_: Any, __: Any, output: torch.Tensor, name: str = name) -> None:
-                found[name] = by_token(output.detach(), laid, backbone.kv_heads).transpose(0, 1)
+            def keep(
+                _: Any, __: Any, output: torch.Tensor, name: str = name, part: slice = columns
+            ) -> None:
+                states = by_token(output.detach(), part, laid, backbone.kv_heads)
+                found[name] = states.transpose(0, 1)
 
             handles.append(module.register_forward_hook(keep))
         plain_logits(model, laid)
         for handle in handles:
             handle.remove()
-        return sum((found[n] - alone[n][1]).square().sum(dim=(0, 2)) for n in found)  # type: ignore[return-value]
+        differ = {name: found[name] - alone[name][1] for name in found}
+        differ["keys"] *= stretch(backbone)
+        return sum(each.square().sum(dim=(0, 2)) for each in differ.values())  # type: ignore[return-value]
 
     own = (laid.segments == 0) | choose(deviation().masked_fill(laid.segments == 0, -1))
     handles = []
     for number, layer in enumerate(backbone.model.model.layers[1:], 1):
-        attention = layer.self_attn
-        pairs = (
-            ("keys", getattr(attention, "k_norm", attention.k_proj)),
-            ("values", attention.v_proj),
-        )
-        for name, module in pairs:
+        for name, (module, columns) in givers(layer.self_attn).items():
             given = alone[name][number].transpose(0, 1)
 
-            def replace(_: Any, __: Any, output: torch.Tensor, given: Any = given) -> torch.Tensor:
-                states = by_token(output, laid, backbone.kv_heads).clone()
+            def replace(
+                _: Any, __: Any, output: torch.Tensor, given: Any = given, part: slice = columns
+            ) -> torch.Tensor:
+                states = by_token(output, part, laid, backbone.kv_heads).clone()
                 states[~own] = given[~own]
-                return as_given(states, output)
+                return as_given(states, output, part)
 
             handles.append(module.register_forward_hook(replace))
     try:

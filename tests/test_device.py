@@ -18,6 +18,7 @@ import triton_by_hand
 from conftest import ModelMaker, WordEmbedder, byte_spec, byte_tokenizer, random_model
 from test_oracle import F32, NAMES, difference, prompt
 from test_static import DEVICES, static_model, workspaces
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 import kvlink_rag.engine.copy_stream
 import kvlink_rag.engine.rope
@@ -329,6 +330,22 @@ def test_the_kernels_own_lines_give_what_plain_torch_gives(
         assert torch.equal(out, expected)
     assert not wide[:, :, 0].any()
     assert not wide[:, :, -1].any()
+
+
+@pytest.mark.parametrize("turned", [6, 8, 16])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
+def test_the_first_part_of_each_head_is_turned(dtype: torch.dtype, turned: int) -> None:
+    """As transformers' own function for Phi does it; what it leaves as it is stays to the bit."""
+    torch.manual_seed(turned)
+    keys = torch.randn(3, 2, 5, 16).to(dtype)
+    angles = torch.randn(5, turned // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    out = torch.full_like(keys, torch.nan)
+    rotate_into(out, keys, cos, sin)
+    expected = apply_rotary_pos_emb(keys, keys, cos[None], sin[None])[1]
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=rounding, atol=rounding)
+    assert torch.equal(out[..., turned:], keys[..., turned:])
 
 
 def test_a_kernel_that_fails_is_told_once_and_not_tried_again(

@@ -114,7 +114,9 @@ def losses(config: FinetuneConfig) -> list[float]:
 # The oracle
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral-window", "qwen2-window", "qwen3", "phi3-window", "phi4-mini"]
+)
 @pytest.mark.parametrize("links", [0, 5])
 @pytest.mark.parametrize("header", [(), (3, 250)])
 def test_the_trainers_logits_are_the_masked_prefills(

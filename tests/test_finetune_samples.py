@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WordEmbedder, byte_spec, byte_tokenizer
-from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from kvlink_rag import Document, Passage, Text
 from kvlink_rag.errors import ConfigError, ExampleError, PromptTooLong
@@ -257,6 +257,7 @@ CONFIGURATIONS = {
     "llama": LlamaConfig(),
     "mistral-window": MistralConfig(sliding_window=24),
     "qwen2-window": Qwen2Config(use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    "phi3-window": Phi3Config(sliding_window=24),
 }
 
 

@@ -54,16 +54,30 @@ def heads_first(output: torch.Tensor) -> bool:
     return output.dim() == 4 and output.shape[1] == 2
 
 
-def by_token(output: torch.Tensor, laid: Layout, heads: int) -> torch.Tensor:
+def givers(attention: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, slice]]:
+    """What gives keys before RoPE, and values, and the columns of its output that they are."""
+    if (fused := getattr(attention, "qkv_proj", None)) is None:
+        keys = getattr(attention, "k_norm", attention.k_proj)
+        return {"keys": (keys, slice(None)), "values": (attention.v_proj, slice(None))}
+    queries = attention.config.num_attention_heads * attention.head_dim
+    behind = queries + attention.config.num_key_value_heads * attention.head_dim
+    return {"keys": (fused, slice(queries, behind)), "values": (fused, slice(behind, None))}
+
+
+def by_token(output: torch.Tensor, columns: slice, laid: Layout, heads: int) -> torch.Tensor:
     """[tokens, kv_heads, head_dim] of what a hook was given."""
     if heads_first(output):
         return output[0].transpose(0, 1)
-    return output.view(len(laid), heads, -1)
+    return output[..., columns].view(len(laid), heads, -1)
 
 
-def as_given(states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """`states` [tokens, kv_heads, head_dim] in the shape of what a hook was given."""
-    return states.transpose(0, 1)[None] if heads_first(output) else states.view(output.shape)
+def as_given(states: torch.Tensor, output: torch.Tensor, columns: slice) -> torch.Tensor:
+    """What a hook was given, with `states` [tokens, kv_heads, head_dim] in these columns."""
+    if heads_first(output):
+        return states.transpose(0, 1)[None]
+    changed = output.clone()
+    changed[..., columns] = states.reshape(changed[..., columns].shape)
+    return changed
 
 
 def rule_mask(laid: Layout, window: int | None) -> torch.Tensor:
@@ -87,7 +101,7 @@ def rule_logits(model: KVLinkModel, laid: Layout) -> torch.Tensor:
     config = model.backbone.config
     kinds = getattr(config, "layer_types", None) or []
     window = config.sliding_window if getattr(config, "sliding_window", None) else None
-    if config.model_type in ("mistral", "starcoder2"):  # one mask for all layers, with its window
+    if config.model_type in ("mistral", "starcoder2", "phi3"):  # one mask, with its window
         mask = rule_mask(laid, window)[None, None]
     elif "sliding_attention" in kinds:
         mask = {

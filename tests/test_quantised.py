@@ -22,7 +22,7 @@ from conftest import FAMILIES, ModelMaker, WordEmbedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_oracle import as_given, by_token, difference, documents, rule_logits
+from test_oracle import as_given, by_token, difference, documents, givers, rule_logits
 
 import kvlink_rag.collection.reencoding
 import kvlink_rag.snapshots.quantised
@@ -308,15 +308,17 @@ def given_logits(model: KVLinkModel, laid: Layout, files: list[Path]) -> torch.T
     at = laid.segments != 0
     handles = []
     for number, layer in enumerate(backbone.model.model.layers):
-        attention = layer.self_attn
-        pairs = ((keys, getattr(attention, "k_norm", attention.k_proj)), (values, attention.v_proj))
-        for given_states, module in pairs:
+        giving = givers(layer.self_attn)
+        for given_states, name in ((keys, "keys"), (values, "values")):
+            module, columns = giving[name]
             states_here = given_states[number].transpose(0, 1)
 
-            def put(_: Any, __: Any, output: torch.Tensor, here: Any = states_here) -> torch.Tensor:
-                changed = by_token(output, laid, backbone.kv_heads).clone()
+            def put(
+                _: Any, __: Any, output: torch.Tensor, here: Any = states_here, part: Any = columns
+            ) -> torch.Tensor:
+                changed = by_token(output, part, laid, backbone.kv_heads).clone()
                 changed[at] = here
-                return as_given(changed, output)
+                return as_given(changed, output, part)
 
             handles.append(module.register_forward_hook(put))
     try:

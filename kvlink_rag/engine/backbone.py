@@ -58,7 +58,7 @@ class Step:
     masks: Any
 
     def turned(self, number: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for layer `number`: [1, tokens, head_dim] each."""
+        """Cosines and sines for layer `number`: [1, tokens, turned] each, see `Rotation`."""
         cos, sin = self.rotary.of_layer(number)
         return cos[None], sin[None]
 
@@ -109,7 +109,8 @@ class Backbone:
         self.quick: QuickWeights | None = None  # the model's own weights alone
         self._capture = Capture()
         attentions = (layer.self_attn for layer in self.model.model.layers)
-        self._hooks = Hooks(attentions, self.family, self._capture)
+        width = self.kv_heads * self.head_dim
+        self._hooks = Hooks(attentions, self.family, width, self._capture)
         self._identity = WeightsIdentity(
             self.model, self.config, source, states, adapter, self.family.shaping
         )
@@ -366,11 +367,14 @@ class Backbone:
         norm, attention = self.family.input_norm, layer.self_attn
         states = (hidden if norm is None else getattr(layer, norm)(hidden))[0]
         shape = (len(states), self.kv_heads, self.head_dim)
-        values = getattr(attention, self.family.values)(states).view(shape).transpose(0, 1)
-        first, *rest = (getattr(attention, name) for name in self.family.keys)
-        keys = first(states) if self.family.over_heads else first(states).view(shape)
-        for module in rest:
-            keys = module(keys)
+        key_columns, value_columns = self.family.columns(self.kv_heads * self.head_dim)
+        first, *rest = self.family.keys
+        made = {name: getattr(attention, name)(states) for name in {first, self.family.values}}
+        values = made[self.family.values][:, value_columns].view(shape).transpose(0, 1)
+        keys = made[first][:, key_columns]
+        keys = keys if self.family.over_heads else keys.view(shape)
+        for name in rest:
+            keys = getattr(attention, name)(keys)
         keys = keys.view(shape).transpose(0, 1)
         turned = torch.empty_like(keys)
         rotate_into(turned, keys, *rotary)

@@ -22,6 +22,23 @@ from .families import Family
 
 
 @dataclass(frozen=True, slots=True)
+class _Source:
+    """Where keys, or values, come from: these columns of what `module` gives.
+
+    module: its name in an attention block. heads_first: see `Family`.
+    """
+
+    module: str
+    columns: slice
+    heads_first: bool = False
+
+    def states(self, output: Tensor) -> Tensor:
+        """Keys or values alone; copied where more came with them, so that no queries are kept."""
+        states = output[..., self.columns]
+        return states if states.shape == output.shape else states.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
 class _Given:
     """Keys before RoPE and values of the tokens at `places`: [layers, kv_heads, n, head_dim]."""
 
@@ -29,17 +46,18 @@ class _Given:
     keys: Tensor
     values: Tensor
 
-    def instead(self, states: Tensor, output: Tensor, heads_first: bool) -> Tensor:
+    def instead(self, states: Tensor, output: Tensor, source: _Source) -> Tensor:
         """`output` of one layer's hook with `states` of that layer put in.
 
         output: [1, tokens, …], or where heads come first [1, kv_heads, tokens, head_dim].
         """
         changed = output.clone()
         kv_heads, _, head_dim = states.shape
-        if heads_first:
-            changed[0, :, self.places] = states
+        part = changed[..., source.columns]
+        if source.heads_first:
+            part[0, :, self.places] = states
             return changed
-        changed.view(output.shape[1], kv_heads, head_dim)[self.places] = states.transpose(0, 1)
+        part.view(output.shape[1], kv_heads, head_dim)[self.places] = states.transpose(0, 1)
         return changed
 
 
@@ -53,13 +71,13 @@ class Capture(threading.local):
     values: list[Tensor] | None = None
     given: _Given | None = None
 
-    def keep(self, name: str, number: int, heads_first: bool, output: Tensor) -> Tensor | None:
+    def keep(self, name: str, number: int, source: _Source, output: Tensor) -> Tensor | None:
         """What a hook does with `output` of layer `number`: None leaves it as it is."""
         if (kept := getattr(self, name)) is not None:
-            kept.append(output)
+            kept.append(source.states(output))
         if (given := self.given) is None:
             return None
-        return given.instead(getattr(given, name)[number], output, heads_first)
+        return given.instead(getattr(given, name)[number], output, source)
 
     @contextmanager
     def capturing(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -89,15 +107,22 @@ class Hooks:
     """The hooks of all layers, where RoPE is applied to the keys next, and on the values.
 
     They follow the model: where a module was put in another's place, as an adapter does that is
-    added later, the hook moves there.
+    added later, the hook moves there. width: kv_heads * head_dim of the model.
     """
 
     def __init__(
-        self, attentions: Iterable[torch.nn.Module], family: Family, capture: Capture
+        self,
+        attentions: Iterable[torch.nn.Module],
+        family: Family,
+        width: int,
+        capture: Capture,
     ) -> None:
         self._attentions, self._capture = list(attentions), capture
-        self._names = {"keys": family.keys[-1], "values": family.values}
-        self._heads_first = {"keys": family.heads_first, "values": False}
+        keys, values = family.columns(width)
+        self._sources = {
+            "keys": _Source(family.keys[-1], keys, family.heads_first),
+            "values": _Source(family.values, values),
+        }
         self._hooked: dict[tuple[str, int], tuple[torch.nn.Module, RemovableHandle]] = {}
         self._lock = ForkSafeLock()
         self.follow()
@@ -106,8 +131,8 @@ class Hooks:
         """Hook the modules that are there now."""
         with self._lock:
             for number, attention in enumerate(self._attentions):
-                for name, path in self._names.items():
-                    self._hook(name, number, attention.get_submodule(path))
+                for name, source in self._sources.items():
+                    self._hook(name, number, attention.get_submodule(source.module))
 
     def _hook(self, name: str, number: int, module: torch.nn.Module) -> None:
         hooked, handle = self._hooked.get((name, number), (None, None))
@@ -115,6 +140,6 @@ class Hooks:
             return
         if handle is not None:
             handle.remove()
-        keep = partial(self._capture.keep, name, number, self._heads_first[name])
+        keep = partial(self._capture.keep, name, number, self._sources[name])
         handle = module.register_forward_hook(lambda _, __, output: keep(output))
         self._hooked[name, number] = module, handle

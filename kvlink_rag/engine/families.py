@@ -21,15 +21,17 @@ class Family:
 
     keys: modules of an attention block that keys go through before RoPE, in order; the first takes
     the hidden states, a later one takes each head, or all heads at once (over_heads). values: the
-    module that gives values. input_norm: what attention's input goes through, if anything.
-    heads_first: whether the last of them gives [batch, kv_heads, tokens, head_dim]. one_mask:
+    module that gives values. Where one module is both, it is fused and gives queries, keys and
+    values, in this order. input_norm: what attention's input goes through, if anything.
+    heads_first: whether the last of `keys` gives [batch, kv_heads, tokens, head_dim]. one_mask:
     whether all layers take one and the same mask, else one for each of `config.layer_types`.
     slides: whether layers may have a sliding window. embeddings, logits: settings that embeddings
     are multiplied with, and logits divided by, outside their modules. shaping: settings that shape
     keys and values besides those of every family (`identity`). rope_types: the kinds of RoPE for
-    which stored keys can be re-encoded. ropes_by_kind: whether each of `config.layer_types` has a
-    RoPE of its own. turning: the setting that says, for each layer, whether it has RoPE at all.
-    without: settings that must be off, and why.
+    which stored keys can be re-encoded. partial: whether RoPE may turn only the first part of each
+    head. ropes_by_kind: whether each of `config.layer_types` has a RoPE of its own. turning: the
+    setting that says, for each layer, whether it has RoPE at all. without: settings that must be
+    off, and why.
     """
 
     model_type: str
@@ -44,9 +46,19 @@ class Family:
     logits: str | None = None
     shaping: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ROPE_TYPES
+    partial: bool = False
     ropes_by_kind: bool = False
     turning: str | None = None
     without: Mapping[str, str] = field(default_factory=dict)
+
+    def columns(self, width: int) -> tuple[slice, slice]:
+        """Where keys, and values, stand in the last dimension of what their modules give.
+
+        width: kv_heads * head_dim of the model.
+        """
+        if self.values not in self.keys:
+            return slice(None), slice(None)
+        return slice(-2 * width, -width), slice(-width, None)
 
     def turning_layers(self, config: Any) -> list[bool] | None:
         """For each layer whether its keys are turned by RoPE; None where all are."""
@@ -98,6 +110,15 @@ FAMILIES: Mapping[str, Family] = {
             },
         ),
         Family("smollm3", turning="no_rope_layers", shaping=("no_rope_layers",)),
+        Family(
+            "phi3",
+            keys=("qkv_proj",),
+            values="qkv_proj",
+            one_mask=True,
+            shaping=("max_position_embeddings",),  # LongRoPE scales cosines and sines by it
+            rope_types=("default", "longrope"),
+            partial=True,
+        ),
     )
 }
 
@@ -121,7 +142,7 @@ def family_of(config: Any) -> Family:
 
 def check_supported(config: Any) -> None:
     """Raise `ModelNotSupported` unless reuse is proved for this configuration."""
-    kinds = family_of(config).rope_types
+    family = family_of(config)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -130,45 +151,46 @@ def check_supported(config: Any) -> None:
             "expected plain weights, for which reuse is proved; load the original one, or a GGUF "
             "file of it"
         )
-    for name, why in family_of(config).without.items():
+    for name, why in family.without.items():
         if value := getattr(config, name, None):
             raise ModelNotSupported(f"found {name} = {value!r}, expected none: {why}")
     rope = getattr(config, "rope_parameters", None) or {}
-    by_kind = family_of(config).ropes_by_kind
-    for each in rope.values() if by_kind else [rope]:
-        _check_rope(each or {}, kinds)
+    for each in rope.values() if family.ropes_by_kind else [rope]:
+        _check_rope(each or {}, family)
 
 
-def _check_rope(rope: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
+def _check_rope(rope: Mapping[str, Any], family: Family) -> None:
+    kinds = family.rope_types
     kind = rope.get("rope_type", "default")
     if kind not in kinds or any(isinstance(value, dict) for value in rope.values()):
         raise ModelNotSupported(
             f"found RoPE type {kind!r}, expected one of {', '.join(kinds)}: stored keys can "
             "only be re-encoded where the frequencies do not depend on the prompt's length"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if not family.partial and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelNotSupported("found a partial rotary factor, expected RoPE over whole heads")
 
 
 def reach_of(config: Any) -> int:
-    """Positions that a prompt may have: where queries are scaled by position, those before that.
+    """Positions that a prompt may have: those before a model computes otherwise, if it ever does.
 
-    Beyond, what a passage's tokens see in each other depends on where the passage stands.
+    Beyond its original window queries may be scaled by position, so that what a passage's tokens
+    see in each other depends on where it stands, or frequencies change with the length (LongRoPE).
     """
     rope = getattr(config, "rope_parameters", None) or {}
     most: int = config.max_position_embeddings
-    if rope.get("llama_4_scaling_beta"):
+    if rope.get("llama_4_scaling_beta") or rope.get("rope_type") == "longrope":
         return min(most, int(rope.get("original_max_position_embeddings", most)))
     return most
 
 
 def window_of(config: Any) -> int | None:
-    """The sliding window in positions, or None where no layer slides."""
+    """The sliding window in positions, or None where no layer slides, or no prompt is longer."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if not family_of(config).slides or (kinds and "sliding_attention" not in kinds):
         return None
-    return window
+    return None if window is None or window >= reach_of(config) else window
 
 
 def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
@@ -180,4 +202,6 @@ def masks_by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
     if family_of(config).one_mask:
         return make(window)
     masks = {"full_attention": make(None)}
-    return masks if window is None else {**masks, "sliding_attention": make(window)}
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = masks["full_attention"] if window is None else make(window)
+    return masks

@@ -23,7 +23,8 @@ _refused: set[str] = set()  # why the kernel is not used any more, told once
 class Rotation:
     """The cosines and sines of some positions, in a model's dtype.
 
-    cos, sin: [tokens, head_dim], or [layers, 1, tokens, head_dim] where layers differ.
+    cos, sin: [tokens, turned], or [layers, 1, tokens, turned] where layers differ; turned: of a
+    head's numbers the first so many, head_dim but in a model that turns a part of each head.
     """
 
     cos: Tensor
@@ -36,7 +37,7 @@ class Rotation:
         return self.cos[layers, :, tokens], self.sin[layers, :, tokens]
 
     def of_layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Those of one layer: [tokens, head_dim] each."""
+        """Those of one layer: [tokens, turned] each."""
         if self.cos.dim() == 2:
             return self.cos, self.sin
         return self.cos[number, 0], self.sin[number, 0]
@@ -45,13 +46,18 @@ class Rotation:
 def rotate_into(out: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Write `keys` rotated by (`cos`, `sin`) into `out`, without a temporary.
 
-    out, keys: [..., tokens, head_dim], not overlapping. cos, sin: [tokens, head_dim], or what goes
-    with `out` where layers differ, in its dtype. Equals `keys * cos + rotate_half(keys) * sin`. One
-    kernel on CUDA where Triton is.
+    out, keys: [..., tokens, head_dim], not overlapping. cos, sin: [tokens, turned], or what goes
+    with `out` where layers differ, in its dtype. Equals `keys * cos + rotate_half(keys) * sin` in
+    the first `turned` numbers of each head; the others are copied. One kernel on CUDA where Triton
+    is.
     """
+    turned = cos.shape[-1]
+    if turned < keys.shape[-1]:
+        out[..., turned:] = keys[..., turned:]
+        out, keys = out[..., :turned], keys[..., :turned]
     if out.is_cuda and _rotated_by_kernel(out, keys, cos, sin):
         return
-    half = keys.shape[-1] // 2
+    half = turned // 2
     first, second = keys[..., :half], keys[..., half:]
     torch.mul(keys, cos, out=out)
     out[..., :half].addcmul_(second, sin[..., :half], value=-1)

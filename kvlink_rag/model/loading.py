@@ -89,7 +89,7 @@ def load_config(directory: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         if "model_type" in str(error) or "architecture" in str(error):
             raise ModelNotSupported(f"{directory}: {first_line(error)}") from error
         raise ConfigError(f"{directory} holds no model: {first_line(error)}") from error
