@@ -38,10 +38,10 @@ test: setup lint ## Set up, check style and types, run all tests
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 
-test-serve: setup ## The server, its page, and the shared tier on a real Redis and an S3 endpoint; what is missing is told
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'moto[server]'
+test-serve: setup ## The server, its page, and the shared tier on a real Redis, an S3 endpoint and Ray; what is missing is told
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'moto[server]' --editable '.[ray]'
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed -rs --numprocesses $(THREADS) \
-		tests/test_serving*.py tests/test_page.py tests/test_remote.py
+		tests/test_serving*.py tests/test_page.py tests/test_remote.py tests/test_passage_writer.py
 
 # The oldest LlamaIndex looks for the word lists that it brings along in a folder of the user.
 test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest
