@@ -458,6 +458,11 @@ def test_a_missing_package_is_named(
         call()
 
 
+def test_rows_beyond_what_the_model_computes_alike_are_refused(config: FinetuneConfig) -> None:
+    with pytest.raises(ConfigError, match="max_length is 9000, and .* has 8192 positions"):
+        prepare(dataclasses.replace(config, max_length=9000))
+
+
 def test_processes_that_do_not_fit_are_refused(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

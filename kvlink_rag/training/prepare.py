@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.disk.digests import tokenizer_digest, weights_digest
-from kvlink_rag.engine.families import check_supported
+from kvlink_rag.engine.families import check_supported, reach_of
 from kvlink_rag.errors import ConfigError, MissingExtra
 from kvlink_rag.model.adapter import Adapter, read_adapter
 from kvlink_rag.model.loading import find_spec, load_config, load_tokenizer
@@ -64,7 +64,13 @@ class Prepared:
 def prepare(config: FinetuneConfig) -> Prepared:
     """Tokenizer and spec of a run, without weights. Raises `ConfigError` and its kin."""
     directory = resolve(config.model, role="reader")
-    check_supported(load_config(directory))
+    shape = load_config(directory)
+    check_supported(shape)
+    if config.max_length > (reach := reach_of(shape)):
+        raise ConfigError(
+            f"max_length is {config.max_length}, and {config.model} has {reach} positions that it "
+            "computes alike; lower it"
+        )
     brought = find_spec(config.model, directory)
     tokenizer = load_tokenizer(directory, brought)
     chat = find_chat(config.chat, tokenizer)
