@@ -45,21 +45,21 @@ test-serve: setup ## The server, its page, and the shared tier on a real Redis, 
 
 # The oldest LlamaIndex looks for the word lists that it brings along in a folder of the user.
 test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest
-	$(call test-with,oldest,constraints-oldest.txt,NLTK_DATA=$$(echo $(CURDIR)/.venv-oldest/lib/python3*/site-packages/llama_index/core))
+	$(call test-with,oldest,test,constraints-oldest.txt,NLTK_DATA=$$(echo $(CURDIR)/.venv-oldest/lib/python3*/site-packages/llama_index/core))
 
 # torch stays the pinned one in both: another one may pull gigabytes of CUDA packages.
 test-newest: ## All tests with the newest libraries that the ranges admit, in .venv-newest
-	$(call test-with,newest,.venv-newest/constraints.txt)
+	$(call test-with,newest,dev,.venv-newest/constraints.txt)
 
 define test-with
 	test -x .venv-$(1)/bin/python || $(PYTHON) -m venv .venv-$(1)
 	grep '^torch==' constraints.txt > .venv-$(1)/constraints.txt
-	.venv-$(1)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(2) \
-		--editable '.[dev]' --editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
+	.venv-$(1)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(3) \
+		--editable '.[$(2)]' --editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
 	-.venv-$(1)/bin/kvlink-rag models get small
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
-	cd integrations/llama_index && $(3) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
+	cd integrations/llama_index && $(4) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
 endef
 
 lint: setup ## Style and types

@@ -58,7 +58,7 @@ def running(root: Path, *, keys: str = "", hosts: Any = None, **limits: Any) -> 
     library = Library(trust.tiny_model(), WordEmbedder(), root / "data", {"towns": root / "towns"})
     service = Service.of(library, Keys.parse(keys), Limits(**limits), k=3)
     app = make_app(service, **({} if hosts is None else {"hosts": hosts}))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
     with bound("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

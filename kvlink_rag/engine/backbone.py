@@ -343,7 +343,7 @@ class Backbone:
         live, layer = cache.layers[number], self.model.model.layers[number]
         live.places = places
         try:
-            given = layer(
+            return layer(  # type: ignore[no-any-return]
                 hidden,
                 attention_mask=step.mask(self.config, number),
                 position_ids=step.positions[None],
@@ -353,8 +353,6 @@ class Backbone:
             )
         finally:
             live.places = None
-        # some families' layers give a tuple in transformers 5.0
-        return given[0] if isinstance(given, tuple) else given  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """float32 logits [vocabulary] of the hidden state [1, hidden_size] of one token."""

@@ -76,6 +76,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            ws="none",  # nothing here speaks WebSocket
             timeout_graceful_shutdown=round(limits.patience + limits.seconds + GRACE),
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
