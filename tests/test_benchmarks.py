@@ -239,6 +239,16 @@ def test_end_to_end(saved_pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert all(row["ttft_ms"] > 0 for row in found)
 
 
+def test_countries(saved_pair: tuple[Path, Path]) -> None:
+    model, embedder = map(str, saved_pair)
+    given = ("--model", model, "--embedder", embedder, "--passages", "1", "2", "--tokens", "1")
+    rows = last_line("countries.py", *given)["rows"]
+    assert [(row["mode"], row["passages"], row["of"]) for row in rows] == [
+        (mode, k, 10) for mode in ("reuse", "full") for k in (1, 2)
+    ]
+    assert all(row["right"] == 0 for row in rows)  # a byte is no answer
+
+
 def questions(path: Path) -> Path:
     """Three questions, each with its passage and another's, in a file."""
     facts = {"Orvale": "1911", "Marnik": "1754", "Teldon": "1620", "Velt": "1801"}

@@ -459,7 +459,7 @@ def test_a_missing_package_is_named(
 
 
 def test_rows_beyond_what_the_model_computes_alike_are_refused(config: FinetuneConfig) -> None:
-    with pytest.raises(ConfigError, match="max_length is 9000, and .* has 8192 positions"):
+    with pytest.raises(ConfigError, match=r"max_length is 9000, and .* has 8192 positions"):
         prepare(dataclasses.replace(config, max_length=9000))
 
 
