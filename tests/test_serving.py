@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")
 pytest.importorskip("starlette")
 
 import trust  # noqa: E402
@@ -21,6 +22,7 @@ from server import EMBEDDER, READER, TOWNS, Running, make_towns, running  # noqa
 from kvlink_rag import KVLinkRAG  # noqa: E402
 from kvlink_rag.documents import Passage, Text  # noqa: E402
 from kvlink_rag.ingest.sources import FILE_KEY  # noqa: E402
+from kvlink_rag.serving.endpoints import ENDPOINTS  # noqa: E402
 
 QUESTION = "Orvale harbour?"
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
@@ -211,11 +213,28 @@ def test_what_is_not_served_is_a_400_in_openais_form(server: Running, asked: Any
         ({"conversation": "conv_1"}, "conversation is not supported"),
         ({"background": True}, "background is not supported"),
         ({"reasoning": {"effort": "high"}}, "reasoning is not supported"),
+        ({"truncation": "auto"}, "truncation is not supported"),
+        ({"n": 3}, "n is not supported"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"input": " "}, "the last message is empty"),
+        ({"input": [{"role": "user", "content": None}]}, "the last message is empty"),
         ({"tools": [{"type": "web_search"}]}, "file_search"),
         ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "at least 1 item"),
         ({"tools": [{"type": "file_search", "vector_store_ids": ["a", "b"]}]}, "at most 1 item"),
         ({"tools": [{"type": "file_search", "vector_store_ids": ["towns"]}]}, "own collection"),
         ({"text": {"format": {"type": "json_object"}}}, "'text'"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "file_search",
+                        "vector_store_ids": ["towns"],
+                        "ranking_options": {"score_threshold": 0.5},
+                    }
+                ]
+            },
+            "ranking_options is not supported",
+        ),
         ({"input": []}, "at least 1 item"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "not the user's"),
@@ -300,6 +319,8 @@ def test_a_response_comes_in_pieces(client: Any, search: bool) -> None:
     }
     kinds = [item.type for item in final.output]
     assert kinds == [item.type for item in whole.output]
+    whiles = [e.type for e in events if e.type.endswith(("item.added", "item.done"))]
+    assert whiles == ["response.output_item.added", "response.output_item.done"] * len(kinds)
     added = [e.item.type for e in events if e.type == "response.output_item.added"]
     done = [e.item for e in events if e.type == "response.output_item.done"]
     assert added == kinds == [item.type for item in done]
@@ -325,6 +346,71 @@ def test_a_response_searches_a_store(server: Running, client: Any) -> None:
     missing = {**tool, "vector_store_ids": ["elsewhere"]}
     with pytest.raises(openai.NotFoundError):
         client.responses.create(**{**asked, "tools": [missing]})
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"reasoning": {"effort": None, "summary": None}},
+        {"reasoning": {"effort": "none", "summary": None}},
+        {"previous_response_id": ""},
+        {"include": ["reasoning.encrypted_content"]},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "file_search"}},
+        {"max_tool_calls": 1, "parallel_tool_calls": True, "store": True, "service_tier": "auto"},
+    ],
+    ids=json.dumps,
+)
+def test_a_response_is_made_where_nothing_more_is_asked(client: Any, nothing: Any) -> None:
+    tools = [{"type": "file_search", "vector_store_ids": ["towns"], "max_num_results": 1}]
+    answer = client.responses.create(
+        model=READER, input=QUESTION, tools=tools, max_output_tokens=2, extra_body=nothing
+    )
+    assert [item.type for item in answer.output] == ["file_search_call", "message"]
+
+
+def test_a_response_without_the_tool_searches_nothing(client: Any) -> None:
+    tools: Any = [{"type": "file_search", "vector_store_ids": ["towns"]}]
+    asked: Any = {"model": READER, "input": QUESTION, "max_output_tokens": 4}
+    answer = client.responses.create(**asked, tools=tools, tool_choice="none")
+    assert [item.type for item in answer.output] == ["message"]
+    assert answer.tool_choice == "none"
+    assert answer.output_text == client.responses.create(**asked).output_text
+
+
+def test_events_hold_no_end_of_a_line(server: Running) -> None:
+    """U+2028 ends one for some clients, httpx's `iter_lines` among them."""
+    asked = {
+        "model": READER,
+        "input": "x",
+        "instructions": "a\u2028b\u0085c",
+        "max_output_tokens": 2,
+        "stream": True,
+    }
+    with server.client() as http, http.stream("POST", "/v1/responses", json=asked) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    assert len(lines) == 2 * len(events)
+    assert events[0]["response"]["instructions"] == asked["instructions"]
+
+
+def test_a_million_wrong_parts_are_told_at_once(server: Running) -> None:
+    """To the first of them: what looked at all would keep the server from everybody else."""
+    bad = [0] * 300_000
+    bodies = {
+        "/v1/responses": {"model": READER, "input": [{"role": "user", "content": bad}]},
+        "/v1/chat/completions": {
+            "model": READER,
+            "messages": [{"role": "user", "content": [0] * 900}] * 300,
+        },
+        "/v1/embeddings": {"model": EMBEDDER, "input": [{} for _ in bad]},
+    }
+    for path, body in bodies.items():
+        with pytest.raises(pydantic.ValidationError) as caught:
+            next(e for e in ENDPOINTS if e.path == path).body.model_validate_json(json.dumps(body))
+        assert caught.value.error_count() < 20
+        with server.client() as http:
+            assert http.post(path, json=body).status_code == 400
 
 
 def test_a_response_that_fails_midway_says_so(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

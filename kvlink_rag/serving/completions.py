@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .events import event, respond
-from .pieces import Piece, Whole, answers_for, store_of, sum_of
+from .pieces import Piece, Read, Whole, answers_for, conversation, store_of, sum_of
 from .records import new_id, now
-from .refusals import ErrorAnswer, ErrorDetail, Refused
+from .refusals import ErrorAnswer, ErrorDetail
 from .replies import AnswerMessage, ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from .requests import Answering, ChatRequest, CompletionRequest
 from .service import DEFAULT_TOKENS, Call
@@ -19,9 +19,7 @@ _DONE = "data: [DONE]\n\n"
 async def chat(call: Call) -> Any:
     """Serve /v1/chat/completions."""
     body: ChatRequest = call.body
-    messages = [message.plain() for message in body.messages]
-    if messages[-1]["role"] != "user":
-        raise Refused(400, "the last message is not the user's, expected a question", "messages")
+    messages = conversation([message.plain() for message in body.messages], "messages")
     store = store_of(call, body.model)
     answers = answers_for(call, body, store, [messages], tokens=DEFAULT_TOKENS)
     shape = _Chat(new_id("chatcmpl-"), body)
@@ -52,6 +50,10 @@ class _Chunks:
         named = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model}
         extra = {"usage": None} if self._usage else {}
         return event({**named, "choices": choices, **extra, **more})
+
+    def read(self, read: Read) -> Iterator[str]:
+        """See `Shape`. The sources come with the end."""
+        yield from ()
 
     def close(self, wholes: Sequence[Whole]) -> Iterator[str]:
         """See `Shape`."""

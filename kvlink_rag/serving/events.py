@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from .pieces import Answers, Piece, Whole
+from .pieces import Answers, Piece, Read, Whole
 from .refusals import ErrorDetail, refusal_of
 from .runner import Job
 from .service import Call
@@ -36,6 +36,10 @@ class Shape(Protocol):
 
     def begin(self) -> Iterator[str]:
         """Before the first text."""
+        ...
+
+    def read(self, read: Read) -> Iterator[str]:
+        """What a prompt's answer is read from, before its first text."""
         ...
 
     def piece(self, piece: Piece) -> Iterator[str]:
@@ -74,16 +78,19 @@ async def respond(call: Call, answers: Answers, shape: Shape, *, stream: bool) -
 
 
 def event(fields: dict[str, Any], kind: str = "") -> str:
-    """One event, with its kind where the protocol names them."""
+    """One event, with its kind where the protocol names them.
+
+    In ASCII: some clients take U+2028 and its like for the end of a line.
+    """
     named = f"event: {kind}\n" if kind else ""
-    return f"{named}data: {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{named}data: {json.dumps(fields, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 class GoneAway(Exception):
     """The client closed the connection."""
 
 
-async def _wholes(job: Job[Piece | Whole]) -> list[Whole]:
+async def _wholes(job: Job[Read | Piece | Whole]) -> list[Whole]:
     return [item async for item in job if isinstance(item, Whole)]
 
 
@@ -107,7 +114,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _events(
-    call: Call, job: Job[Piece | Whole], first: Piece | Whole, shape: Shape
+    call: Call, job: Job[Read | Piece | Whole], first: Read | Piece | Whole, shape: Shape
 ) -> AsyncIterator[str]:
     """Server-sent events, to the last; the job ends with them."""
     wholes: list[Whole] = []
@@ -117,7 +124,7 @@ async def _events(
         async for item in _from(first, job):
             if isinstance(item, Whole):
                 wholes.append(item)
-            for line in shape.piece(item) if isinstance(item, Piece) else shape.end(item):
+            for line in _written(shape, item):
                 yield line
         for line in shape.close(wholes):
             yield line
@@ -127,6 +134,12 @@ async def _events(
         job.leave()
         if not job.ended:
             call.service.tally.left.inc()
+
+
+def _written(shape: Shape, item: Read | Piece | Whole) -> Iterator[str]:
+    if isinstance(item, Read):
+        return shape.read(item)
+    return shape.piece(item) if isinstance(item, Piece) else shape.end(item)
 
 
 async def _from(first: Item, job: Job[Item]) -> AsyncIterator[Item]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from kvlink_rag.collection.answering import AnswerStream
@@ -20,14 +21,22 @@ from kvlink_rag.trace import Trace
 
 from .answers import from_collection
 from .records import Store
-from .refusals import not_found
+from .refusals import Refused, not_found
 from .replies import Annotation, Extension, PromptDetails, Source, UrlCitation, Usage
 from .requests import Answering
 from .service import Call
 
 Stream = AnswerStream | TextStream
 Messages = Sequence[dict[str, str]]
-Answers = Callable[[], Generator["Piece | Whole", None, None]]
+Answers = Callable[[], Generator["Read | Piece | Whole", None, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the answer to one prompt is read from, before its first text."""
+
+    index: int
+    sources: list[Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,15 @@ def store_of(call: Call, model: str) -> Store | None:
     return store
 
 
+def conversation(messages: list[dict[str, str]], field: str) -> list[dict[str, str]]:
+    """`messages`. Raises `Refused`, naming `field`, unless they end with a question."""
+    if not messages or messages[-1]["role"] != "user":
+        raise Refused(400, "the last message is not the user's, expected a question", field)
+    if not messages[-1]["content"].strip():
+        raise Refused(400, "the last message is empty, expected a question", field)
+    return messages
+
+
 def answers_for(
     call: Call,
     body: Answering,
@@ -85,10 +103,13 @@ def answers_for(
                 rags = [stack.enter_context(service.library.using(id)) for id in readable]
                 yield service.reader.stream(rags, messages, asker, **arguments)
 
-    def run() -> Generator[Piece | Whole, None, None]:
+    def run() -> Generator[Read | Piece | Whole, None, None]:
         for index, messages in enumerate(asked):
             with opened(messages) as stream, closing(stream):
-                for text in stream:
+                pieces = iter(stream)
+                first = next(pieces, "")  # what was retrieved is known with it
+                yield Read(index, _sources(call, stream))
+                for text in chain([first] if first else [], pieces):
                     yield Piece(index, text)
                 service.tally.answered(stream.trace)
                 yield _whole(call, index, store, messages[-1]["content"], stream)
@@ -97,13 +118,20 @@ def answers_for(
 
 
 def _whole(call: Call, index: int, store: Store | None, question: str, stream: Stream) -> Whole:
-    hits = stream.hits if isinstance(stream, AnswerStream) else []
-    sources = [_source(call, hit) for hit in hits]
+    hits = _hits(stream)
     trace = stream.trace.to_dict()
     citations = _citations(stream.text, question, hits, store)
-    extension = Extension(sources=sources, trace=trace)
+    extension = Extension(sources=_sources(call, stream), trace=trace)
     reason = stream.trace.finish_reason or "length"
     return Whole(index, stream.text, reason, _usage(stream.trace), citations, extension)
+
+
+def _hits(stream: Stream) -> list[Hit]:
+    return stream.hits if isinstance(stream, AnswerStream) else []
+
+
+def _sources(call: Call, stream: Stream) -> list[Source]:
+    return [_source(call, hit) for hit in _hits(stream)]
 
 
 def _usage(trace: Trace) -> Usage:

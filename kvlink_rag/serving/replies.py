@@ -220,7 +220,7 @@ class ResponseAnswer(BaseModel):
     previous_response_id: None = None
     store: Literal[False] = False
     temperature: float
-    tool_choice: Literal["auto"] = "auto"
+    tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float
     truncation: Literal["disabled"] = "disabled"

@@ -1,7 +1,9 @@
 """The bodies and queries that clients send, as OpenAI's API has them, checked.
 
 Fields that OpenAI has and this server does not serve are refused unless they ask for nothing; what
-neither knows is passed over, since clients send much of their own. Knows shapes; knows no model.
+neither knows is passed over, since clients send much of their own. Lists are read to the first
+thing that is wrong: to collect millions of complaints would keep the server busy. Knows shapes;
+knows no model.
 """
 
 from __future__ import annotations
@@ -42,14 +44,13 @@ _OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
 }
 
 _OF_RESPONSES: dict[str, tuple[Any, ...]] = {
-    "previous_response_id": (),
-    "conversation": (),
-    "prompt": (),
+    **_OF_CHAT,
+    "previous_response_id": ("",),
+    "conversation": ("",),
+    "prompt": ({},),
     "background": (False,),
-    "top_logprobs": (0,),
     "reasoning": ({}, {"effort": "none"}),
-    "max_tool_calls": (),
-    "tool_choice": ("auto", "none", {"type": "file_search"}),
+    "truncation": ("disabled",),
 }
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -82,6 +83,8 @@ class Asked(BaseModel):
     def _refuse_unserved(self) -> Asked:
         for name, value in (self.model_extra or {}).items():
             harmless = self.unserved.get(name)
+            if isinstance(value, dict):  # a field of nothing asks for nothing
+                value = {key: each for key, each in value.items() if each is not None}
             if harmless is not None and value is not None and value not in harmless:
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return self
@@ -102,7 +105,7 @@ class Answering(Asked):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="0: from all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -172,7 +175,9 @@ class ChatMessage(Asked):
         "refusal": ("",),
     }
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=2048, fail_fast=True)] | None = (
+        None
+    )
 
     def plain(self) -> dict[str, str]:
         """As the library takes it; `developer` is the newer word for `system`."""
@@ -185,7 +190,7 @@ class ChatRequest(Answering):
     """Of /v1/chat/completions."""
 
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_CHAT
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def asked_tokens(self) -> int | None:
@@ -197,13 +202,16 @@ class CompletionRequest(Answering):
     """Of /v1/completions. Each prompt is one user message, in the model's own template."""
 
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_COMPLETIONS
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16, fail_fast=True)]
 
 
 class FileSearch(Asked):
     """The tool of OpenAI's that answers from a vector store; the answer is always from it."""
 
-    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {"filters": ()}
+    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "filters": (),
+        "ranking_options": ({}, {"ranker": "auto"}),
+    }
     type: Literal["file_search"]
     vector_store_ids: Annotated[list[Name], Field(min_length=1, max_length=1)]
     max_num_results: Annotated[int, Field(ge=1, le=50)] | None = None
@@ -233,18 +241,39 @@ class TextOptions(Asked):
     format: TextFormat | None = None
 
 
+class SearchChoice(Asked):
+    """That the tool is to be used, as it always is."""
+
+    type: Literal["file_search"]
+
+
+Included = Literal[
+    "file_search_call.results",
+    # of what this server never does, so that nothing is missing without it
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+]
+
+
 class ResponseRequest(Answering):
     """Of /v1/responses. Nothing of it is kept: a conversation is sent whole each time."""
 
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_RESPONSES
     input: (
-        Text | Annotated[list[InputMessage | EarlierSearch], Field(min_length=1, max_length=2048)]
+        Text
+        | Annotated[
+            list[InputMessage | EarlierSearch], Field(min_length=1, max_length=2048, fail_fast=True)
+        ]
     )
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: Annotated[list[FileSearch], Field(max_length=1)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | SearchChoice | None = None
     text: TextOptions | None = None
-    include: list[str] | None = None
+    include: Annotated[list[Included], Field(max_length=16, fail_fast=True)] | None = None
     metadata: Metadata | None = None
 
     def asked_tokens(self) -> int | None:
@@ -254,6 +283,12 @@ class ResponseRequest(Answering):
     def asked_passages(self) -> int | None:
         """See `Answering`; the tool's word for it is `max_num_results`."""
         return self.k or (self.tools[0].max_num_results if self.tools else None)
+
+    def searched(self) -> str | None:
+        """The vector store to answer from, where a tool names one that is to be used."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return self.tools[0].vector_store_ids[0]
 
     def messages(self) -> list[dict[str, str]]:
         """The instructions, then the conversation, as the library takes them."""
@@ -265,7 +300,7 @@ class ResponseRequest(Answering):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class EmbeddingsRequest(Asked):
@@ -274,9 +309,9 @@ class EmbeddingsRequest(Asked):
     model: Name
     input: (
         Text
-        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
@@ -320,7 +355,7 @@ class StoreRequest(Asked):
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {"expires_after": ()}
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     metadata: Metadata | None = None
-    file_ids: Annotated[list[Name], Field(max_length=500)] | None = None
+    file_ids: Annotated[list[Name], Field(max_length=500, fail_fast=True)] | None = None
     chunking_strategy: Chunking | None = None
 
 
@@ -351,8 +386,12 @@ class Filter(Asked):
 
     type: Literal["eq", "ne", "gt", "gte", "lt", "lte", "in", "nin", "and", "or"]
     key: str | None = None
-    value: Attribute | list[Attribute] | None = None
-    filters: Annotated[list[Filter], Field(min_length=1, max_length=32)] | None = None
+    value: Attribute | Annotated[list[Attribute], Field(max_length=2048, fail_fast=True)] | None = (
+        None
+    )
+    filters: Annotated[list[Filter], Field(min_length=1, max_length=32, fail_fast=True)] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Filter:
@@ -392,7 +431,7 @@ class SearchRequest(Asked):
     """Of /v1/vector_stores/{id}/search."""
 
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rewrite_query": (False,)}
-    query: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
+    query: Text | Annotated[list[Text], Field(min_length=1, max_length=16, fail_fast=True)]
     max_num_results: Annotated[int, Field(ge=1, le=50)] | None = None
     filters: Filter | None = None
     ranking_options: Ranking | None = None

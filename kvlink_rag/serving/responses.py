@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .events import event, respond
-from .pieces import Piece, Whole, answers_for, store_of
+from .pieces import Piece, Read, Whole, answers_for, conversation, store_of
 from .records import new_id, now
 from .refusals import ErrorDetail, Refused
 from .replies import (
@@ -27,7 +27,7 @@ from .replies import (
     Source,
     Usage,
 )
-from .requests import ResponseRequest
+from .requests import FileSearch, ResponseRequest, SearchChoice
 from .service import DEFAULT_TOKENS, Call
 
 RESULTS = "file_search_call.results"  # of `include`
@@ -36,14 +36,12 @@ RESULTS = "file_search_call.results"  # of `include`
 async def create(call: Call) -> Any:
     """Serve /v1/responses."""
     body: ResponseRequest = call.body
-    messages = body.messages()
-    if not messages or messages[-1]["role"] != "user":
-        raise Refused(400, "the last message is not the user's, expected a question", "input")
-    store = store_of(call, body.model)
-    if body.tools:
-        if store is not None:
-            raise Refused(400, f"{body.model!r} answers from its own collection", "tools")
-        store = call.service.library.find(body.tools[0].vector_store_ids[0], call.asker)
+    messages = conversation(body.messages(), "input")
+    store, searched = store_of(call, body.model), body.searched()
+    if body.tools and store is not None:
+        raise Refused(400, f"{body.model!r} answers from its own collection", "tools")
+    if searched is not None:
+        store = call.service.library.find(searched, call.asker)
     answers = answers_for(call, body, store, [messages], tokens=DEFAULT_TOKENS)
     shape = _Response(body, messages[-1]["content"])
     return await respond(call, answers, shape, stream=bool(body.stream))
@@ -57,7 +55,8 @@ class _Response:
         self._id, self._message, self._search = new_id("resp_"), new_id("msg_"), new_id("fs_")
         self._created = now()
         self._sent = 0
-        self._at = {"output_index": int(bool(body.tools)), "content_index": 0}
+        self._searches = body.searched() is not None
+        self._place = int(self._searches)  # of the message among the outputs
 
     def answer(self, wholes: Sequence[Whole]) -> ResponseAnswer:
         """See `Shape`."""
@@ -72,16 +71,21 @@ class _Response:
         )
 
     def begin(self) -> Iterator[str]:
-        """See `Shape`. The sources of a search come with its item's end."""
+        """See `Shape`."""
         started = self._answer("in_progress", []).model_dump()
         yield self._event("response.created", response=started)
         yield self._event("response.in_progress", response=started)
-        for call in self._searched([]):
-            item = {"item_id": call.id, "output_index": 0}
-            added = {**call.model_dump(), "status": "in_progress"}
+
+    def read(self, read: Read) -> Iterator[str]:
+        """See `Shape`: the search, whole, then the message begins."""
+        for call in self._searched(read.sources):
+            added = {**call.model_dump(), "status": "in_progress", "results": None}
             yield self._event("response.output_item.added", output_index=0, item=added)
             for state in ("in_progress", "searching", "completed"):
-                yield self._event(f"response.file_search_call.{state}", **item)
+                kind = f"response.file_search_call.{state}"
+                yield self._event(kind, output_index=0, item_id=call.id)
+            done = call.model_dump()
+            yield self._event("response.output_item.done", output_index=0, item=done)
         message = OutputMessage(id=self._message, status="in_progress", content=[])
         yield self._item("response.output_item.added", message)
         part = OutputText(text="", annotations=[]).model_dump()
@@ -103,9 +107,6 @@ class _Response:
             )
         yield self._of_text("response.output_text.done", text=text.text, logprobs=[])
         yield self._of_text("response.content_part.done", part=text.model_dump())
-        for call in self._searched(whole.extension.sources):
-            done = call.model_dump()
-            yield self._event("response.output_item.done", output_index=0, item=done)
         yield self._item("response.output_item.done", said)
 
     def close(self, wholes: Sequence[Whole]) -> Iterator[str]:
@@ -131,7 +132,8 @@ class _Response:
             model=body.model,
             output=output,
             temperature=body.temperature or 0.0,
-            tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+            tools=[_tool(tool) for tool in body.tools or ()],
+            tool_choice=_choice(body),
             top_p=1.0 if body.top_p is None else body.top_p,
             **more,
         )
@@ -144,7 +146,7 @@ class _Response:
 
     def _searched(self, sources: Sequence[Source]) -> list[SearchCall]:
         """The search, if there was one."""
-        if not self._body.tools:
+        if not self._searches:
             return []
         results = [
             SearchResult(
@@ -166,14 +168,27 @@ class _Response:
         ]
 
     def _of_text(self, kind: str, **fields: Any) -> str:
-        return self._event(kind, item_id=self._message, **self._at, **fields)
+        place = {"output_index": self._place, "content_index": 0}
+        return self._event(kind, item_id=self._message, **place, **fields)
 
     def _item(self, kind: str, item: OutputMessage) -> str:
-        return self._event(kind, output_index=self._at["output_index"], item=item.model_dump())
+        return self._event(kind, output_index=self._place, item=item.model_dump())
 
     def _event(self, kind: str, **fields: Any) -> str:
         number, self._sent = self._sent, self._sent + 1
         return event({"type": kind, "sequence_number": number, **fields}, kind)
+
+
+def _tool(tool: FileSearch) -> dict[str, Any]:
+    """The tool as it was understood."""
+    return tool.model_dump(
+        include={"type", "vector_store_ids", "max_num_results"}, exclude_none=True
+    )
+
+
+def _choice(body: ResponseRequest) -> str | dict[str, Any]:
+    chosen = body.tool_choice
+    return {"type": chosen.type} if isinstance(chosen, SearchChoice) else chosen or "auto"
 
 
 def _usage(usage: Usage) -> ResponseUsage:
