@@ -555,6 +555,14 @@ def test_gaps_are_filled_by_what_stands_in_the_passages(tmp_path: Path) -> None:
     assert answered > 60
 
 
+def test_gaps_of_passages_that_are_not_there_without_a_choice_of_passages(tmp_path: Path) -> None:
+    """Where all of a row's passages are taken, those of other rows are asked about."""
+    part = Part("gaps", gap_rows(tmp_path), documents=10, questions=4, absent=0.5)
+    stream = Mixture(config(data=(part,), absent_answer="Not said."), ENCODER, FORM).draw()
+    said = "".join(learned(next(stream).sample) for _ in range(20))
+    assert said.count("Not said.") > 5
+
+
 def test_a_gap_is_a_name_or_a_number_in_the_midst_of_a_sentence() -> None:
     rng = random.Random(0)
     found = {gap(TEXTS[3], rng) for _ in range(200)} - {None}
@@ -563,6 +571,17 @@ def test_a_gap_is_a_name_or_a_number_in_the_midst_of_a_sentence() -> None:
     assert all(each is not None and "Its" not in each[1] for each in found)
     assert gap("no names here, none at all in this text", rng) is None
     assert gap("", rng) is None
+    for broken in (
+        "rose by 3.5% in all",
+        "left at 10:30am each",
+        "of 2.4GHz and",
+        "says J.R.R? he",
+    ):
+        assert gap(f"what is told of it {broken} of the many that were there", rng) is None
+    assert gap("what is called The, as it is told by all who were there", rng) is None
+    found_there = gap("the people of Île-de-France are those that live near the town", rng)
+    assert found_there is not None
+    assert found_there[1] == "Île-de-France"
     assert gap("is Anna, was Anna, are Anna and so Anna, that Anna now", rng) is None
     assert gap("of A B C D E F of that which is far too long to be said", rng) is None
 

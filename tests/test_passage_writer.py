@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ModelMaker, WordEmbedder
 
 from kvlink_rag import Document, KVLinkModel, KVLinkRAG, PassageWriter
-from kvlink_rag.errors import ConfigError, DocumentError, PassageTooLong
+from kvlink_rag.collection.passage_writer import PATIENCE
+from kvlink_rag.collection.passages import FETCHED
+from kvlink_rag.errors import ConfigError, DocumentError, PassageTooLong, StorageError
+from kvlink_rag.snapshots.remote import RemoteTier
 from kvlink_rag.snapshots.remote.places import Folder
 
 SECRET = "0123456789abcdef" * 4
@@ -142,6 +148,81 @@ def test_rows_that_are_the_same_are_encoded_once(writer: PassageWriter) -> None:
     assert writer({"text": ["No title."]})["encoded"] == [True]
 
 
+def test_missing_titles_are_none_and_missing_texts_an_error(
+    tmp_path: Path, model: KVLinkModel, writer: PassageWriter, url: str, folder: Path
+) -> None:
+    """As Ray and pandas give them: None, NaN and NA, in arrays of objects."""
+    titles = ["T", None, float("nan"), type("NAType", (), {})()]
+    texts = [f"The mill of town {n} stands at its river." for n in range(4)]
+    writer({"text": np.array(texts, object), "title": np.array(titles, object)})
+    documents = [Document(t, title="T" if n == 0 else "") for n, t in enumerate(texts)]
+    with KVLinkRAG.open(tmp_path / "a", model=model, embedder=WordEmbedder(), remote=url) as rag:
+        assert rag.add(documents).encoded == 0
+    for bad in (None, float("nan"), b"abc", ["a"], 3):
+        with pytest.raises(DocumentError, match="the text of row 1 is a"):
+            writer({"text": ["fine", bad]})
+    with pytest.raises(DocumentError, match="the title of row 0 is a bytes"):
+        writer({"text": ["fine"], "title": [b"x"]})
+    with pytest.raises(DocumentError, match="a surrogate"):
+        writer({"text": ["half \ud83d of it"]})
+    with pytest.raises(DocumentError, match="found 2 titles for 1 texts"):
+        writer({"text": ["fine"], "title": ["a", "b"]})
+    named = PassageWriter(remote=url, model=model, title="titel")
+    with pytest.raises(DocumentError, match="found no column 'titel'"):
+        named({"text": ["fine"], "title": ["a"]})
+
+
+def test_a_batch_is_read_in_parts(
+    model: KVLinkModel, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that is tried again encodes nothing, however many rows it has: each part has its
+    own time."""
+    rows = [{"title": "", "text": f"Passage {n} of many."} for n in range(20)]
+    PassageWriter(remote=url, model=model)(columns(rows))
+    asked: list[int] = []
+    fetch = RemoteTier.fetch
+    monkeypatch.setattr(
+        RemoteTier, "fetch", lambda tier, keys: (asked.append(len(keys)), fetch(tier, keys))[1]
+    )
+    again = PassageWriter(remote=url, model=model)
+    assert not any(again(columns(rows))["encoded"])
+    assert (sum(asked), max(asked)) == (20, FETCHED)
+    assert again._tier._timeout == PATIENCE
+    assert PassageWriter(remote=f"{url}&timeout=3", model=model)._tier._timeout == 3
+
+
+def test_a_snapshot_that_is_gone_is_not_said_to_be_written(
+    writer: PassageWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer._tier, "_read", lambda key: None)
+    with pytest.raises(StorageError, match="holds no snapshot"):
+        writer(columns(ROWS[:1]))
+
+
+def test_threads_take_turns(writer: PassageWriter, folder: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        given = list(pool.map(lambda _: writer(columns(ROWS)), range(3)))
+    assert sum(sum(each["encoded"]) for each in given) == len(files(folder)) == 8
+
+
+def test_a_constructor_that_fails_and_a_forked_child_leave_the_folders_right(
+    model: KVLinkModel, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    for bad in ({"remote": "file:///nope?namespace=a"}, {"remote": url, "codec": "int7"}):
+        with pytest.raises(ConfigError):
+            PassageWriter(model=model, **bad)
+    assert list(scratch.iterdir()) == []
+    writer = PassageWriter(remote=url, model=model)
+    if (child := os.fork()) == 0:
+        writer.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert writer(columns(ROWS[:1]))["encoded"] == [True]
+
+
 def test_what_it_cannot_take(writer: PassageWriter, model: KVLinkModel, folder: Path) -> None:
     with pytest.raises(DocumentError, match="found no column 'text', but body"):
         writer({"body": ["x"]})
@@ -182,6 +263,7 @@ def test_ray_data_takes_it(
     """Two actors of a local Ray, as its `map_batches` makes them."""
     ray = pytest.importorskip("ray", reason="ray is not installed (pip install 'ray[data]')")
     pytest.importorskip("ray.data", reason="ray[data] is not installed")
+    ray.data.DataContext.get_current().actor_task_retry_on_errors = True
     ray.init(num_cpus=4, include_dashboard=False)  # two for the actors, two for what feeds them
     try:
         arguments: dict[str, Any] = {"remote": url, "model": str(saved_pair[0]), "device": "cpu"}

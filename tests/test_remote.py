@@ -534,6 +534,7 @@ def test_a_forked_child_has_a_queue_of_its_own(tmp_path: Path, folder: Path) -> 
     ("url", "message"),
     [
         ("ftp://host", "remote tier 'ftp'"),
+        ("redis://:ab12/Zk9@cache:6379/0", "cannot be read.*%2F"),
         ("file:///not/there", "there is no folder"),
         ("file://host/x", "expected file:///absolute"),
         ("file:///tmp?namespace=../up", "namespace '../up'"),

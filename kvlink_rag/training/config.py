@@ -218,9 +218,19 @@ def _number(value: str | int, name: str) -> float:
 
 
 def _check(config: FinetuneConfig) -> None:
-    for name in ("steps", "batch", "device_batch", "max_length", "save_every", "log_every"):
+    for name in (
+        "steps",
+        "batch",
+        "device_batch",
+        "max_length",
+        "save_every",
+        "log_every",
+        "shuffle",
+    ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, expected 1 or more")
+    if config.workers < 0:
+        raise ConfigError(f"workers is {config.workers}, expected 0 or more")
     if config.batch % config.device_batch:
         raise ConfigError(
             f"batch is {config.batch}, expected a multiple of device_batch ({config.device_batch})"

@@ -8,19 +8,22 @@ Knows texts and documents; no prompt and no tokens.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 
-from kvlink_rag.datasets.answers import contained
+import regex
+
+from kvlink_rag.datasets.answers import contained, normalized
 from kvlink_rag.datasets.rows import Row
 from kvlink_rag.documents import Document
 
 from .questions import Asked, Asking, known, passages_of
 
 ASKED = "Fill in the gap: {before} ___ {after}"
-NAMED = r"(?:[A-Z][\w'’.&-]*\w|\d[\d,.:/-]*\d|\d)"  # a word with a capital, or a number
-SPAN = re.compile(rf"(?<=[a-z,;(]\s){NAMED}(?:\s+(?:(?:of|the|and|de)\s+)?{NAMED})*(?=[\s,;:.)])")
-# in the midst of a sentence, whose first word says nothing by its capital
+NAMED = r"(?:\p{Lu}[\w'’.&-]*\w|\d[\d,.:/-]*\d|\d)"  # a word with a capital, or a number
+SPAN = regex.compile(  # in the midst of a sentence, whose first word says nothing by its capital
+    rf"(?<=[\p{{Ll}},;(]\s){NAMED}(?:\s+(?:(?:of|the|and|de)\s+)?{NAMED})*"
+    r"""(?=[,;:.)?!'"’”]*(?:\s|$))"""  # whole: of 3.5% neither 3 nor 3.5
+)
 LONGEST = 5  # words of an answer
 AROUND = (4, 10)  # words before a gap, and after it
 TRIES = 4  # gaps looked at for each that is asked
@@ -34,12 +37,13 @@ def gaps_together(
     Raises `ExampleError`.
     """
     documents, left = passages_of(known(row, number, column), asking, rng)
+    elsewhere = left or [d for d in asking.shelf.documents if d not in documents]
     absent = sum(rng.random() < asking.absent for _ in range(asking.questions))
     asked = list(_gaps(documents, asking.questions - absent, rng))
     held = " ".join(f"{each.title} {each.text}" for each in documents)
     asked += [
         (question, asking.absent_answer)
-        for question, answer in _gaps(left, absent, rng)
+        for question, answer in _gaps(elsewhere, absent, rng)
         if not contained(held, (answer,))
     ]
     rng.shuffle(asked)
@@ -48,7 +52,11 @@ def gaps_together(
 
 def gap(text: str, rng: random.Random) -> Asked | None:
     """One gap of `text` and what fills it, or None where there is none to find."""
-    spans = [found for found in SPAN.finditer(text) if len(found[0].split()) <= LONGEST]
+    spans = [
+        found
+        for found in SPAN.finditer(text)
+        if len(found[0].split()) <= LONGEST and normalized(found[0])
+    ]
     if not spans:
         return None
     span = rng.choice(spans)

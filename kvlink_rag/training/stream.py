@@ -25,6 +25,7 @@ from .samples import Encoded, encode
 from .transforms import TRANSFORMS, Format, Unwanted
 
 GIVE_UP = 10_000  # rows of one data set in a row that could not be used
+SHARED_TRIES = 16  # times a set's rows that one of several workers tries, who sees a share of them
 ASKING = ("qa", "qa_full", "gaps")
 POOL = 20_000  # rows whose questions and documents may join another row's
 
@@ -118,7 +119,8 @@ class Mixture(IterableDataset[Encoded]):
                     yield sample
                 elif unused >= GIVE_UP:
                     break
-            if place == began or unused >= min(GIVE_UP, place - began):
+            tried = (place - began) * (1 if workers == 1 else SHARED_TRIES)
+            if place == began or unused >= min(GIVE_UP, tried):
                 raise ConfigError(
                     f"no usable row in {part.path} for kind {part.kind} "
                     f"({dict(self.skipped.reasons) or 'it is empty'}); look at its columns, at "

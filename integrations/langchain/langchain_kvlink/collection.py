@@ -55,7 +55,11 @@ class Words(TypedDict, total=False):
 class CollectionFields(BaseModel):
     """The fields by which a class finds its collection; `collection` opens it."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True,
+        extra="forbid",
+        hide_input_in_errors=True,  # a tier's URL may hold a password
+    )
 
     model: ModelLike = None
     """Name, directory or `kvlink_rag.KVLinkModel`; None: what the directory remembers, else the

@@ -64,7 +64,9 @@ class Folder:
     def __init__(self, url: SplitResult) -> None:
         self._root = Path(unquote(url.path))
         if url.netloc or not self._root.is_absolute():
-            raise ConfigError(f"found {url.geturl()!r}, expected file:///absolute/folder")
+            raise ConfigError(
+                f"found file://…{url.path!r}, expected file:///absolute/folder, without a host"
+            )
         if not self._root.is_dir():
             raise ConfigError(f"there is no folder {self._root}; make or mount it first")
 

@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from kvlink_rag.disk.forks import renewed_in_child
-from kvlink_rag.errors import ConfigError, SnapshotCorrupt, first_line
+from kvlink_rag.errors import ConfigError, SnapshotCorrupt, StorageError, first_line
 
 from .places import Place, TooLarge, place_of
 from .sealing import SEALED, seal, unseal
@@ -71,22 +71,29 @@ class RemoteStats:
 
 
 def open_remote(
-    url: str, namespace: str, directory: Path, read: Read, wanted: Wanted = lambda key: True
+    url: str,
+    namespace: str,
+    directory: Path,
+    read: Read,
+    wanted: Wanted = lambda key: True,
+    *,
+    timeout: float = TIMEOUT,
 ) -> RemoteTier:
     """The tier at `url`, whose query may name `namespace`, `timeout` (seconds) and `unsigned=1`.
 
     namespace: where the URL names none. directory: where what is to be erased is written down.
-    read: the file of a key in the store. wanted: whether a document has it. Raises `ConfigError`,
+    read: the file of a key in the store. wanted: whether a document has it. timeout: where the URL
+    names none. Raises `ConfigError`, which shows nothing of the URL that may be a password, and
     `MissingExtra`.
     """
-    parts = urlsplit(url)
+    parts = _parts(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     named = query.pop("namespace", namespace)
     if not _NAME.fullmatch(named) or set(named) == {"."}:
         raise ConfigError(
             f"found the namespace {named!r}, expected up to 100 letters, digits, '.', '_' and '-'"
         )
-    timeout = _seconds(query.pop("timeout", str(TIMEOUT)))
+    timeout = _seconds(query.pop("timeout", str(timeout)))
     unsigned = query.pop("unsigned", "0") == "1"
     secret = os.environ.get(SECRET, "")
     if not unsigned and len(secret) < LEAST_SECRET:
@@ -102,6 +109,19 @@ def open_remote(
         timeout=timeout,
         erasures=directory / ERASURES,
     )
+
+
+def _parts(url: str) -> SplitResult:
+    """The URL's parts, its port read once, so that what comes later cannot fail on it."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            "the tier's URL cannot be read, expected such as redis://:PASSWORD@host:6379/0; write "
+            "the characters / ? # @ : of a password as %2F %3F %23 %40 %3A"
+        ) from None
+    return parts
 
 
 def _seconds(text: str) -> float:
@@ -205,10 +225,13 @@ class RemoteTier:
                 self._count("dropped")
 
     def write(self, key: str) -> None:
-        """Write the file of `key` now, for who can wait. Raises what the place's client raises."""
-        if (file := self._read(key)) is not None:
-            self._place.put(self._name(key), seal(self._secret, self._name(key), file))
-            self._count("written")
+        """Write the file of `key` now, for who can wait.
+
+        Raises `StorageError` where the store has none, and what the place's client raises.
+        """
+        if (file := self._read(key)) is None:
+            raise StorageError(f"the store holds no snapshot {key} to write to the remote tier")
+        self._put(key, file)
 
     def erase(self, key: str) -> None:
         """Queue the removal of `key`; what was queued of it before goes."""
@@ -286,8 +309,8 @@ class RemoteTier:
             if erases:
                 self._place.delete(self._name(key))
                 self._erased(key)
-            elif self._wanted(key):
-                self.write(key)
+            elif self._wanted(key) and (file := self._read(key)) is not None:
+                self._put(key, file)
                 if not self._wanted(key):  # deleted meanwhile, perhaps by another process
                     self._place.delete(self._name(key))
         except Exception as error:  # whatever a client raises
@@ -295,6 +318,10 @@ class RemoteTier:
             return
         self._well()
         self._again()
+
+    def _put(self, key: str, file: bytes) -> None:
+        self._place.put(self._name(key), seal(self._secret, self._name(key), file))
+        self._count("written")
 
     def _erased(self, key: str) -> None:
         with self._changed:

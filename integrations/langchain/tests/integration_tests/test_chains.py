@@ -329,6 +329,9 @@ def test_a_tier_that_machines_share(
     opened = store.collection
     with pytest.raises(ValueError, match="found rag= and one of"):
         ChatKVLink(rag=opened, remote="")
+    with pytest.raises(ValueError, match="expected an open KVLinkRAG") as caught:
+        ChatKVLink(rag=5, remote="redis://:secret@cache")
+    assert "secret" not in str(caught.value)
 
 
 def test_objects_that_name_one_directory_share_it(

@@ -225,6 +225,9 @@ def test_a_tier_that_machines_share(
     assert again._collection.remote == words["remote"]
     with pytest.raises(ConfigError, match="found rag and one of"):
         KVLink(rag=opened, remote="")
+    with pytest.raises(ValueError, match="remote") as caught:
+        KVLink(remote=["redis://:secret@cache"])
+    assert "secret" not in str(caught.value)
 
 
 def test_context_window_and_tokenizer(rag: KVLinkRAG, model: KVLinkModel) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Union
 
-from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 from llama_index.llms.kvlink import sources
 from llama_index.llms.kvlink.errors import ArgumentError
@@ -161,6 +161,8 @@ class OnCollection:
 
 class CollectionFields(OnCollection, BaseModel):
     """The six words as fields of a LlamaIndex component. Raises `ArgumentError` for others."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a tier's URL may hold a password
 
     model: str | None = Field(default=None, description="Name or directory of the model.")
     embedder: str | None = Field(default=None, description="Name or directory of the encoder.")
