@@ -22,6 +22,7 @@ PUBLIC = {
     "Layout",
     "Part",
     "Passage",
+    "PassageWriter",
     "Prefill",
     "PromptPreset",
     "Spec",

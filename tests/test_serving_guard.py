@@ -292,7 +292,7 @@ def test_a_client_that_leaves_ends_its_answer(
     assert not endless.closed.is_set()
     endless.let()  # its next piece is its last
     assert endless.closed.wait(60)
-    assert endless.pieces == 1 + stream
+    assert 1 <= endless.pieces <= 1 + stream  # of a stream, whether the first was handed on yet
 
 
 def test_beyond_the_queue_is_a_429(plain: Running, endless: Endless) -> None:

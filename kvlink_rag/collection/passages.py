@@ -10,16 +10,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError, PassageTooLong
-from kvlink_rag.model.model import KVLinkModel
-from kvlink_rag.snapshots.sources import StoredSnapshots
 
 from .catalog import Entry
 from .parts import Parts
+
+if TYPE_CHECKING:
+    from kvlink_rag.model.model import KVLinkModel
+    from kvlink_rag.snapshots.sources import StoredSnapshots
 
 FETCHED = 8  # passages that are asked for in the remote tier within one time limit
 ANSWER_ROOM = 64  # tokens of the window that a single passage must leave free
