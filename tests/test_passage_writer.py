@@ -163,7 +163,7 @@ def test_missing_titles_are_none_and_missing_texts_an_error(
             writer({"text": ["fine", bad]})
     with pytest.raises(DocumentError, match="the title of row 0 is a bytes"):
         writer({"text": ["fine"], "title": [b"x"]})
-    with pytest.raises(DocumentError, match="a surrogate"):
+    with pytest.raises(DocumentError, match="a lone surrogate"):
         writer({"text": ["half \ud83d of it"]})
     with pytest.raises(DocumentError, match="found 2 titles for 1 texts"):
         writer({"text": ["fine"], "title": ["a", "b"]})

@@ -28,8 +28,11 @@ EXAMPLES = 12
 OPERATIONS = [f"{e.method} {e.path.replace(':path}', '}')}" for e in ENDPOINTS]
 # What no generator guesses: names that are there, and a conversation that ends with a question.
 PLACES = {"store": "towns", "model": "kvlink/towns"}
-MODELS = {"/v1/embeddings": EMBEDDER, "/v1/chat/completions": "kvlink/towns"}
-MODELS["/v1/responses"] = "kvlink/towns"
+MODELS = {
+    "/v1/embeddings": EMBEDDER,
+    "/v1/chat/completions": "kvlink/towns",
+    "/v1/responses": "kvlink/towns",
+}
 QUESTION = {"role": "user", "content": "Where is the mill?"}
 
 

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from kvlink_rag.documents import Document
 from kvlink_rag.errors import ConfigError, DocumentError
@@ -64,22 +63,9 @@ class PassageWriter:
         text: str = "text",
         title: str | None = None,
     ) -> None:
-        if not parse_qs(urlsplit(remote).query).get("namespace"):
-            raise ConfigError(
-                "found a tier without a namespace, which no collection is here to give; add "
-                "?namespace=NAME to its URL, and open the collection with the same"
-            )
-        if not isinstance(model, KVLinkModel):
-            model = KVLinkModel.from_pretrained(model or DEFAULT, device=device, dtype=dtype)
-        if model.spec.rank == "exact":
-            raise ConfigError(
-                f"the snapshots of {model.name} depend on the passage's place in the prompt "
-                "(rank: exact), so none can be encoded before its question"
-            )
-        self._model, self._text, self._title = model, text, title
+        self._text, self._title = text, title
         self._one_batch = threading.Lock()
-        storage = storage_for(model, {}, codec)
-        with ExitStack() as opened:
+        with ExitStack() as opened:  # what names a wrong place is told before a model is loaded
             directory = Path(tempfile.mkdtemp(prefix="kvlink-writer-"))
             opened.callback(shutil.rmtree, directory, ignore_errors=True)
             self._store = SnapshotStore(directory / "snapshots")
@@ -87,10 +73,10 @@ class PassageWriter:
             read = self._store.file_of
             self._tier = open_remote(remote, "", directory, read, timeout=PATIENCE)
             opened.callback(self._tier.close)
-            self._kept = StoredSnapshots(self._store, model.encoder, codec=storage)
-            self._known = StoredSnapshots(
-                self._store, model.encoder, codec=storage, remote=self._tier
-            )
+            self._model = _loaded(model, device, dtype)
+            encoder, storage = self._model.encoder, storage_for(self._model, {}, codec)
+            self._kept = StoredSnapshots(self._store, encoder, codec=storage)
+            self._known = StoredSnapshots(self._store, encoder, codec=storage, remote=self._tier)
             self._close = weakref.finalize(self, _close_here, os.getpid(), opened.pop_all())
 
     def __call__(self, batch: Mapping[str, Column]) -> dict[str, list[Any]]:
@@ -147,6 +133,17 @@ class PassageWriter:
         return [_document(row, *pair) for row, pair in enumerate(zip(texts, titles, strict=True))]
 
 
+def _loaded(model: KVLinkModel | str | Path | None, device: str, dtype: str) -> KVLinkModel:
+    if not isinstance(model, KVLinkModel):
+        model = KVLinkModel.from_pretrained(model or DEFAULT, device=device, dtype=dtype)
+    if model.spec.rank == "exact":
+        raise ConfigError(
+            f"the snapshots of {model.name} depend on the passage's place in the prompt "
+            "(rank: exact), so none can be encoded before its question"
+        )
+    return model
+
+
 def _document(row: int, text: Any, title: Any) -> Document:
     """One row as a passage. Raises `DocumentError` for what is no text."""
     title = "" if _is_missing(title) else title
@@ -155,8 +152,6 @@ def _document(row: int, text: Any, title: Any) -> Document:
             raise DocumentError(
                 f"the {what} of row {row} is a {type(value).__name__}, expected str"
             )
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DocumentError(f"the {what} of row {row} holds half a character (a surrogate)")
     return checked(Document(text, title=title))
 
 

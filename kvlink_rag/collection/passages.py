@@ -16,7 +16,7 @@ from kvlink_rag.disk import atomic_files
 from kvlink_rag.documents import Document, bounded
 from kvlink_rag.errors import DocumentError, PassageTooLong
 
-from .catalog import Entry
+from .catalog import Entry, check_unicode
 from .parts import Parts
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ class Encodable:
 def checked(document: Document) -> Document:
     """`document` with an id.
 
-    Raises `DocumentError` where it is none, has no text or metadata nested without end.
+    Raises `DocumentError` where it is none, has no text, half a character or metadata nested
+    without end.
     """
     if not isinstance(document, Document):
         raise DocumentError(f"found a {type(document).__name__}, expected a kvlink_rag.Document")
     name = document.id or document.title or "(no id)"
     if not document.text.strip():
         raise DocumentError(f"document {name!r} has no text; leave it out")
+    check_unicode(document.title, document.text)
     bounded(document.metadata, f"the metadata of document {name!r}")
     return document.identified()
 

@@ -1,6 +1,6 @@
 """A request to the pieces of its answers, as a thread makes them.
 
-    body → opened streams → Piece … Whole, for each prompt
+    body → opened streams → Read, Piece …, Whole, for each prompt
 
 Knows collections and streams; how they are written for a client knows `events`.
 """
@@ -140,6 +140,7 @@ def _usage(trace: Trace) -> Usage:
 
 
 def sum_of(usages: Sequence[Usage]) -> Usage:
+    """Of several prompts together."""
     return _used(
         sum(usage.prompt_tokens for usage in usages),
         sum(usage.prompt_tokens_details.cached_tokens for usage in usages),

@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from kvlink_rag.arguments import MAX_SEED, MAX_TOKENS, Mode, parse_repair
 
@@ -61,15 +68,28 @@ Attribute = (
     | int
     | Annotated[float, Field(allow_inf_nan=False)]
 )
+MOST_ENTRIES = 16  # of metadata and attributes
+
+
+def _few(value: Any) -> Any:
+    """`value`, unless it is so large that to look at all of it would take seconds."""
+    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+        raise ValueError(f"found {len(value)} entries, expected at most {MOST_ENTRIES}")
+    return value
+
+
 Attributes = Annotated[
-    dict[Annotated[str, StringConstraints(max_length=64)], Attribute], Field(max_length=16)
+    dict[Annotated[str, StringConstraints(max_length=64)], Attribute],
+    Field(max_length=MOST_ENTRIES),
+    BeforeValidator(_few),
 ]
 Metadata = Annotated[
     dict[
         Annotated[str, StringConstraints(max_length=64)],
         Annotated[str, StringConstraints(max_length=512)],
     ],
-    Field(max_length=16),
+    Field(max_length=MOST_ENTRIES),
+    BeforeValidator(_few),
 ]
 
 

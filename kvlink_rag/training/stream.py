@@ -26,7 +26,7 @@ from .transforms import TRANSFORMS, Format, Unwanted
 
 GIVE_UP = 10_000  # rows of one data set in a row that could not be used
 SHARED_TRIES = 16  # times a set's rows that one of several workers tries, who sees a share of them
-ASKING = ("qa", "qa_full", "gaps")
+ASKING = ("qa", "qa_full", "gaps")  # kinds whose rows have passages and are asked about them
 POOL = 20_000  # rows whose questions and documents may join another row's
 
 

@@ -110,7 +110,7 @@ def columns_of(record: Record) -> Columns:
     embedding.
     """
     document = record.document.identified()
-    _check_unicode(str(document.id), document.title, document.text)
+    check_unicode(str(document.id), document.title, document.text)
     document.canonical()  # DocumentError where the metadata is not JSON
     metadata = json.dumps(dict(document.metadata), allow_nan=False, separators=(",", ":"))
     document = replace(document, metadata=json.loads(metadata))
@@ -221,7 +221,8 @@ def changes(version: int, changed: list[Row], gone: list[Row]) -> Changes:
     )
 
 
-def _check_unicode(*texts: str) -> None:
+def check_unicode(*texts: str) -> None:
+    """Raise `DocumentError` for half a character, which no file can hold as UTF-8."""
     for text in texts:
         try:
             text.encode()

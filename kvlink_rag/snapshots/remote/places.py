@@ -65,7 +65,8 @@ class Folder:
         self._root = Path(unquote(url.path))
         if url.netloc or not self._root.is_absolute():
             raise ConfigError(
-                f"found file://…{url.path!r}, expected file:///absolute/folder, without a host"
+                "found a file:// URL with a host or without an absolute path, expected "
+                "file:///absolute/folder"
             )
         if not self._root.is_dir():
             raise ConfigError(f"there is no folder {self._root}; make or mount it first")

@@ -81,14 +81,19 @@ def open_remote(
 ) -> RemoteTier:
     """The tier at `url`, whose query may name `namespace`, `timeout` (seconds) and `unsigned=1`.
 
-    namespace: where the URL names none. directory: where what is to be erased is written down.
-    read: the file of a key in the store. wanted: whether a document has it. timeout: where the URL
-    names none. Raises `ConfigError`, which shows nothing of the URL that may be a password, and
-    `MissingExtra`.
+    namespace: where the URL names none ("": it must). directory: where what is to be erased is
+    written down. read: the file of a key in the store. wanted: whether a document has it. timeout:
+    where the URL names none. Raises `ConfigError`, which shows nothing of the URL that may be a
+    password, and `MissingExtra`.
     """
     parts = _parts(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     named = query.pop("namespace", namespace)
+    if not named:
+        raise ConfigError(
+            "found a tier without a namespace, which no collection is here to give; add "
+            "?namespace=NAME to its URL, and open the collection with the same"
+        )
     if not _NAME.fullmatch(named) or set(named) == {"."}:
         raise ConfigError(
             f"found the namespace {named!r}, expected up to 100 letters, digits, '.', '_' and '-'"
