@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.splitter import split_document
     from kvlink_rag.model.model import KVLinkModel, Prefill
+    from kvlink_rag.model.prompt_states import PromptStates
     from kvlink_rag.model.text_stream import TextStream
     from kvlink_rag.model.verify import Verification
     from kvlink_rag.prompt.layout import Layout
@@ -56,6 +57,7 @@ _HOME = {
     "PassageWriter": "collection.passage_writer",
     "Prefill": "model.model",
     "PromptPreset": "prompt.spec",
+    "PromptStates": "model.prompt_states",
     "Spec": "prompt.spec",
     "Text": "documents",
     "TextStream": "model.text_stream",
@@ -84,6 +86,7 @@ __all__ = [
     "PassageWriter",
     "Prefill",
     "PromptPreset",
+    "PromptStates",
     "Spec",
     "Text",
     "TextStream",

@@ -42,6 +42,7 @@ from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 from .loading import find_model, load_model
+from .prompt_states import PromptStates, prompt_states
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
 
@@ -219,6 +220,16 @@ class KVLinkModel:
         reuse = _with_repair(reuse or self.reuse, repair)
         logits = first_logits(self.backbone, self.layout(parts), mode, reuse, trace)
         return Prefill(logits, trace)
+
+    def states(
+        self, prompt: Layout, mode: Mode = "reuse", *, reuse: Reuse | None = None
+    ) -> PromptStates:
+        """Run a prompt for another engine to go on from: keys and values of all its tokens.
+
+        prompt: of `layout`. mode, reuse: as in `prefill`; without `reuse` passages are encoded now.
+        """
+        trace = Trace(mode=check_mode(mode), notice=self.notice)
+        return prompt_states(self.backbone, prompt, reuse or self.reuse, trace)
 
     def stream(
         self,
