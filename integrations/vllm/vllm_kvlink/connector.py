@@ -138,9 +138,7 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """All of a laid-out prompt but its last token, loaded before the step."""
         return self._scheduling.matched(request, num_computed_tokens), False
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note the pages of a request that is about to run."""
         if num_external_tokens:
             (block_ids,) = blocks.get_block_ids()

@@ -38,6 +38,7 @@ def export(model: KVLinkModel, directory: str | Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     rows, module = served_vocabulary(model), model.backbone.model
     save_file(_tensors(module, rows), target / "model.safetensors", {"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)  # to be read by whoever runs vLLM
     config: Any = copy.deepcopy(module.config)
     config.vocab_size, config.architectures = rows, [type(module).__name__]
     config.dtype = model.backbone.dtype
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("export", help="write the directory that vLLM serves")
     command.add_argument("model", help="as in kvlink-rag: a pair, an adapter, a directory")
     command.add_argument("directory", help="where to; empty or not there yet")
-    command.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: the model's")
+    command.add_argument("--dtype", default="auto", help="such as float32; auto: its own")
     asked = parser.parse_args(arguments)
     try:
         model = KVLinkModel.from_pretrained(asked.model, device="cpu", dtype=asked.dtype)

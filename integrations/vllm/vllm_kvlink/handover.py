@@ -104,7 +104,9 @@ class Handover:
         """Read `to_json`. Raises `PromptError`."""
         if not isinstance(value, Mapping) or value.get("format") != FORMAT:
             raise PromptError(f"found {KEY}={value!r:.80}, expected a layout of format {FORMAT}")
-        ids, passages, tenant = (value.get(name) for name in ("token_ids", "passages", "tenant"))
+        ids: Any = value.get("token_ids")
+        passages: Any = value.get("passages")
+        tenant = value.get("tenant")
         pairs = isinstance(passages, list | tuple) and all(_is_ids(p, 2) for p in passages)
         if not _is_ids(ids) or not pairs or not isinstance(tenant, str):
             raise PromptError(

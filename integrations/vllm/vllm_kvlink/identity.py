@@ -18,10 +18,11 @@ from kvlink_rag.errors import SettingsMismatch
 
 # Facts of a configuration that change no key and no value.
 ELSEWHERE = frozenset(
-    (
-        "vocab_size architectures dtype torch_dtype _name_or_path transformers_version use_cache "
-        "bos_token_id eos_token_id pad_token_id _attn_implementation attn_implementation"
-    ).split()
+    {
+        *("vocab_size", "architectures", "dtype", "torch_dtype", "_name_or_path", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+        *("_attn_implementation", "attn_implementation"),
+    }
 )
 REMEDY = "write the directory anew with: vllm-kvlink export, and serve that"
 

@@ -1,4 +1,4 @@
-"""What the scheduler's side decides: how many tokens of a request are handed over, into which pages.
+"""What the scheduler's side decides: which tokens of a request are handed over, into which pages.
 
 Knows requests and blocks as vLLM names them, by their attributes; imports no vLLM.
 """
@@ -107,7 +107,9 @@ class Scheduling:
         )
 
     def loads(self, begun: Iterable[tuple[str, int]]) -> list[Load]:
-        """What this step loads; begun: requests that start or go on anew, and their computed tokens.
+        """What this step loads.
+
+        begun: requests that start, or go on after a preemption, and their computed tokens.
 
         Raises `RuntimeError` where vLLM is about to compute passages of ours itself.
         """
@@ -117,8 +119,8 @@ class Scheduling:
             if known is not None and computed < known.loaded:
                 raise RuntimeError(
                     f"vLLM is about to compute tokens {computed} to {known.loaded} of {request_id} "
-                    "causally, expected them to be handed over; the answer would be wrong. Requests "
-                    "with prompt_logprobs do that: leave them out"
+                    "causally, expected them to be handed over; the answer would be wrong. A "
+                    "request with prompt_logprobs does that: leave it out"
                 )
         return loads
 
