@@ -25,6 +25,7 @@ PUBLIC = {
     "PassageWriter",
     "Prefill",
     "PromptPreset",
+    "PromptStates",
     "Spec",
     "Text",
     "TextStream",
