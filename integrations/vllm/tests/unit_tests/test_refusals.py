@@ -79,12 +79,12 @@ def test_everything_else_is_refused(path: str) -> None:
 
 def test_an_untried_type_or_back_end_is_taken_by_name_alone() -> None:
     engine = copy.deepcopy(ENGINE)
-    engine.model_config.hf_config.model_type = "qwen3"
-    check_engine(engine, ("qwen3",))
+    engine.model_config.hf_config.model_type = "olmo2"
+    check_engine(engine, ("olmo2",))
     check_backend("CPU_ATTN")
     check_backend("FLASH_ATTN", ("FLASH_ATTN",))
     with pytest.raises(ConfigError, match="found the attention back end FLASH_ATTN"):
-        check_backend("FLASH_ATTN", ("qwen3",))
+        check_backend("FLASH_ATTN", ("olmo2",))
 
 
 def test_one_group_of_full_attention() -> None:
