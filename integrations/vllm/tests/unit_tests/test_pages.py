@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from conftest import NoEmbedder
 from torch import Tensor
-from vllm_kvlink import Handover
+from vllm_kvlink import Handover, Options
 from vllm_kvlink.pages import find_layers, slots, write
 from vllm_kvlink.prefilling import Prefiller
 
@@ -141,3 +143,28 @@ def test_a_back_end_that_writes_otherwise_is_refused() -> None:
     known = context(0, impl=SimpleNamespace())
     with pytest.raises(ConfigError, match="no do_kv_cache_update"):
         find_layers(known, list(known), 1)
+
+
+def test_the_shared_tier_is_read_where_the_store_has_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one machine encoded, another's connector takes from the tier, as the options say."""
+    monkeypatch.setenv("KVLINK_REMOTE_SECRET", "0123456789abcdef" * 4)
+    (tmp_path / "tier").mkdir()
+    remote = f"file://{tmp_path / 'tier'}?namespace=shared&timeout=60"
+    source = tiny.saved(tmp_path / "model")
+    made = {"model": source, "embedder": NoEmbedder(), "dtype": "float32", "codec": "exact"}
+    with KVLinkRAG.open(tmp_path / "one", remote=remote, **made) as one:
+        one.register(tiny.documents())
+        layout = one.model.layout(one.model.prompt(tiny.documents(), "When was it built?"))
+        expected = one.model.states(layout, "masked")
+    with KVLinkRAG.open(tmp_path / "two", **made) as two:  # remembers the model, holds nothing
+        two.register(tiny.documents()[:1])
+        two.delete([tiny.TOWNS[0]])
+
+    options = Options.of({"collection": str(tmp_path / "two"), "device": "cpu", "remote": remote})
+    prefiller = Prefiller(options.open("float32"))
+    found = prefiller.states(Handover.of(layout))
+    prefiller.close()
+    assert (found.trace.snapshots_found, found.trace.snapshots_encoded) == (4, 0)
+    torch.testing.assert_close(found.keys, expected.keys, atol=1e-4, rtol=0)
