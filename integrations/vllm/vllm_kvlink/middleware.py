@@ -9,6 +9,7 @@ body is the affair of `front`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import threading
@@ -27,7 +28,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
+Refusal = tuple[int, str, str | None]  # status, message, code
+
 LONGEST = 32 << 20  # bytes of a body
+NO_REQUEST = b"null"  # which vLLM refuses
 LAID_OUT = {"/v1/chat/completions": Front.chat, "/v1/completions": Front.completion}
 
 
@@ -44,19 +48,10 @@ class KVLinkMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or _is_form(scope):
             await self._app(scope, receive, send)
             return
-        data = await _whole(receive)
-        if data is None:
-            return  # the client is gone
-        if len(data) > LONGEST:
-            await _answer(send, 413, f"the body has more than {LONGEST} bytes; send less", None)
-            return
-        try:
-            data = await asyncio.to_thread(self._prepared, scope, data)
-        except KVLinkError as error:
-            await _answer(send, *_told(error))
-            return
-        _set_length(scope, len(data))
-        await self._app(scope, _replayed(data, receive), send)
+        exchange = _Exchange(functools.partial(self._prepared, scope), receive, send)
+        lengthless = [header for header in scope["headers"] if header[0] != b"content-length"]
+        scope["headers"] = lengthless  # the body may become another
+        await self._app(scope, exchange.receive, exchange.send)
 
     def _prepared(self, scope: Scope, data: bytes) -> bytes:
         """The body that vLLM is given: laid out, or the same bytes. Raises `KVLinkError`."""
@@ -87,6 +82,45 @@ def _is_form(scope: Scope) -> bool:
     return any(kind.startswith((b"multipart/", b"application/x-www-form")) for kind in kinds)
 
 
+class _Exchange:
+    """One request and its answer.
+
+    vLLM puts the middleware that it is given outside of its own, which asks for the API key. So a
+    body is only looked at when vLLM reads it, and who has no key learns nothing of what is here.
+    Where a request is refused, vLLM is given no request, and our answer takes the place of its own.
+    """
+
+    def __init__(self, prepare: Callable[[bytes], bytes], receive: Receive, send: Send) -> None:
+        self._prepare, self._receive, self._send = prepare, receive, send
+        self._read = False
+        self._refusal: Refusal | None = None
+
+    async def receive(self) -> Message:
+        """The body, laid out, then what comes from the client."""
+        if self._read:
+            return await self._receive()
+        self._read = True
+        data = await _whole(self._receive)
+        if data is None:
+            return {"type": "http.disconnect"}
+        if len(data) > LONGEST:
+            self._refusal = (413, f"the body has more than {LONGEST} bytes; send less", None)
+        else:
+            try:
+                data = await asyncio.to_thread(self._prepare, data)
+            except KVLinkError as error:
+                self._refusal = _told(error)
+        body = data if self._refusal is None else NO_REQUEST
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        """vLLM's answer, or ours where there is a refusal."""
+        if self._refusal is None:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
+            await _answer(self._send, *self._refusal)
+
+
 async def _whole(receive: Receive) -> bytes | None:
     """The body, no further than it may go; None where the client left."""
     data = bytearray()
@@ -99,28 +133,7 @@ async def _whole(receive: Receive) -> bytes | None:
             return bytes(data)
 
 
-def _replayed(data: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `data` first, then what comes from the client."""
-    left = [data]
-
-    async def again() -> Message:
-        if left:
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
-        return await receive()
-
-    return again
-
-
-def _set_length(scope: Scope, length: int) -> None:
-    headers = [
-        (name, value)
-        for name, value in scope["headers"]
-        if name not in (b"content-length", b"transfer-encoding")
-    ]
-    scope["headers"] = [*headers, (b"content-length", str(length).encode())]
-
-
-def _told(error: KVLinkError) -> tuple[int, str, str | None]:
+def _told(error: KVLinkError) -> Refusal:
     """Status, message and code of a refusal; what is the server's own fault is a 500."""
     if isinstance(error, DocumentNotFound):
         return 404, str(error), "document_not_found"

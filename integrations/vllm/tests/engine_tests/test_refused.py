@@ -35,6 +35,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("another", {}, {}, "has other numbers than in the model that prefills"),
         ("served", {"kv_load_failure_policy": "recompute"}, {}, "recompute passages causally"),
         ("served", {"kv_role": "kv_both"}, {}, "expected 'kv_consumer'"),
+        ("served", {}, {"kv_cache_dtype": "fp8"}, "found kv_cache_dtype='fp8'"),
+        (
+            *("served", {}),
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 2,
+                }
+            },
+            "found speculative decoding",
+        ),
         (
             "served",
             {},

@@ -47,6 +47,7 @@ DOCUMENTS = [
 QUESTIONS = ("When was the harbour of Marnik built?", "How many lamps has Teldon's lighthouse?")
 NAMED = {"kv_transfer_params": {"documents": [document.id for document in DOCUMENTS]}}
 STEPS = 24
+KEY = "a key of this test"
 TRIES = 300  # seconds to start in
 
 
@@ -74,6 +75,7 @@ def url(rag: KVLinkRAG) -> Iterator[str]:
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "small"),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
         *("--max-num-seqs", "4", "--enable-prompt-tokens-details"),
+        *("--api-key", KEY),
         *("--middleware", "vllm_kvlink.middleware.KVLinkMiddleware"),
         *("--kv-transfer-config", json.dumps(transfer(rag.directory))),
     ]
@@ -99,9 +101,10 @@ def _wait(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
     raise AssertionError(log.read_text()[-4000:])
 
 
-def post(url: str, path: str, body: dict[str, Any]) -> Any:
+def post(url: str, path: str, body: dict[str, Any], key: str = KEY) -> Any:
     data = json.dumps({"model": "small", "temperature": 0, "max_tokens": STEPS, **body}).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url + path, data, headers)
     try:
         with urllib.request.urlopen(request) as answer:
             found = answer.read().decode()
@@ -170,3 +173,9 @@ def test_refusals(url: str) -> None:
     assert (status, "use another" in found["error"]["message"]) == (400, True)
     status, found = chat(url, "x", prompt_logprobs=1, **NAMED)
     assert (status, "prompt_logprobs" in found["error"]["message"]) == (400, True)
+
+
+def test_without_vllms_key_nothing_is_told(url: str) -> None:
+    for named in ("orvale", "nowhere"):
+        body = {"prompt": "x", "kv_transfer_params": {"documents": [named]}}
+        assert post(url, "/v1/completions", body, key="another")[0] == 401

@@ -16,6 +16,7 @@ from vllm_kvlink.handover import KEY
 from vllm_kvlink.middleware import KVLinkMiddleware
 
 from kvlink_rag import KVLinkRAG
+from kvlink_rag.errors import StorageError
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 QUESTION = {"role": "user", "content": "When was it built?"}
@@ -28,18 +29,25 @@ def front(rag: KVLinkRAG) -> Front:
 
 
 class Server:
-    """vLLM's side: what it was given, behind the middleware."""
+    """vLLM's side: what it was given, behind the middleware.
 
-    def __init__(self, front: Front) -> None:
+    locked: it wants a key and is given none, so it answers without a look at the body.
+    """
+
+    def __init__(self, front: Front | None, locked: bool = False) -> None:
+        self.locked = locked
         self.got: list[tuple[dict[bytes, bytes], bytes]] = []
         self.middleware = KVLinkMiddleware(self._app)
         self.middleware._front = front
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        data = await receive()
-        assert not data["more_body"]
-        self.got.append((dict(scope["headers"]), data["body"]))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        status = 401
+        if not self.locked:
+            data = await receive()
+            assert not data["more_body"]
+            self.got.append((dict(scope["headers"]), data["body"]))
+            status = 422 if data["body"] == b"null" else 200
+        await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
     def post(self, path: str, data: bytes, kind: bytes = b"application/json") -> tuple[int, Any]:
@@ -62,12 +70,13 @@ class Server:
         status, answer = self.post(path, json.dumps(body).encode())
         assert status == 200, answer
         headers, data = self.got[-1]
-        assert headers[b"content-length"] == str(len(data)).encode()
+        assert b"content-length" not in headers
         return json.loads(data)  # type: ignore[no-any-return]
 
     def refusal(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         status, answer = self.post(path, json.dumps(body).encode())
-        assert not self.got
+        assert [data for _, data in self.got] == [b"null"]
+        self.got.clear()
         return status, answer["error"]
 
 
@@ -152,7 +161,27 @@ def test_a_body_that_is_too_long_is_refused(
 ) -> None:
     monkeypatch.setattr(vllm_kvlink.middleware, "LONGEST", 100)
     assert server.post(CHAT, b" " * 101)[0] == 413
-    assert not server.got
+    assert server.got[-1][1] == b"null"
+
+
+def test_without_a_key_nothing_is_looked_at() -> None:
+    """vLLM asks for its key inside of us: no document is named to whoever has none."""
+    server = Server(None, locked=True)  # to open a collection would fail
+    for named in ("Teldon", "Nowhere"):
+        body = {"messages": [QUESTION], "kv_transfer_params": {"documents": [named]}}
+        assert server.post(CHAT, json.dumps(body).encode())[0] == 401
+
+
+def test_what_the_collection_has_wrong_is_not_told(
+    server: Server, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, body: Any) -> Any:
+        raise StorageError("the file /secret/place is damaged")
+
+    monkeypatch.setitem(vllm_kvlink.middleware.LAID_OUT, CHAT, broken)
+    status, error = server.refusal(CHAT, {"messages": [QUESTION], **NAMED})
+    assert status == 500
+    assert "secret" not in error["message"]
 
 
 def test_a_tenant_has_a_salt_of_its_own(server: Server) -> None:
