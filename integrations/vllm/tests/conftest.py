@@ -18,17 +18,6 @@ from kvlink_rag import KVLinkModel, KVLinkRAG
 torch.set_num_threads(1)
 
 
-class NoEmbedder:
-    """Nothing here searches."""
-
-    dimension, name, fingerprint = 8, "none", "none"
-
-    def embed(self, texts: object) -> object:
-        raise AssertionError("nothing here embeds")
-
-    embed_queries = embed
-
-
 @pytest.fixture(scope="session")
 def model() -> KVLinkModel:
     return tiny.model()
@@ -36,6 +25,6 @@ def model() -> KVLinkModel:
 
 @pytest.fixture
 def rag(tmp_path: Path, model: KVLinkModel) -> Iterator[KVLinkRAG]:
-    with KVLinkRAG.open(tmp_path / "collection", model=model, embedder=NoEmbedder()) as opened:
+    with KVLinkRAG.open(tmp_path / "collection", model=model, embedder=tiny.NoEmbedder()) as opened:
         opened.register(tiny.documents())
         yield opened

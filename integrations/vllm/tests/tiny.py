@@ -126,6 +126,17 @@ def saved(directory: Path, family: str = "llama", dtype: torch.dtype = torch.flo
     return directory
 
 
+class NoEmbedder:
+    """Nothing here searches."""
+
+    dimension, name, fingerprint = 8, "none", "none"
+
+    def embed(self, texts: object) -> object:
+        raise AssertionError("nothing here embeds")
+
+    embed_queries = embed
+
+
 def greedy(
     model: KVLinkModel, layout: Layout, steps: int, vocabulary: int = VOCABULARY
 ) -> tuple[list[int], torch.Tensor]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import NoEmbedder
 from engine_tests.engines import Said, ask, ask_plain, engine, needs_vllm, request, transfer
 from vllm_kvlink import Handover, export
 from vllm_kvlink.handover import SALT
@@ -37,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with KVLinkRAG.open(
         root / "collection",
         model=root / "model",
-        embedder=NoEmbedder(),
+        embedder=tiny.NoEmbedder(),
         dtype="float32",
         codec="exact",
     ) as rag:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import NoEmbedder
 from engine_tests.engines import Said, ask, engine, needs_vllm, transfer
 from vllm_kvlink import Handover, export
 from vllm_kvlink.refusals import MODEL_TYPES
@@ -28,7 +27,11 @@ def served(root: Path, family: str, dtype: str) -> tuple[KVLinkModel, Handover, 
     model = KVLinkModel.from_pretrained(source, device="cpu", dtype=dtype)
     vocabulary = export(model, root / "served")  # Qwen2's tokenizer knows one token more
     with KVLinkRAG.open(
-        *(root / "collection",), model=source, embedder=NoEmbedder(), dtype=dtype, codec="exact"
+        *(root / "collection",),
+        model=source,
+        embedder=tiny.NoEmbedder(),
+        dtype=dtype,
+        codec="exact",
     ) as rag:
         rag.register(tiny.documents())
     handover = Handover.of(model.layout(model.prompt(tiny.documents(), "When was it built?")))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import NoEmbedder
 from engine_tests.engines import engine, needs_vllm, transfer
 from vllm_kvlink import export
 
@@ -23,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export(model, root / "served")
     export(tiny.model(seed=1), root / "another")
     with KVLinkRAG.open(
-        root / "collection", model=root / "model", embedder=NoEmbedder(), dtype="float32"
+        root / "collection", model=root / "model", embedder=tiny.NoEmbedder(), dtype="float32"
     ) as rag:
         rag.register(tiny.documents()[:1])
     return root
@@ -37,6 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("served", {"kv_role": "kv_both"}, {}, "expected 'kv_consumer'"),
         ("served", {}, {"kv_cache_dtype": "fp8"}, "found kv_cache_dtype='fp8'"),
         (
+            "served",
+            {},
+            {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}},
+            "has rope_parameters",
+        ),
+        # last: what vLLM leaves behind of it breaks the next engine in this process
+        (
             *("served", {}),
             {
                 "speculative_config": {
@@ -46,12 +52,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 }
             },
             "found speculative decoding",
-        ),
-        (
-            "served",
-            {},
-            {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}},
-            "has rope_parameters",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NoEmbedder
+import tiny
 from engine_tests.engines import environment, needs_vllm, transfer
 from vllm_kvlink import export
 
@@ -55,7 +55,7 @@ TRIES = 300  # seconds to start in
 def rag(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVLinkRAG]:
     directory = tmp_path_factory.mktemp("small") / "collection"
     with KVLinkRAG.open(
-        *(directory,), model=SMALL, embedder=NoEmbedder(), dtype="float32", codec="exact"
+        *(directory,), model=SMALL, embedder=tiny.NoEmbedder(), dtype="float32", codec="exact"
     ) as opened:
         opened.register(DOCUMENTS)
         yield opened

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import NoEmbedder
 from torch import Tensor
 from vllm_kvlink import Handover, Options
 from vllm_kvlink.pages import find_layers, slots, write
@@ -153,7 +152,7 @@ def test_the_shared_tier_is_read_where_the_store_has_nothing(
     (tmp_path / "tier").mkdir()
     remote = f"file://{tmp_path / 'tier'}?namespace=shared&timeout=60"
     source = tiny.saved(tmp_path / "model")
-    made = {"model": source, "embedder": NoEmbedder(), "dtype": "float32", "codec": "exact"}
+    made = {"model": source, "embedder": tiny.NoEmbedder(), "dtype": "float32", "codec": "exact"}
     with KVLinkRAG.open(tmp_path / "one", remote=remote, **made) as one:
         one.register(tiny.documents())
         layout = one.model.layout(one.model.prompt(tiny.documents(), "When was it built?"))
