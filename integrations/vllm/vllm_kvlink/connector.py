@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm import __version__ as vllm_version
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -23,7 +24,7 @@ from .identity import check_same
 from .options import Options
 from .pages import PagedLayer, find_layers, slots, write
 from .prefilling import Prefiller
-from .refusals import check_backend, check_engine, check_groups
+from .refusals import check_backend, check_engine, check_groups, told_of_version
 from .scheduling import Load, Scheduling
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
         transfer = vllm_config.kv_transfer_config
         self._options = Options.of(transfer.kv_connector_extra_config)
         check_engine(vllm_config, self._options.untried)
+        if told := told_of_version(vllm_version):
+            logger.warning(told)
         if kv_cache_config is not None:
             check_groups(kv_cache_config.kv_cache_groups)
         self._block_size: int = vllm_config.cache_config.block_size

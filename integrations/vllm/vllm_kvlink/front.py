@@ -55,7 +55,8 @@ class Front:
         options = Options.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         model = vllm_config.model_config
         return cls(
-            replace(options, remote="").open(),  # snapshots are the worker's affair
+            # Model and snapshots are the worker's affair; a name would be compared, which loads it.
+            replace(options, model=None, codec=None, remote="").open(),
             vocabulary=model.hf_config.vocab_size,
             window=model.max_model_len,
             min_tokens=options.min_tokens,

