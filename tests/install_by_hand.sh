@@ -1,5 +1,5 @@
 #!/bin/sh
-# The three distributions as people get them: built (sdist, and the wheel from it), checked, and
+# The four distributions as people get them: built (sdist, and the wheel from it), checked, and
 # installed into a new environment as the READMEs say. Run by `make dist`.
 # What they depend on is not installed once more: pip says which it would take, as far as
 # constraints.txt lets it, and the new environment then sees those of .venv.
@@ -18,18 +18,18 @@ say "build and check"
 rm -rf dist
 "$python" -m venv "$new/tools"
 "$new/tools/bin/python" -m pip install --quiet --constraint constraints.txt build twine
-for folder in . integrations/langchain integrations/llama_index; do
+for folder in . integrations/langchain integrations/llama_index integrations/vllm; do
 	"$new/tools/bin/python" -m build --outdir dist "$folder" >"$new/build.log" 2>&1 ||
 		{ cat "$new/build.log"; exit 1; }
 done
 "$new/tools/bin/python" -m twine check --strict dist/*
-ls dist/*.whl | wc -l | grep -qx ' *3' || { echo "expected three wheels"; exit 1; }
+ls dist/*.whl | wc -l | grep -qx ' *4' || { echo "expected four wheels"; exit 1; }
 
 say "the READMEs' line, as far as pip's choice of versions"
 "$python" -m venv "$new/fresh"
 fresh=$new/fresh/bin
 "$fresh/python" -m pip install --quiet --dry-run --constraint constraints.txt \
-	. ./integrations/langchain ./integrations/llama_index
+	. ./integrations/langchain ./integrations/llama_index ./integrations/vllm
 
 say "install the wheels"
 "$fresh/python" -m pip install --quiet --no-deps --no-index dist/*.whl
@@ -50,8 +50,9 @@ import llama_index.embeddings.contriever
 import llama_index.llms.kvlink
 import llama_index.response_synthesizers.kvlink
 import llama_index.retrievers.kvlink
+import vllm_kvlink
 
-for module in (kvlink_rag, langchain_kvlink, llama_index.llms.kvlink):
+for module in (kvlink_rag, langchain_kvlink, llama_index.llms.kvlink, vllm_kvlink):
     assert module.__file__.startswith(sys.argv[1]), f"{module.__file__} is not the wheel's"
 PYTHON
 echo "The harbour of Orvale was built in 1911." >orvale.txt
@@ -60,4 +61,4 @@ echo "The harbour of Orvale was built in 1911." >orvale.txt
 	tee answer.txt
 grep -q orvale.txt answer.txt || { echo "expected the source"; exit 1; }
 "$fresh/kvlink-rag" bench
-say "all three work from their wheels, which are in $root/dist"
+say "all four work from their wheels, which are in $root/dist"

@@ -24,6 +24,7 @@ PUBLIC = {
     "Passage",
     "PassageWriter",
     "Prefill",
+    "PromptCache",
     "PromptPreset",
     "Spec",
     "Text",

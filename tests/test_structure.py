@@ -112,7 +112,9 @@ def test_every_package_has_its_place(ours: Imports) -> None:
     assert "kvlink_rag.documents" in ours["kvlink_rag.prompt.layout"]
 
 
-@pytest.mark.parametrize("package", ["langchain/langchain_kvlink", "llama_index/llama_index"])
+@pytest.mark.parametrize(
+    "package", ["langchain/langchain_kvlink", "llama_index/llama_index", "vllm/vllm_kvlink"]
+)
 def test_integrations_have_no_circle(package: str) -> None:
     root = ROOT / "integrations" / package
     imports = imports_of(root.parent, root.name)

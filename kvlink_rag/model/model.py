@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.arguments import Mode, check_mode, check_weights, parse_repair
+from kvlink_rag.arguments import UNREPAIRED, Mode, check_mode, check_weights, parse_repair
 from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
@@ -42,6 +42,7 @@ from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 from .loading import find_model, load_model
+from .prompt_run import PromptRun
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
 
@@ -52,6 +53,21 @@ logger = logging.getLogger(__name__)
 class Prefill:
     """The state after the prompt. logits: float32 [vocab], of the next token, on the CPU."""
 
+    logits: Tensor
+    trace: Trace
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCache:
+    """All of a prompt that an engine needs which decodes by itself.
+
+    keys (after RoPE), values: [layers, kv_heads, tokens, head_dim] in the model's dtype on its
+    device, copies, in prompt order. logits: float32 [vocab], of the next token.
+    """
+
+    layout: Layout
+    keys: Tensor
+    values: Tensor
     logits: Tensor
     trace: Trace
 
@@ -219,6 +235,20 @@ class KVLinkModel:
         reuse = _with_repair(reuse or self.reuse, repair)
         logits = first_logits(self.backbone, self.layout(parts), mode, reuse, trace)
         return Prefill(logits, trace)
+
+    def prompt_cache(self, parts: Iterable[Part], *, reuse: Reuse | None = None) -> PromptCache:
+        """Assemble and compute the prompt, and hand its keys and values to another engine.
+
+        Passages are never repaired: the entries that repair leaves are no prompt in order. Raises
+        as `prefill` does.
+        """
+        trace, reuse = Trace(notice=self.notice), reuse or self.reuse
+        run = PromptRun(self.backbone, self.layout(parts), trace, replace(reuse, repair=UNREPAIRED))
+        logits = run.start(room=0)
+        assert run.cache is not None
+        keys, values = run.cache.entries(run.cache.positions.argsort())
+        run.end()
+        return PromptCache(run.prompt, keys, values, logits, trace)
 
     def stream(
         self,
