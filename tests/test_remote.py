@@ -45,17 +45,6 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(REMOTE, raising=False)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "shared").mkdir()
-    return tmp_path / "shared"
-
-
-@pytest.fixture
-def url(folder: Path) -> str:
-    return f"file://{folder}?namespace=team"
-
-
 Machine = Callable[..., KVLinkRAG]
 
 
