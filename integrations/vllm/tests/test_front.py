@@ -161,6 +161,7 @@ def test_passages_are_recognised(rag: KVLinkRAG, front: Front, vllm: StandIn, pa
         {"messages": "x"},
         {"messages": []},
         {"messages": [{"role": "assistant", "content": DOCUMENTS[0].text}]},
+        {"prompt": f"{DOCUMENTS[0].text}\n\nQuestion: {QUESTION}", "logprobs": 1},
     ],
     ids=str,
 )

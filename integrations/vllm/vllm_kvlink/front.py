@@ -69,16 +69,24 @@ class Front:
         )
 
     def schedule(self, body: Mapping[str, Any]) -> Scheduled | None:
-        """What vLLM is to be sent, or None where the request has no passage: it is vLLM's own.
+        """What vLLM is to be sent, or None where the request is vLLM's own.
 
         `kvlink` in the body: {"documents": [ids]} or {"k": passages to retrieve}; without it
-        passages are recognised. Raises `RequestError`, and the collection's errors.
+        passages are recognised, and where there are none, or something is asked for that cannot be
+        had over them (tools, say), vLLM answers as ever. Raises `RequestError`, and the
+        collection's errors.
         """
         asked = _asked(body)
         messages = _messages(body)
         if messages is None:
             if asked:
                 raise RequestError("found token ids or no prompt, expected text or messages")
+            return None
+        if other := _not_served(body):
+            if asked:
+                raise RequestError(
+                    f"found {other}, which is not served over passages; leave it out"
+                )
             return None
         room = _room(body)
         parts = self._parts(messages, asked, room)
@@ -104,7 +112,6 @@ class Front:
             "cache_salt": order.seal,
             "kv_transfer_params": {FIELD: order.to_json()},
         }
-        _refuse_others(body)
         return Scheduled(sent, documents, "messages" in body)
 
     def _parts(
@@ -248,10 +255,9 @@ def _room(body: Mapping[str, Any]) -> int:
     return default
 
 
-def _refuse_others(body: Mapping[str, Any]) -> None:
-    """Raise where a field asks for what cannot be had over a prompt that is not computed here."""
-    for name, value in body.items():
-        if name not in PASSED_ON and name not in OURS and value not in NOTHING:
-            raise RequestError(
-                f"found {name}, which is not served over passages of a collection; leave it out"
-            )
+def _not_served(body: Mapping[str, Any]) -> str:
+    """A field that asks for what cannot be had over a prompt that vLLM does not compute, or ""."""
+    known = PASSED_ON | OURS
+    return next(
+        (name for name, value in body.items() if name not in known and value not in NOTHING), ""
+    )
