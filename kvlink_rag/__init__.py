@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from kvlink_rag.collection.prometheus import CollectionMetrics
     from kvlink_rag.collection.rag import KVLinkRAG
     from kvlink_rag.ingest.splitter import split_document
-    from kvlink_rag.model.model import KVLinkModel, Prefill, PromptCache
+    from kvlink_rag.model.model import KVLinkModel, Prefill
+    from kvlink_rag.model.prompt_states import PromptStates
     from kvlink_rag.model.text_stream import TextStream
     from kvlink_rag.model.verify import Verification
     from kvlink_rag.prompt.layout import Layout
@@ -55,8 +56,8 @@ _HOME = {
     "Passage": "documents",
     "PassageWriter": "collection.passage_writer",
     "Prefill": "model.model",
-    "PromptCache": "model.model",
     "PromptPreset": "prompt.spec",
+    "PromptStates": "model.prompt_states",
     "Spec": "prompt.spec",
     "Text": "documents",
     "TextStream": "model.text_stream",
@@ -84,8 +85,8 @@ __all__ = [
     "Passage",
     "PassageWriter",
     "Prefill",
-    "PromptCache",
     "PromptPreset",
+    "PromptStates",
     "Spec",
     "Text",
     "TextStream",

@@ -20,7 +20,6 @@ from conftest import FAMILIES, MAX_PASSAGES, ModelMaker
 import kvlink_rag.engine.backbone
 import kvlink_rag.model.prompt_run
 from kvlink_rag import Document, KVLinkModel, Part, Passage, Text, Trace
-from kvlink_rag.arguments import parse_repair
 from kvlink_rag.model.prompt_run import PromptRun
 from kvlink_rag.model.verify import TOLERANCE
 from kvlink_rag.prompt.layout import Layout
@@ -411,27 +410,3 @@ def test_verify_says_when_reuse_does_not_hold(
     bad = model.verify(parts)
     assert not bad.holds
     assert "NOT" in bad.message
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_prompts_keys_and_values_are_the_masked_prefills(
-    make_model: ModelMaker, name: str
-) -> None:
-    """In prompt order, whichever of them were reused; repair, which leaves others, is not made."""
-    model = make_model(name, F32)
-    parts = prompt(model, 4, seed=3)
-    laid = model.layout(parts)
-    run = PromptRun(model.backbone, laid, Trace(mode="masked"), fresh(model))
-    logits = run.start(room=0)
-    assert run.cache is not None
-    expected = run.cache.entries(run.cache.positions.argsort())
-    for reuse in (fresh(model), replace(fresh(model), repair=parse_repair("first:4"))):
-        made = model.prompt_cache(parts, reuse=reuse)
-        shape = (model.backbone.layers, model.backbone.kv_heads, len(laid), model.backbone.head_dim)
-        assert made.keys.shape == made.values.shape == shape
-        assert made.trace.reused_tokens == laid.reused_tokens > 0
-        for got, wanted in zip(
-            (made.keys, made.values, made.logits), (*expected, logits), strict=True
-        ):
-            assert difference(got, wanted) < TOLERANCE[F32]
-        assert made.layout.token_ids.tolist() == laid.token_ids.tolist()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlink_rag.arguments import UNREPAIRED, Mode, check_mode, check_weights, parse_repair
+from kvlink_rag.arguments import Mode, check_mode, check_weights, parse_repair
 from kvlink_rag.disk.digests import weight_states
 from kvlink_rag.documents import Document, Part
 from kvlink_rag.engine.backbone import Backbone
@@ -42,7 +42,7 @@ from kvlink_rag.snapshots.sources import EncodeNow, Reuse
 from kvlink_rag.trace import Trace
 
 from .loading import find_model, load_model
-from .prompt_run import PromptRun
+from .prompt_states import PromptStates, prompt_states
 from .text_stream import TextStream
 from .verify import Verification, first_logits, verify
 
@@ -53,21 +53,6 @@ logger = logging.getLogger(__name__)
 class Prefill:
     """The state after the prompt. logits: float32 [vocab], of the next token, on the CPU."""
 
-    logits: Tensor
-    trace: Trace
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCache:
-    """All of a prompt that an engine needs which decodes by itself.
-
-    keys (after RoPE), values: [layers, kv_heads, tokens, head_dim] in the model's dtype on its
-    device, copies, in prompt order. logits: float32 [vocab], of the next token.
-    """
-
-    layout: Layout
-    keys: Tensor
-    values: Tensor
     logits: Tensor
     trace: Trace
 
@@ -236,19 +221,15 @@ class KVLinkModel:
         logits = first_logits(self.backbone, self.layout(parts), mode, reuse, trace)
         return Prefill(logits, trace)
 
-    def prompt_cache(self, parts: Iterable[Part], *, reuse: Reuse | None = None) -> PromptCache:
-        """Assemble and compute the prompt, and hand its keys and values to another engine.
+    def states(
+        self, prompt: Layout, mode: Mode = "reuse", *, reuse: Reuse | None = None
+    ) -> PromptStates:
+        """Run a prompt for another engine to go on from: keys and values of all its tokens.
 
-        Passages are never repaired: the entries that repair leaves are no prompt in order. Raises
-        as `prefill` does.
+        prompt: of `layout`. mode, reuse: as in `prefill`; without `reuse` passages are encoded now.
         """
-        trace, reuse = Trace(notice=self.notice), reuse or self.reuse
-        run = PromptRun(self.backbone, self.layout(parts), trace, replace(reuse, repair=UNREPAIRED))
-        logits = run.start(room=0)
-        assert run.cache is not None
-        keys, values = run.cache.entries(run.cache.positions.argsort())
-        run.end()
-        return PromptCache(run.prompt, keys, values, logits, trace)
+        trace = Trace(mode=check_mode(mode), notice=self.notice)
+        return prompt_states(self.backbone, prompt, reuse or self.reuse, trace)
 
     def stream(
         self,

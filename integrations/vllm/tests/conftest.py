@@ -1,29 +1,41 @@
-"""What the tests share: a collection of towns, see `towns`."""
+"""A collection of a few documents over a tiny model, shared by the tests."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from towns import VOCABULARY, open_towns, save_pair
-from vllm_kvlink.front import Front
-from vllm_kvlink.orders import secret_in
+import torch
 
-from kvlink_rag import KVLinkRAG
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+
+from kvlink_rag import KVLinkModel, KVLinkRAG
+
+torch.set_num_threads(1)
+
+
+class NoEmbedder:
+    """Nothing here searches."""
+
+    dimension, name, fingerprint = 8, "none", "none"
+
+    def embed(self, texts: object) -> object:
+        raise AssertionError("nothing here embeds")
+
+    embed_queries = embed
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return save_pair(tmp_path_factory.mktemp("pair"), "llama")
+def model() -> KVLinkModel:
+    return tiny.model()
 
 
 @pytest.fixture
-def rag(tmp_path: Path, pair: tuple[Path, Path]) -> Iterator[KVLinkRAG]:
-    with open_towns(tmp_path / "towns", pair) as rag:
-        yield rag
-
-
-@pytest.fixture
-def front(rag: KVLinkRAG) -> Front:
-    return Front(rag, VOCABULARY, secret_in(rag.directory))
+def rag(tmp_path: Path, model: KVLinkModel) -> Iterator[KVLinkRAG]:
+    with KVLinkRAG.open(tmp_path / "collection", model=model, embedder=NoEmbedder()) as opened:
+        opened.register(tiny.documents())
+        yield opened

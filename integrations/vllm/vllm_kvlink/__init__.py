@@ -1,14 +1,11 @@
-"""vLLM integration of KVLink: kvlink_rag prefills from snapshots, vLLM decodes.
+"""KVLink for vLLM: kvlink_rag prefills from snapshots of documents, vLLM decodes.
 
-    request → front (parts, layout) → vLLM's scheduler → connector → pages → vLLM decodes
-
-`connector` and `middleware` are what vLLM is told to load; only these and `served` know vLLM.
+`KVLinkConnector` stands in `vllm_kvlink.connector`, the server's side of requests in
+`vllm_kvlink.middleware`; both are named on vLLM's command line. These names need no vLLM.
 """
 
-from __future__ import annotations
-
 from .export import export
+from .handover import Handover
+from .options import Options
 
-__all__ = ["__version__", "export"]
-
-__version__ = "0.1.0"
+__all__ = ["Handover", "Options", "export"]

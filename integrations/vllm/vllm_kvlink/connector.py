@@ -1,213 +1,166 @@
-"""The connector that vLLM loads: prompts of kvlink_rag into its pages.
+"""The connector: vLLM's interface on one side, `scheduling`, `prefilling` and `pages` on the other.
 
-    scheduler   a request with an order: all its tokens but the last are elsewhere
-                pages are there for them: begin a load, told to the worker with the next step
-    worker      a thread: order → keys and values → pages; told when it ended
-                vLLM computes the last token, then decodes
-
-The whole prompt is handed over as one prefix, link tokens and question included, so vLLM never sees
-that it has gaps. A request that is preempted is loaded again: what vLLM computes by itself, the
-last token and those it said, sees all that is earlier, as the rule of visibility has it. Knows
-vLLM; prompts and models are `prefill`'s affair. Of vLLM 0.32.
+vLLM makes two of it, one in the scheduler and one in the worker. The only module that imports vLLM.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorTransferResults,
 )
-from vllm.model_executor.layers.attention import Attention
 
-from kvlink_rag import KVLinkRAG
-from kvlink_rag.errors import ConfigError
+from kvlink_rag.errors import ConfigError, KVLinkError
 
-from .loading import Loads
-from .orders import FIELD, SALT, OrderError, same, secret_in
-from .pages import slots
-from .prefill import Entries, Prefiller
-from .served import Served, check_model, check_setup
+from .identity import check_same
+from .options import Options
+from .pages import PagedLayer, find_layers, slots, write
+from .prefilling import Prefiller
+from .refusals import check_backend, check_engine, check_groups
+from .scheduling import Load, Scheduling
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Of one request: the tokens [start, stop) go into its pages `blocks`; refused: why not."""
+@dataclass(frozen=True)
+class Loads(KVConnectorMetadata):  # type: ignore[misc]
+    """What the scheduler tells the worker before a step."""
 
-    request: str
-    order: Any
-    salt: str | None
-    blocks: tuple[int, ...]
-    start: int
-    stop: int
-    refused: str = ""
-
-
-@dataclass
-class LoadsToBegin(KVConnectorMetadata):  # type: ignore[misc]
-    """What the scheduler tells the worker with a step."""
-
-    loads: list[Load] = field(default_factory=list)
+    loads: tuple[Load, ...] = ()
 
 
 class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """See the module.
+    """kvlink_rag prefills, vLLM decodes. Named in `--kv-transfer-config`; see the README.
 
-    kv_connector_extra_config: collection (its directory), remote (a tier, or ""), untried.
+    Raises `ConfigError` and its kin for what cannot be served.
     """
 
-    def __init__(
-        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any
-    ) -> None:
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        groups = len(kv_cache_config.kv_cache_groups)
-        served = Served.of(vllm_config, groups)
-        check_setup(served, untried=extra.get("untried") is True)
+        transfer = vllm_config.kv_transfer_config
+        self._options = Options.of(transfer.kv_connector_extra_config)
+        check_engine(vllm_config, self._options.untried)
+        if kv_cache_config is not None:
+            check_groups(kv_cache_config.kv_cache_groups)
         self._block_size: int = vllm_config.cache_config.block_size
-        self._to_begin: list[Load] = []
-        if role is KVConnectorRole.WORKER:
-            self._start_worker(served, extra)
+        self._scheduling = Scheduling(vllm_config.model_config.hf_config.vocab_size)
+        self._failed: set[int] = set()
+        self._layers: list[PagedLayer] = []
+        self._prefiller: Prefiller | None = None
+        if role == KVConnectorRole.WORKER:
+            self._prefiller = self._open(vllm_config.model_config)
 
-    def _start_worker(self, served: Served, extra: dict[str, Any]) -> None:
-        if not isinstance(extra.get("collection"), str):
+    def _open(self, served: Any) -> Prefiller:
+        """The model that prefills, loaded and compared with the one that vLLM serves."""
+        directory = Path(served.model)
+        if not directory.is_dir():
             raise ConfigError(
-                "found no collection in kv_connector_extra_config, expected its directory: "
-                '{"collection": "DIRECTORY"}'
+                f"vLLM serves {served.model!r}, expected a directory on this machine, whose "
+                "weights can be compared; write one with: vllm-kvlink export"
             )
-        rag = KVLinkRAG.open(
-            extra["collection"],
-            create=False,
-            device=served.device,
-            dtype=served.dtype,
-            remote=extra.get("remote"),
-        )
-        check_model(served, rag.model)
-        self._rag, self._prefiller = rag, Prefiller(rag, secret_in(rag.directory))
-        self._loads = Loads()
-        self._layers: list[Attention] = []
+        prefiller = Prefiller(self._options.open(served.dtype))
+        check_same(prefiller.model, directory, served.hf_config, served.dtype)
+        return prefiller
 
-    # The scheduler's side
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is handed on."""
+        return False
+
+    # In the worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Find the layers whose pages are written. Raises `ConfigError`."""
+        if self._prefiller is None:
+            return
+        context = self._vllm_config.compilation_config.static_forward_context
+        count = self._prefiller.model.backbone.layers
+        self._layers = find_layers(context, list(kv_caches), count)
+        for name in kv_caches:
+            check_backend(context[name].attn_backend.get_name(), self._options.untried)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Fill the pages of this step's requests, before it runs."""
+        for load in self._get_connector_metadata().loads:
+            try:
+                self._load(load)
+            except (KVLinkError, OSError) as error:
+                logger.error("request %s is refused: %s", load.request_id, error)
+                self._failed.update(self._pages_of(load))
+
+    def _load(self, load: Load) -> None:
+        if self._prefiller is None or load.handover is None:
+            raise ConfigError(load.refused)
+        states = self._prefiller.states(load.handover)
+        some = slice(load.first, load.first + load.count)
+        at = slots(load.block_ids, self._block_size, load.first, load.count)
+        write(self._layers, states.keys[:, :, some], states.values[:, :, some], at)
+
+    def _pages_of(self, load: Load) -> tuple[int, ...]:
+        """The blocks that hold what was to be loaded."""
+        last = -(-(load.first + load.count) // self._block_size)
+        return load.block_ids[load.first // self._block_size : last]
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that were not filled; vLLM ends their requests with an error."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: pages are whole when `start_load_kv` returns."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: what vLLM computes is not kept."""
+
+    def wait_for_save(self) -> None:
+        """Nothing."""
+
+    def shutdown(self) -> None:
+        """Close the collection."""
+        if self._prefiller is not None:
+            self._prefiller.close()
+            self._prefiller = None
+
+    # In the scheduler
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """All tokens of an ordered prompt but the last, beyond those in vLLM's own cache."""
-        if _order(request) is None:
-            return 0, False
-        request.skip_reading_prefix_cache = False  # else it would compute the placeholders
-        missing = request.num_prompt_tokens - 1 - num_computed_tokens
-        return (missing, True) if missing > 0 else (0, False)
+        """All of a laid-out prompt but its last token, loaded before the step."""
+        return self._scheduling.matched(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Note the load, its pages being there."""
-        if num_external_tokens == 0:
-            return
-        (ids,) = blocks.get_block_ids()
-        stop = request.num_prompt_tokens - 1
-        self._to_begin.append(
-            Load(
-                request=request.request_id,
-                order=_order(request),
-                salt=request.cache_salt,
-                blocks=tuple(ids),
-                start=stop - num_external_tokens,
-                stop=stop,
-                refused=_refusal(request),
-            )
-        )
+        """Note the pages of a request that is about to run."""
+        if num_external_tokens:
+            (block_ids,) = blocks.get_block_ids()
+            self._scheduling.allocated(request, block_ids, num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: Any) -> LoadsToBegin:
-        """What was noted since the last step."""
-        loads, self._to_begin = self._to_begin, []
-        return LoadsToBegin(loads)
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """What the worker has to load before this step."""
+        return Loads(tuple(self._scheduling.loads(_begun(scheduler_output))))
 
-    # The worker's side
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Find the layers whose pages these are."""
-        layers = get_layers_from_vllm_config(self._vllm_config, Attention, list(kv_caches))
-        self._layers = [layers[name] for name in sorted(layers, key=_number)]
-        if len(self._layers) != self._rag.model.backbone.layers:
-            raise ConfigError(
-                f"found {len(self._layers)} layers with pages, expected "
-                f"{self._rag.model.backbone.layers}; this kind of model was not tried"
-            )
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the loads of this step."""
-        for load in self._get_connector_metadata().loads:
-            self._loads.begin(load.request, partial(self._load, load))
-
-    @torch.inference_mode()
-    def _load(self, load: Load) -> None:
-        if load.refused:
-            raise OrderError(load.refused)
-        if not same(str(load.order.get("seal")), load.salt or ""):
-            raise OrderError("the request's cache_salt is not its order's seal")
-        entries = self._prefiller.entries(load.order, load.start, load.stop)
-        self._write(entries, slots(load.blocks, self._block_size, load.start, load.stop))
-
-    def _write(self, entries: Entries, at: torch.Tensor) -> None:
-        """Into the pages, as the attention back end writes what it computes."""
-        for layer, keys, values in zip(self._layers, entries.keys, entries.values, strict=True):
-            tokens_first = (states.transpose(0, 1).contiguous() for states in (keys, values))
-            layer.impl.do_kv_cache_update(layer, *tokens_first, layer.kv_cache, at)
-
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Loads that ended."""
-        ended = self._loads.ended()
-        return KVConnectorTransferResults(finished_recving=ended.all, failed_recving=ended.failed)
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request runs when its load has ended."""
-
-    def save_kv_layer(self, *given: Any, **kwargs: Any) -> None:
-        """Nothing is saved."""
-
-    def wait_for_save(self) -> None:
-        """Nothing is saved."""
-
-    def shutdown(self) -> None:
-        """End what is under way and release the collection."""
-        if self.role is KVConnectorRole.WORKER:
-            self._loads.close()
-            self._rag.close()
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request; its pages are vLLM's to free."""
+        self._scheduling.finished(request.request_id)
+        return False, None
 
 
-def _order(request: Any) -> Any:
-    """What the front end ordered for a request; None for a request of vLLM's own.
-
-    One that only looks like an ordered one is loaded too, and so fails by itself: computed as text
-    it would leave pages under a salt that is not its.
-    """
-    given: dict[str, Any] = request.kv_transfer_params or {}
-    order = given.get(FIELD)
-    if order is None and not str(request.cache_salt or "").startswith(SALT):
-        return None
-    return order if isinstance(order, dict) else {}
-
-
-def _refusal(request: Any) -> str:
-    """Why a request cannot be had over pages that vLLM did not compute, or ""."""
-    sampling = request.sampling_params
-    if sampling is None:
-        return "the request is for a pooling model, expected one that generates"
-    if sampling.prompt_logprobs is not None:
-        return "the request asks for log-probabilities of its prompt, which vLLM does not compute"
-    return ""
-
-
-def _number(name: str) -> list[int]:
-    """The numbers in a layer's name, by which layers stand in order."""
-    return [int(part) for part in name.split(".") if part.isdigit()]
+def _begun(output: Any) -> Iterator[tuple[str, int]]:
+    """Requests that start in this step, or go on after a preemption, with their computed tokens."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    going = output.scheduled_cached_reqs
+    for request_id, computed in zip(going.req_ids, going.num_computed_tokens, strict=True):
+        if request_id in going.resumed_req_ids:
+            yield request_id, computed

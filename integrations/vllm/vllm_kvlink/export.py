@@ -1,86 +1,83 @@
-"""The directory that vLLM serves: the collection's model, its adapter merged.
+"""The directory that vLLM serves: adapters merged, without the rows that were added for KVLink.
 
-Link tokens and markers are never said, and vLLM never computes them, so their rows are left out.
-Beside the weights lies the fingerprint of the model they were written from.
+vLLM only decodes, so it needs no link tokens, and without their rows it can say none. Knows a model
+of kvlink_rag and transformers' files; imports no vLLM.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from torch import Tensor
 
 from kvlink_rag import KVLinkModel
-from kvlink_rag.errors import ConfigError
-
-ABOUT = "kvlink_vllm.json"
+from kvlink_rag.errors import ConfigError, KVLinkError
 
 
-def export(model: KVLinkModel, directory: str | Path) -> Path:
-    """Write `model` into a new or empty `directory`, in the dtype it computes in.
+def served_vocabulary(model: KVLinkModel) -> int:
+    """How many of the model's rows vLLM is given: all below the first that was added."""
+    known = 1 + max(model.tokenizer.hf.get_vocab().values())
+    added = [id for id in model.spec.special_ids() if id >= known]
+    return min(added, default=model.backbone.vocabulary)
 
-    Raises `ConfigError` where something lies there already.
+
+def export(model: KVLinkModel, directory: str | Path) -> int:
+    """Write weights, configuration and tokenizer for vLLM; the vocabulary that it has.
+
+    Raises `ConfigError` where there is something in the directory.
     """
-    path = Path(directory).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"found something at {path}, expected an empty or new directory")
-    path.mkdir(parents=True, exist_ok=True)
-    kept = kept_rows(model)
-    _cut(model.backbone.model, kept).save_pretrained(path)
-    model.tokenizer.hf.save_pretrained(path)
-    about = {"fingerprint": model.fingerprint, "vocabulary": kept}
-    (path / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    return path
-
-
-def kept_rows(model: KVLinkModel) -> int:
-    """Rows of the vocabulary, but those at its end that are never said."""
-    never, rows = set(model.never_ids), model.backbone.vocabulary
-    while rows - 1 in never:
-        rows -= 1
+    target = Path(directory).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"found something in {target}, expected an empty directory; name another")
+    target.mkdir(parents=True, exist_ok=True)
+    rows, module = served_vocabulary(model), model.backbone.model
+    save_file(_tensors(module, rows), target / "model.safetensors", {"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)  # to be read by whoever runs vLLM
+    config: Any = copy.deepcopy(module.config)
+    config.vocab_size, config.architectures = rows, [type(module).__name__]
+    config.dtype = model.backbone.dtype
+    config.save_pretrained(target)
+    if module.generation_config is not None:
+        module.generation_config.save_pretrained(target)
+    model.tokenizer.hf.save_pretrained(target)
     return rows
 
 
-def _cut(whole: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """The same model with so many rows of the vocabulary; its other tensors are shared."""
-    embeddings = (whole.get_input_embeddings(), whole.get_output_embeddings())
-    of_tokens = [module.weight for module in embeddings if module is not None]
-    state = {
-        name: tensor.detach()[:rows].clone() if any(tensor is w for w in of_tokens) else tensor
-        for name, tensor in whole.state_dict(keep_vars=True).items()
-    }
-    config = copy.deepcopy(whole.config)
-    config.vocab_size, config.dtype, config._attn_implementation = rows, whole.dtype, "sdpa"
-    with torch.device("meta"):
-        made = type(whole)(config)
-    made.load_state_dict(state, assign=True)
-    made.tie_weights()
-    made.generation_config = copy.deepcopy(whole.generation_config)
-    return made
+def _tensors(module: Any, rows: int) -> dict[str, Tensor]:
+    """The module's tensors by name, each memory once, embeddings cut to `rows`."""
+    kept: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() in places:
+            continue
+        places.add(tensor.data_ptr())
+        of_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        kept[name] = (tensor[:rows] if of_vocabulary else tensor).contiguous().cpu()
+    return kept
 
 
-def exported_fingerprint(directory: Path) -> str:
-    """Of the model that `directory` was written from, or "" where it was not."""
-    return str(_about(directory).get("fingerprint", ""))
-
-
-def vocabulary_of(directory: Path) -> int:
-    """Token ids of the model in `directory`. Raises `ConfigError`."""
-    found = _about(directory).get("vocabulary")
-    if not isinstance(found, int):
-        raise ConfigError(
-            f"{directory} was not written for vLLM; write it with: python -m vllm_kvlink export "
-            "COLLECTION DIRECTORY"
-        )
-    return found
-
-
-def _about(directory: Path) -> dict[str, object]:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `vllm-kvlink export MODEL DIRECTORY`."""
+    parser = argparse.ArgumentParser(prog="vllm-kvlink", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="write the directory that vLLM serves")
+    command.add_argument("model", help="as in kvlink-rag: a pair, an adapter, a directory")
+    command.add_argument("directory", help="where to; empty or not there yet")
+    command.add_argument("--dtype", default="auto", help="such as float32; auto: its own")
+    asked = parser.parse_args(arguments)
     try:
-        found = json.loads((directory / ABOUT).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        model = KVLinkModel.from_pretrained(asked.model, device="cpu", dtype=asked.dtype)
+        rows = export(model, asked.directory)
+    except KVLinkError as error:
+        print(f"vllm-kvlink: {error}", file=sys.stderr)
+        return 1
+    name = model.backbone.dtype_name
+    print(f"{asked.directory}: {rows} of {model.backbone.vocabulary} rows, {name}")
+    print(f"vllm serve {asked.directory} --dtype {name} --kv-transfer-config ...")
+    return 0

@@ -1,263 +1,191 @@
-"""A client's request to a request that vLLM can schedule, and vLLM's answer to the client's form.
+"""A request of OpenAI's API to the same request with its prompt laid out.
 
-    chat or completion → documents named, retrieved or recognised → parts → layout → token ids
+    documents named, or passages recognised → parts → layout → token ids, salt, kv_transfer_params
 
-vLLM gets the token ids of the whole prompt as a completion, link tokens as placeholders. Knows a
-collection and OpenAI's bodies; knows no vLLM, no HTTP and no weights: only a tokenizer is loaded.
+Runs beside vLLM's server: opens the catalog and the tokenizer, loads no weights. Knows bodies of
+requests as JSON; knows no HTTP.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kvlink_rag import Document, KVLinkError, KVLinkRAG, Part, Passage, Text
+from kvlink_rag import Document, KVLinkRAG, Part, Passage, Text
+from kvlink_rag.errors import DocumentNotFound, PromptError
 from kvlink_rag.prompt.fitting import fit
-from kvlink_rag.prompt.recognition import Recogniser
+from kvlink_rag.prompt.format import PromptFormat
+from kvlink_rag.prompt.recognition import Recogniser, count_passages
 
-from .orders import FIELD, Order, seal_of
+from .handover import KEY, SALT, Handover
+from .options import Options
 
-DEFAULT_TOKENS = 512  # of a chat answer, where the request does not say
-COMPLETION_TOKENS = 16  # of a completion, as OpenAI has it
-PASSED_ON = frozenset(
-    (
-        *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
-        *("stream", "stream_options", "n", "user", "frequency_penalty", "presence_penalty"),
-        *("repetition_penalty", "logit_bias", "min_tokens", "ignore_eos", "skip_special_tokens"),
-        *("include_stop_str_in_output", "priority", "request_id"),
-    )
+Body = dict[str, Any]
+
+NAMED = "documents"  # ids, in kv_transfer_params
+NAMED_XARGS = "kvlink_documents"  # the same for clients that have vllm_xargs alone
+ROOM = 256  # tokens left for an answer whose length is not said
+NEVER = -100.0  # OpenAI's bias of a token that is not to be said
+# Fields that make vLLM render or compute another prompt than the one laid out here.
+UNSERVED = (
+    *("prompt_logprobs", "echo", "tools", "documents", "chat_template", "chat_template_kwargs"),
+    *("continue_final_message", "suffix", "prompt_embeds", "use_beam_search"),
 )
-OURS = frozenset(
-    (
-        *("kvlink", "messages", "prompt", "max_tokens", "max_completion_tokens"),
-        *("kv_transfer_params", "cache_salt"),
-    )
-)
-NOTHING: tuple[object, ...] = (None, False, [], {}, "", "auto", "none")  # what asks for nothing
-
-
-class RequestError(KVLinkError):
-    """A request that cannot be answered from the collection."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """What vLLM is sent, and what the client is told besides. chat: the form of the answer."""
-
-    body: dict[str, Any]
-    documents: tuple[Document, ...]
-    chat: bool
 
 
 class Front:
-    """The way from requests to prompts over one collection. For any number of threads.
+    """Lays out the prompts of requests over one collection.
 
-    vocabulary: of the served model; ids beyond it are placeholders. secret: of the seals.
+    vocabulary, window: of vLLM's model; min_tokens: see `Options`.
     """
 
-    def __init__(self, rag: KVLinkRAG, vocabulary: int, secret: bytes) -> None:
-        self._rag, self._vocabulary, self._secret = rag, vocabulary, secret
-        self._format = rag.outline()
-        self._placeholder = next(
-            i for i in range(vocabulary) if i not in self._format.tokenizer.hf.all_special_ids
-        )
-        self._never = {str(i): -100 for i in self._format.spec.special_ids() if i < vocabulary}
+    def __init__(self, rag: KVLinkRAG, *, vocabulary: int, window: int, min_tokens: int) -> None:
+        format = rag.outline()
+        self._rag, self._vocabulary = rag, vocabulary
+        self._format: PromptFormat = replace(format, window=min(window, format.window))
         self._recogniser = Recogniser(
-            rag.catalog, self._format.tokenizer, most=self._format.spec.max_passages
+            rag.catalog, format.tokenizer, min_tokens=min_tokens, most=format.spec.max_passages
+        )
+        self._never = [id for id in format.spec.special_ids() if id < vocabulary]
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Front:
+        """That of a server, by its `--kv-transfer-config`. Raises `ConfigError`."""
+        options = Options.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        model = vllm_config.model_config
+        return cls(
+            replace(options, remote="").open(),  # snapshots are the worker's affair
+            vocabulary=model.hf_config.vocab_size,
+            window=model.max_model_len,
+            min_tokens=options.min_tokens,
         )
 
-    def schedule(self, body: Mapping[str, Any]) -> Scheduled | None:
-        """What vLLM is to be sent, or None where the request is vLLM's own.
+    def chat(self, body: Body) -> Body:
+        """A chat request; as it is where no document is named and none recognised."""
+        ids, messages = _named(body), body.get("messages")
+        plain = _plain_messages(messages)
+        if plain is None:
+            _refuse_unless(not ids, "messages", "text of system, user and assistant alone")
+            return body
+        parts = self._named_parts(plain, ids) if ids else self._recognised(body, plain)
+        if parts is None:
+            return body
+        handover = self._handover(body, parts)
+        carried = {"prompt_token_ids": handover.placeholders(self._vocabulary)}
+        return self._laid_out(body, handover, carried)
 
-        `kvlink` in the body: {"documents": [ids]} or {"k": passages to retrieve}; without it
-        passages are recognised, and where there are none, or something is asked for that cannot be
-        had over them (tools, say), vLLM answers as ever. Raises `RequestError`, and the
-        collection's errors.
-        """
-        asked = _asked(body)
-        messages = _messages(body)
-        if messages is None:
-            if asked:
-                raise RequestError("found token ids or no prompt, expected text or messages")
+    def completion(self, body: Body) -> Body:
+        """A completion request; as it is where no document is named."""
+        ids, question = _named(body), body.get("prompt")
+        if not ids:
+            return body
+        if not isinstance(question, str):
+            raise PromptError("found no text as prompt, expected the question as one string")
+        handover = self._handover(body, self._format.prompt(self._documents(ids), question))
+        laid_out = self._laid_out(body, handover, {})
+        return {**laid_out, "prompt": handover.placeholders(self._vocabulary)}
+
+    def _named_parts(self, messages: Sequence[Mapping[str, str]], ids: Sequence[str]) -> list[Part]:
+        """The prompt over named documents: before the last message, which is the question."""
+        documents = self._documents(ids)
+        *earlier, last = messages
+        if last["role"] != "user" or not last["content"].strip():
+            raise PromptError("the last message is no question of the user's, expected one")
+        if not earlier:
+            return self._format.prompt(documents, last["content"])
+        asked = {**last, "content": [*map(Passage, documents), Text(last["content"])]}
+        recognised = self._recogniser.recognise_contents([*earlier, asked])
+        return self._format.chat(recognised)
+
+    def _documents(self, ids: Sequence[str]) -> list[Document]:
+        """Documents by id. Raises `DocumentNotFound`, without the name of the directory."""
+        if missing := self._rag.catalog.missing(ids):
+            raise DocumentNotFound(f"no document with id {missing[0]!r} in the collection")
+        return self._rag.get(ids)
+
+    def _recognised(self, body: Body, messages: Sequence[Mapping[str, str]]) -> list[Part] | None:
+        """The prompt with passages that it holds verbatim; None where it holds none."""
+        recognised = self._recogniser.recognise_contents(messages)
+        if not any(count_passages(message["content"]) for message in recognised):
             return None
-        if other := _not_served(body):
-            if asked:
-                raise RequestError(
-                    f"found {other}, which is not served over passages; leave it out"
-                )
-            return None
-        room = _room(body)
-        parts = self._parts(messages, asked, room)
-        documents = tuple(part.document for part in parts if isinstance(part, Passage))
-        if not documents:
-            if asked:
-                raise RequestError("found no passage to answer from; add documents first")
-            return None
-        laid = self._format.layout(parts)
-        if len(laid) + room > self._format.window:
-            raise RequestError(
-                f"the prompt has {len(laid)} tokens and its answer {room}, the model's window is "
-                f"{self._format.window}; use fewer passages or a smaller max_tokens"
-            )
-        order = Order(tuple(parts), seal_of(laid, self._secret))
-        ids = [i if i < self._vocabulary else self._placeholder for i in laid.token_ids.tolist()]
-        sent = {name: value for name, value in body.items() if name in PASSED_ON}
-        if self._never:  # link tokens and markers among the model's own
-            sent["logit_bias"] = {**(body.get("logit_bias") or {}), **self._never}
-        sent |= {
-            "prompt": ids,
-            "max_tokens": room,
-            "cache_salt": order.seal,
-            "kv_transfer_params": {FIELD: order.to_json()},
+        room = body.get("max_completion_tokens") or body.get("max_tokens") or ROOM
+        room = room if isinstance(room, int) else ROOM
+        return fit(self._format, self._format.chat(recognised), room)
+
+    def _handover(self, body: Body, parts: Sequence[Part]) -> Handover:
+        for name in UNSERVED:
+            _refuse_unless(not body.get(name), name, "it left out where passages are reused")
+        if body.get("add_generation_prompt") is False:
+            raise PromptError("found add_generation_prompt=false, expected true")
+        return Handover.of(self._format.layout(parts), tenant=body.get("cache_salt") or "")
+
+    def _laid_out(self, body: Body, handover: Handover, carried: Mapping[str, Any]) -> Body:
+        """`body` with all but the prompt as vLLM is to have it."""
+        transfer = {k: v for k, v in (body.get("kv_transfer_params") or {}).items() if k != NAMED}
+        made = {
+            **body,
+            "cache_salt": handover.salt,
+            "kv_transfer_params": {**transfer, **carried, KEY: handover.to_json()},
+            "min_tokens": body.get("min_tokens") or 1,  # kvlink_rag says no empty answers either
         }
-        return Scheduled(sent, documents, "messages" in body)
-
-    def _parts(
-        self, messages: list[dict[str, str]], asked: Mapping[str, Any], room: int
-    ) -> list[Part]:
-        if not asked:
-            known = self._recogniser.recognise_contents(messages)
-            if not any(isinstance(p, Passage) for m in known for p in _contents(m["content"])):
-                return []
-            return fit(self._format, self._format.chat(known), room)
-        question = messages[-1]["content"]
-        documents = self._documents(question, asked)
-        if len(messages) == 1:
-            return self._format.prompt(documents, question)
-        content: list[Part] = [*map(Passage, documents), Text(question)]
-        return self._format.chat([*messages[:-1], {"role": "user", "content": content}])
-
-    def _documents(self, question: str, asked: Mapping[str, Any]) -> list[Document]:
-        if "documents" in asked:
-            return self._rag.get(asked["documents"])
-        most = self._format.spec.max_passages
-        k = asked["k"] if most is None else min(asked["k"], most)
-        return [hit.document for hit in self._rag.search(question, k=k)]
-
-
-def answered(answer: Mapping[str, Any], scheduled: Scheduled) -> dict[str, Any]:
-    """vLLM's completion as the client asked for it, its sources beside it."""
-    made = _of_client(answer, scheduled)
-    made["kvlink"] = {"sources": _sources(scheduled)}
-    return made
-
-
-def streamed(
-    event: Mapping[str, Any], scheduled: Scheduled, first: bool
-) -> Iterator[dict[str, Any]]:
-    """One of vLLM's chunks as the client's; the first of them brings role and sources."""
-    if first:
-        opening = {key: event[key] for key in ("id", "created", "model") if key in event}
-        opening |= {"kvlink": {"sources": _sources(scheduled)}, "choices": []}
-        if scheduled.chat:
-            delta = {"role": "assistant", "content": ""}
-            opening["choices"] = [{"index": 0, "delta": delta, "finish_reason": None}]
-        yield opening | {"object": _object(scheduled, chunk=True)}
-    yield _of_client(event, scheduled, chunk=True) if "choices" in event else dict(event)
-
-
-def _of_client(
-    answer: Mapping[str, Any], scheduled: Scheduled, *, chunk: bool = False
-) -> dict[str, Any]:
-    made = {key: value for key, value in answer.items() if key != "kv_transfer_params"}
-    if not scheduled.chat:
+        if "vllm_xargs" in made:
+            xargs = made["vllm_xargs"] or {}
+            made["vllm_xargs"] = {k: v for k, v in xargs.items() if k != NAMED_XARGS}
+        if self._never:
+            said = {str(id): NEVER for id in self._never}
+            made["logit_bias"] = {**(body.get("logit_bias") or {}), **said}
         return made
-    made["object"] = _object(scheduled, chunk=chunk)
-    made["choices"] = [_choice(each, chunk=chunk) for each in answer["choices"]]
-    return made
 
 
-def _choice(choice: Mapping[str, Any], *, chunk: bool) -> dict[str, Any]:
-    text = choice.get("text") or ""
-    said = (
-        {"delta": {"content": text}}
-        if chunk
-        else {"message": {"role": "assistant", "content": text}}
-    )
-    kept = {key: choice.get(key) for key in ("index", "finish_reason", "stop_reason")}
-    return {**kept, **said, "logprobs": None}
+def check_client(body: Mapping[str, Any]) -> None:
+    """Raise `PromptError` where a request from outside holds what only this side may write."""
+    transfer = body.get("kv_transfer_params")
+    if isinstance(transfer, Mapping) and KEY in transfer:
+        raise PromptError(
+            f"found {KEY} in kv_transfer_params, which is made by the server; name documents with "
+            f'"kv_transfer_params": {{"{NAMED}": ["id", …]}}'
+        )
+    salt = body.get("cache_salt")
+    if isinstance(salt, str) and salt.startswith(SALT):
+        raise PromptError(
+            f"found a cache_salt that begins with {SALT!r}, which is kept for laid-out prompts; "
+            "use another"
+        )
 
 
-def _object(scheduled: Scheduled, *, chunk: bool) -> str:
-    if not scheduled.chat:
-        return "text_completion"
-    return "chat.completion.chunk" if chunk else "chat.completion"
+def _named(body: Mapping[str, Any]) -> list[str]:
+    """The ids of documents that a request names. Raises `PromptError` for anything else there."""
+    transfer, xargs = (body.get(name) or {} for name in ("kv_transfer_params", "vllm_xargs"))
+    if not isinstance(transfer, Mapping) or not isinstance(xargs, Mapping):
+        return []  # vLLM says what is wrong with them
+    found = transfer.get(NAMED) or xargs.get(NAMED_XARGS) or []
+    if not isinstance(found, list) or not all(isinstance(id, str) for id in found):
+        raise PromptError(f"found documents {found!r:.80}, expected a list of their ids")
+    return found
 
 
-def _sources(scheduled: Scheduled) -> list[dict[str, Any]]:
-    return [
-        {"id": each.identified().id, "title": each.title, "text": each.text}
-        for each in scheduled.documents
-    ]
-
-
-# Bodies
-
-
-def _asked(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The field `kvlink` of a body, empty where there is none. Raises `RequestError`."""
-    asked = body.get("kvlink")
-    if asked is None:
-        return {}
-    wanted = "kvlink: {'documents': [ids]} or {'k': passages}"
-    if not isinstance(asked, dict) or len(asked) != 1:
-        raise RequestError(f"found kvlink={json.dumps(asked)[:80]}, expected {wanted}")
-    ids, k = asked.get("documents"), asked.get("k")
-    if isinstance(ids, list) and ids and all(isinstance(i, str) for i in ids):
-        return asked
-    if isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= 100:
-        return asked
-    raise RequestError(f"found kvlink={json.dumps(asked)[:80]}, expected {wanted}")
-
-
-def _messages(body: Mapping[str, Any]) -> list[dict[str, str]] | None:
-    """The conversation in plain texts, or None where it is of another kind."""
-    if "messages" not in body:
-        prompt = body.get("prompt")
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else None
-    messages = body["messages"]
+def _plain_messages(messages: object) -> list[dict[str, str]] | None:
+    """Messages as roles and texts; None where they are, or hold, something else."""
     if not isinstance(messages, list) or not messages:
         return None
-    plain = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return None
-        if (text := _text(message.get("content"))) is None:
-            return None
-        plain.append({"role": message["role"], "content": text})
-    return plain if plain[-1]["role"] == "user" else None
+    plain = [_plain_message(message) for message in messages]
+    return [each for each in plain if each is not None] if None not in plain else None
 
 
-def _text(content: object) -> str | None:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+def _plain_message(message: object) -> dict[str, str] | None:
+    if not isinstance(message, Mapping) or message.get("tool_calls"):
         return None
-    texts = [part.get("text") for part in content if isinstance(part, dict)]
-    whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-    return "\n".join(map(str, texts)) if whole else None
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        content = "\n".join(map(str, texts)) if whole else None
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        return None
+    return {"role": str(role), "content": content}
 
 
-def _contents(content: str | Sequence[Part]) -> Sequence[Part]:
-    return [Text(content)] if isinstance(content, str) else content
-
-
-def _room(body: Mapping[str, Any]) -> int:
-    default = DEFAULT_TOKENS if "messages" in body else COMPLETION_TOKENS
-    for name in ("max_completion_tokens", "max_tokens"):
-        value = body.get(name)
-        if value is not None:
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-                return value
-            raise RequestError(f"found {name}={value!r}, expected 1 or more")
-    return default
-
-
-def _not_served(body: Mapping[str, Any]) -> str:
-    """A field that asks for what cannot be had over a prompt that vLLM does not compute, or ""."""
-    known = PASSED_ON | OURS
-    return next(
-        (name for name, value in body.items() if name not in known and value not in NOTHING), ""
-    )
+def _refuse_unless(fits: bool, name: str, expected: str) -> None:
+    if not fits:
+        raise PromptError(f"found {name} that cannot be served here, expected {expected}")

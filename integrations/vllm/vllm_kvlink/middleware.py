@@ -1,29 +1,24 @@
-"""The front end inside vLLM's own OpenAI server: `--middleware vllm_kvlink.middleware.KVLink`.
+"""Between vLLM's OpenAI server and its clients: requests that name or hold documents are laid out.
 
-    POST /v1/chat/completions or /v1/completions → `front` → vLLM's /v1/completions → the answer
+    vllm serve DIRECTORY --middleware vllm_kvlink.middleware.KVLinkMiddleware --kv-transfer-config …
 
-Requests without passages, and all other paths, are vLLM's own. The collection is named by the
-environment: KVLINK_COLLECTION, and KVLINK_VLLM_MODEL, the directory that vLLM serves.
+Plain ASGI. Answers, streams and all other requests pass as they are. Knows HTTP; what becomes of a
+body is the affair of `front`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-import os
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from pathlib import Path
+import logging
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from kvlink_rag import KVLinkError, KVLinkRAG
+from kvlink_rag.errors import DocumentNotFound, KVLinkError, PromptError, PromptTooLong
 
-from .export import vocabulary_of
-from .front import Front, Scheduled, answered, streamed
-from .orders import FIELD, secret_in
-
-COLLECTION, SERVED = "KVLINK_COLLECTION", "KVLINK_VLLM_MODEL"
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MOST_BYTES = 4 << 20  # of a body
+from .front import Body, Front, check_client
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,183 +26,129 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+logger = logging.getLogger(__name__)
 
-class KVLink:
-    """ASGI middleware; vLLM makes it with the app alone. front: for tests."""
+Refusal = tuple[int, str, str | None]  # status, message, code
 
-    def __init__(self, app: App, front: Front | None = None) -> None:
+LONGEST = 32 << 20  # bytes of a body
+NO_REQUEST = b"null"  # which vLLM refuses
+LAID_OUT = {"/v1/chat/completions": Front.chat, "/v1/completions": Front.completion}
+
+
+class KVLinkMiddleware:
+    """Named in `--middleware`. The collection is the one of `--kv-transfer-config`."""
+
+    def __init__(self, app: App) -> None:
         self._app = app
-        self._front = front or front_of_environment()
+        self._front: Front | None = None
+        self._lock = threading.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if (
-            scope["type"] != "http"
-            or scope["method"] != "POST"
-            or _path(scope)
-            not in (
-                CHAT,
-                COMPLETIONS,
-            )
-        ):
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["method"] != "POST" or _is_form(scope):
             await self._app(scope, receive, send)
             return
-        raw = await _body(receive)
-        if raw is None:
-            await _refuse(send, 413, f"the body has more than {MOST_BYTES} bytes")
-            return
-        body = _parsed(raw)
-        if body is None:
-            await self._app(scope, _replay(raw, receive), send)
-            return
+        exchange = _Exchange(functools.partial(self._prepared, scope), receive, send)
+        lengthless = [header for header in scope["headers"] if header[0] != b"content-length"]
+        scope["headers"] = lengthless  # the body may become another
+        await self._app(scope, exchange.receive, exchange.send)
+
+    def _prepared(self, scope: Scope, data: bytes) -> bytes:
+        """The body that vLLM is given: laid out, or the same bytes. Raises `KVLinkError`."""
         try:
-            scheduled = await asyncio.to_thread(self._front.schedule, body)
-        except KVLinkError as error:
-            await _refuse(send, 400, str(error.args[0] if error.args else error))
-            return
-        if scheduled is None:
-            own = _unordered(body, raw)
-            await self._app(_sized(scope, own), _replay(own, receive), send)
-            return
-        new = json.dumps(scheduled.body).encode()
-        answer = _Answer(scheduled, send)
-        await self._app(_to_completions(_sized(scope, new)), _replay(new, receive), answer.send)
+            body = json.loads(data)
+        except ValueError:
+            return data  # vLLM says what is wrong with it
+        if not isinstance(body, dict):
+            return data
+        check_client(body)
+        lay_out = LAID_OUT.get(scope["path"])
+        if lay_out is None:
+            return data
+        made: Body = lay_out(self._front_of(scope), body)
+        return data if made is body else json.dumps(made).encode()
+
+    def _front_of(self, scope: Scope) -> Front:
+        """Opened by the first request, which is the first to know the server's configuration."""
+        with self._lock:
+            if self._front is None:
+                self._front = Front.of(scope["app"].state.vllm_config)
+            return self._front
 
 
-def front_of_environment() -> Front:
-    """The front end of the collection that the environment names. Raises `KVLinkError`."""
-    named = {name: os.environ.get(name, "") for name in (COLLECTION, SERVED)}
-    if missing := [name for name, value in named.items() if not value]:
-        raise KVLinkError(
-            f"found no {' and no '.join(missing)}; set {COLLECTION} to the collection's directory "
-            f"and {SERVED} to the directory that vLLM serves"
-        )
-    rag = KVLinkRAG.open(named[COLLECTION], create=False)
-    return Front(rag, vocabulary_of(Path(named[SERVED])), secret_in(rag.directory))
+def _is_form(scope: Scope) -> bool:
+    """Whether the body is a form, such as an uploaded file, and no JSON."""
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    return any(kind.startswith((b"multipart/", b"application/x-www-form")) for kind in kinds)
 
 
-class _Answer:
-    """vLLM's answer on its way to the client."""
+class _Exchange:
+    """One request and its answer.
 
-    def __init__(self, scheduled: Scheduled, send: Send) -> None:
-        self._scheduled, self._send = scheduled, send
-        self._start: Message | None = None
-        self._held = b""
-        self._streams = self._fails = False
-        self._first = True
+    vLLM puts the middleware that it is given outside of its own, which asks for the API key. So a
+    body is only looked at when vLLM reads it, and who has no key learns nothing of what is here.
+    Where a request is refused, vLLM is given no request, and our answer takes the place of its own.
+    """
 
-    async def send(self, message: Message) -> None:
-        """One message of ASGI."""
-        if message["type"] == "http.response.start":
-            self._start = message
-            headers = dict(message.get("headers", ()))
-            self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            self._fails = message["status"] != 200
-            if self._streams:
-                await self._send(message)
-            return
-        if message["type"] != "http.response.body":
-            await self._send(message)
-            return
-        self._held += message.get("body", b"")
-        more = message.get("more_body", False)
-        if self._streams:
-            sent = b"".join(self._events(last=not more))
-            await self._send({"type": "http.response.body", "body": sent, "more_body": more})
-        elif not more:
-            await self._whole()
+    def __init__(self, prepare: Callable[[bytes], bytes], receive: Receive, send: Send) -> None:
+        self._prepare, self._receive, self._send = prepare, receive, send
+        self._read = False
+        self._refusal: Refusal | None = None
 
-    async def _whole(self) -> None:
-        assert self._start is not None
-        body = self._held
-        if not self._fails:
-            body = json.dumps(answered(json.loads(body), self._scheduled)).encode()
-        headers = [h for h in self._start.get("headers", ()) if h[0] != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self._send({**self._start, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _events(self, *, last: bool) -> Iterator[bytes]:
-        """The events that are whole, as the client's."""
-        *whole, self._held = self._held.split(b"\n\n")
-        if last and self._held.strip():
-            whole, self._held = [*whole, self._held], b""
-        for event in whole:
-            data = event.removeprefix(b"data: ")
-            if data.strip() == b"[DONE]" or not event.startswith(b"data: "):
-                yield event + b"\n\n"
-                continue
-            for chunk in streamed(json.loads(data), self._scheduled, self._first):
-                yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
-            self._first = False
-
-
-def _path(scope: Scope) -> str:
-    path = str(scope["path"])
-    return path.removeprefix(scope.get("root_path") or "")
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None  # vLLM says what is wrong with it
-    return body if isinstance(body, dict) else None
-
-
-def _unordered(body: dict[str, Any], raw: bytes) -> bytes:
-    """The body for vLLM, without an order that the client wrote."""
-    given = body.get("kv_transfer_params")
-    if not isinstance(given, dict) or FIELD not in given:
-        return raw
-    kept = {key: value for key, value in given.items() if key != FIELD}
-    return json.dumps({**body, "kv_transfer_params": kept or None}).encode()
-
-
-def _to_completions(scope: Scope) -> Scope:
-    root = scope.get("root_path") or ""
-    path = f"{root if scope['path'].startswith(root) else ''}{COMPLETIONS}"
-    return {**scope, "path": path, "raw_path": path.encode()}
-
-
-def _sized(scope: Scope, body: bytes) -> Scope:
-    """With the length of another body."""
-    headers = [h for h in scope["headers"] if h[0] not in (b"content-length", b"transfer-encoding")]
-    headers.append((b"content-length", str(len(body)).encode()))
-    return {**scope, "headers": headers}
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None where it is too long."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MOST_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives `body`, then what else comes, such as that the client left."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
+    async def receive(self) -> Message:
+        """The body, laid out, then what comes from the client."""
+        if self._read:
+            return await self._receive()
+        self._read = True
+        data = await _whole(self._receive)
+        if data is None:
+            return {"type": "http.disconnect"}
+        if len(data) > LONGEST:
+            self._refusal = (413, f"the body has more than {LONGEST} bytes; send less", None)
+        else:
+            try:
+                data = await asyncio.to_thread(self._prepare, data)
+            except KVLinkError as error:
+                self._refusal = _told(error)
+        body = data if self._refusal is None else NO_REQUEST
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    async def send(self, message: Message) -> None:
+        """vLLM's answer, or ours where there is a refusal."""
+        if self._refusal is None:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
+            await _answer(self._send, *self._refusal)
 
 
-async def _refuse(send: Send, status: int, why: str) -> None:
-    error = {"message": why, "type": "invalid_request_error", "param": None, "code": None}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+async def _whole(receive: Receive) -> bytes | None:
+    """The body, no further than it may go; None where the client left."""
+    data = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        data += message.get("body", b"")
+        if not message.get("more_body") or len(data) > LONGEST:
+            return bytes(data)
+
+
+def _told(error: KVLinkError) -> Refusal:
+    """Status, message and code of a refusal; what is the server's own fault is a 500."""
+    if isinstance(error, DocumentNotFound):
+        return 404, str(error), "document_not_found"
+    if isinstance(error, PromptTooLong):
+        return 400, str(error), "context_length_exceeded"
+    if isinstance(error, PromptError):
+        return 400, str(error), None
+    logger.error("a request could not be laid out: %s", error)
+    return 500, "the collection cannot be read; the server's log says why", None
+
+
+async def _answer(send: Send, status: int, message: str, code: str | None) -> None:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    data = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": data})
