@@ -328,3 +328,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(place, target_is_directory=True)
     return SMALL
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """That several machines mount."""
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def url(folder: Path) -> str:
+    """Of a tier in `folder`."""
+    return f"file://{folder}?namespace=team"

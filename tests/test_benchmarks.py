@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import mmap
 import os
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from kvlink_rag.snapshots.kept_runs import PrefixCache
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import measuring  # noqa: E402
+import tier  # noqa: E402
 import ttft  # noqa: E402
 import ways  # noqa: E402
 from asked import load_asked  # noqa: E402
@@ -325,6 +328,25 @@ def test_load(tmp_path: Path) -> None:
         least, most = row["memcpy_ms"] - 0.0006, row["memcpy_ms"] + 0.0006  # it is rounded
         assert (row["over_memcpy"] - 0.0006) * least <= row["both_ms"] + 0.0006
         assert (row["over_memcpy"] + 0.0006) * most >= row["both_ms"] - 0.0006
+
+
+def test_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the servers that are here; a folder always."""
+    for name in tier.S3_SETTINGS:
+        monkeypatch.delenv(name, raising=False)  # as it was, afterwards
+    monkeypatch.delenv(tier.SECRET, raising=False)
+    places = ["folder"]
+    if shutil.which("redis-server") and importlib.util.find_spec("redis"):
+        places.append("redis")
+    if importlib.util.find_spec("moto") and importlib.util.find_spec("obstore"):
+        places.append("s3")
+    asked = ("--sizes", "2x16", "--codecs", "int8", "--places", *places)
+    rows = last_line("tier.py", *TINY, *asked, "--scratch", str(tmp_path))["rows"]
+    assert [row["place"] for row in rows] == ["cached", "cold", *places, "encode"]
+    for row in rows:
+        assert (row["encode_ms"] > 0) == (row["place"] == "encode") == ("even_mb_per_s" in row)
+        assert row["ttft_p95_s"] >= row["ttft_p50_s"] > 0
+        assert row["ttft_p50_s"] * 1e3 > row["read_ms"] + row["encode_ms"] - 0.1
 
 
 def test_decode(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from kvlink_rag.training.config import (
     from_mapping,
     load,
 )
-from kvlink_rag.training.gaps import gap
+from kvlink_rag.training.gaps import gap, title_of
 from kvlink_rag.training.prepare import reserved_ids, with_tokens
 from kvlink_rag.training.questions import Asking
 from kvlink_rag.training.samples import IGNORED, Encoded, Sample, encode
@@ -531,7 +531,7 @@ def test_gaps_are_filled_by_what_stands_in_the_passages(tmp_path: Path) -> None:
     part = Part("gaps", gap_rows(tmp_path), documents=4, fill=4, fewest=2, questions=6, absent=0.3)
     setting = config(data=(part,), absent_answer="Not said.")
     stream = Mixture(setting, ENCODER, FORM).draw()
-    absent = answered = 0
+    absent = answered = titles = 0
     for _ in range(40):
         sample = next(stream).sample
         passages = decoded(sample.token_ids[sample.segments > 0])
@@ -540,6 +540,12 @@ def test_gaps_are_filled_by_what_stands_in_the_passages(tmp_path: Path) -> None:
             asked, *_ = decoded(sample.token_ids[own]).partition("\n")
             answer = decoded(sample.targets[own & (sample.targets != IGNORED)])
             answer = answer.removesuffix("<eos>")
+            if told := re.search(r"Of what is this said: (.*)", asked):
+                of = [i for i, text in enumerate(TEXTS) if told[1] in text]
+                there = [i for i in of if f"T{i}: {TEXTS[i]}" in passages]
+                assert answer in [f"T{i}" for i in there] or (answer == "Not said." and of)
+                titles += answer != "Not said."
+                continue
             found = re.search(r"Fill in the gap: (.*?) ?___ ?(.*)", asked)
             assert found is not None
             whole = f"{found[1]} {answer} {found[2]}".strip().replace(" .", ".")
@@ -553,6 +559,24 @@ def test_gaps_are_filled_by_what_stands_in_the_passages(tmp_path: Path) -> None:
                 assert answer not in f"{found[1]} {found[2]}"
     assert absent > 20
     assert answered > 60
+    assert titles > 20
+
+
+def test_a_title_is_asked_for_by_what_its_passage_says() -> None:
+    rng = random.Random(0)
+    passage = Document("It lies on the river and was founded by monks after the fire.", "Old Town")
+    asked = {title_of(passage, rng) for _ in range(50)}
+    assert {each and each[1] for each in asked} == {"Old Town"}
+    for question, _ in filter(None, asked):
+        quoted = question.removeprefix("Of what is this said: ")
+        assert quoted in passage.text
+        assert 6 <= len(quoted.split()) <= 14
+    told = "the Old Town was founded by monks"
+    assert title_of(Document(told, "Old Town"), rng) is None
+    for title in ("", "…", "a title of far too many words"):
+        assert title_of(Document(passage.text, title), rng) is None
+    assert title_of(Document("too few words", "Old Town"), rng) is None
+    assert title_of(Document("", "Old Town"), rng) is None
 
 
 def test_gaps_of_passages_that_are_not_there_without_a_choice_of_passages(tmp_path: Path) -> None:

@@ -36,17 +36,6 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "shared").mkdir()
-    return tmp_path / "shared"
-
-
-@pytest.fixture
-def url(folder: Path) -> str:
-    return f"file://{folder}?namespace=team"
-
-
-@pytest.fixture
 def model(make_model: ModelMaker) -> KVLinkModel:
     return make_model("llama", torch.float32)
 

@@ -6,12 +6,15 @@ where some are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, ModelMaker, byte_spec, byte_tokenizer, random_model
-from test_oracle import F32, prompt
+from test_oracle import F32, fresh, prompt
 
 from kvlink_rag import KVLinkModel, PromptStates, Text
+from kvlink_rag.arguments import parse_repair
 from kvlink_rag.engine.attention import NAME as GROUPED
 
 CLOSE = {"atol": 2e-4, "rtol": 0.0}  # float32 over three layers, in another order of summation
@@ -32,6 +35,9 @@ def test_reused_states_are_the_masked_prefills(make_model: ModelMaker, family: s
     assert found.keys.shape == (core.layers, core.kv_heads, len(layout), core.head_dim)
     assert found.trace.reused_tokens == layout.reused_tokens > 0
     same(model.states(layout), expected)  # from kept runs as well
+    same(
+        model.states(layout, reuse=replace(fresh(model), repair=parse_repair("first:4"))), expected
+    )
 
 
 def test_a_computed_prompts_states_are_transformers_own(make_model: ModelMaker) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,17 +43,6 @@ def model() -> KVLinkModel:
 def secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET, SHARED)
     monkeypatch.delenv(REMOTE, raising=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "shared").mkdir()
-    return tmp_path / "shared"
-
-
-@pytest.fixture
-def url(folder: Path) -> str:
-    return f"file://{folder}?namespace=team"
 
 
 Machine = Callable[..., KVLinkRAG]
@@ -610,30 +600,27 @@ def answers(port: int, server: subprocess.Popen[bytes]) -> None:
     pytest.fail("nothing listens")
 
 
-@pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+@contextmanager
+def redis_server(tmp_path: Path, *settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A real one with these settings, which name its port, until the end of the block."""
     pytest.importorskip("redis", reason="pip install 'kvlink-rag[redis]'")
     if (program := shutil.which("redis-server")) is None:
         pytest.skip("no redis-server here; Debian's package is redis-server")
-    port = free_port()
-    call = [
-        program,
-        "--port",
-        str(port),
-        "--save",
-        "",
-        "--dir",
-        str(tmp_path),
-        "--maxmemory",
-        "64mb",
-    ]
+    call = [program, "--save", "", "--dir", str(tmp_path), "--maxmemory", "64mb", *settings]
     server = subprocess.Popen(call, stdout=subprocess.DEVNULL)
     try:
-        answers(port, server)
-        yield f"redis://127.0.0.1:{port}/0?namespace=team&timeout=60", server
+        yield server
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    port = free_port()
+    with redis_server(tmp_path, "--port", str(port)) as server:
+        answers(port, server)
+        yield f"redis://127.0.0.1:{port}/0?namespace=team&timeout=60", server
 
 
 def test_redis(machine: Machine, redis_url: tuple[str, subprocess.Popen[bytes]]) -> None:
@@ -652,6 +639,44 @@ def test_redis(machine: Machine, redis_url: tuple[str, subprocess.Popen[bytes]])
     assert four.add(DOCUMENTS[1:]).encoded == 5
     assert four.ask(QUESTION, max_new_tokens=6).text == expected
     assert four.stats().remote["faults"] >= 1
+
+
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A key and its own certificate, for 127.0.0.1."""
+    if (program := shutil.which("openssl")) is None:
+        pytest.skip("no openssl here; Debian's package is openssl")
+    key, made = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    asked = ("-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost")
+    names = ("-addext", "subjectAltName=IP:127.0.0.1")
+    subprocess.run(
+        [program, "req", *asked, *names, "-keyout", key, "-out", made],
+        check=True,
+        capture_output=True,
+    )
+    return key, made
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_redis_over_tls(machine: Machine, tmp_path: Path, scheme: str) -> None:
+    """Nobody is believed whose certificate is not known; what they would be told is not sent."""
+    key, known = certificate(tmp_path)
+    port = free_port()
+    tls = {"port": 0, "tls-port": port, "tls-auth-clients": "no"}
+    tls |= {"tls-key-file": key, "tls-cert-file": known, "tls-ca-cert-file": known}
+    settings = [text for name, value in tls.items() for text in (f"--{name}", str(value))]
+    with redis_server(tmp_path, *settings) as server:
+        answers(port, server)
+        url = f"{scheme}://127.0.0.1:{port}/0?namespace=team&timeout=60"
+        strange = machine("strange", url)
+        assert strange.add(DOCUMENTS).encoded == 6
+        assert settled(strange)["written"] == 0
+        assert strange.stats().remote["faults"] >= 1
+        one, two = (machine(name, f"{url}&ssl_ca_certs={known}") for name in ("one", "two"))
+        assert one.add(DOCUMENTS).encoded == 6
+        assert settled(one)["written"] == 6
+        assert two.add(DOCUMENTS).encoded == 0
+        plain = machine("plain", url.replace(scheme, "redis", 1))
+        assert plain.add(DOCUMENTS).encoded == 6
 
 
 @pytest.fixture

@@ -236,7 +236,10 @@ def test_what_is_not_served_is_a_400_in_openais_form(server: Running, asked: Any
             "ranking_options is not supported",
         ),
         ({"input": []}, "at least 1 item"),
-        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "expected a message or"),
+        ({"input": [{"type": {}, "output": "x"}]}, "expected a message or"),
+        ({"input": [{"content": "x"}]}, "role"),
+        ({"input": [0]}, "input.0"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "not the user's"),
         ({"input": [{"type": "file_search_call", "id": "fs_1"}]}, "not the user's"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -348,6 +351,31 @@ def test_a_response_searches_a_store(server: Running, client: Any) -> None:
         client.responses.create(**{**asked, "tools": [missing]})
 
 
+def test_a_search_cites_the_file(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the passage is of an uploaded one; what this model says has no words of any passage."""
+    monkeypatch.setattr("kvlink_rag.serving.pieces.cited", lambda *given: [0])
+    file = client.files.create(file=("q.txt", b"The quarry of Zubrin."), purpose="assistants")
+    store = client.vector_stores.create(name="quarries")
+    client.vector_stores.files.create_and_poll(file.id, vector_store_id=store.id)
+    for searched in (store.id, "towns"):
+        tool: Any = {"type": "file_search", "vector_store_ids": [searched]}
+        asked: Any = {"model": READER, "input": QUESTION, "tools": [tool], "max_output_tokens": 4}
+        told = client.responses.create(**asked)
+        (cited,) = told.output[1].content[0].annotations
+        if searched == "towns":
+            assert cited.type == "url_citation"
+        else:
+            assert cited.model_dump() == {
+                "type": "file_citation",
+                "file_id": file.id,
+                "filename": "q.txt",
+                "index": len(told.output_text),
+            }
+        *_, last = client.responses.create(**asked, stream=True)
+        assert last.response.output[1].content[0].annotations == [cited]
+    client.vector_stores.delete(store.id)
+
+
 @pytest.mark.parametrize(
     "nothing",
     [
@@ -431,7 +459,14 @@ def test_a_prompt_beyond_the_window_is_told(client: Any) -> None:
     messages = [{"role": "user", "content": "mill " * 2000}]
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=READER, messages=messages, max_tokens=4, stream=True)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    for create, field in (
+        (client.responses.create, "input"),
+        (client.completions.create, "prompt"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(model=READER, **{field: "mill " * 2000})
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", field)
 
 
 def test_embeddings(client: Any) -> None:

@@ -6,10 +6,11 @@ engine, and not how pages of keys and values are laid out anywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from kvlink_rag.arguments import UNREPAIRED
 from kvlink_rag.engine.backbone import Backbone
 from kvlink_rag.prompt.layout import Layout
 from kvlink_rag.snapshots.sources import Reuse
@@ -33,8 +34,11 @@ class PromptStates:
 
 
 def prompt_states(backbone: Backbone, prompt: Layout, reuse: Reuse, trace: Trace) -> PromptStates:
-    """Prefill `prompt` as for an answer; runs are kept for later prompts likewise."""
-    run = PromptRun(backbone, prompt, trace, reuse)
+    """Prefill `prompt` as for an answer; runs are kept for later prompts likewise.
+
+    Never with repair, which leaves entries that no other engine could tell apart.
+    """
+    run = PromptRun(backbone, prompt, trace, replace(reuse, repair=UNREPAIRED))
     try:
         logits = run.start(room=0)
         if run.cache is None:

@@ -6,10 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .events import event, respond
-from .pieces import Piece, Read, Whole, answers_for, conversation, store_of, sum_of
+from .pieces import Piece, Read, Whole, answers_for, citation_of, conversation, store_of, sum_of
 from .records import new_id, now
 from .refusals import ErrorAnswer, ErrorDetail
-from .replies import AnswerMessage, ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
+from .replies import (
+    Annotation,
+    AnswerMessage,
+    ChatAnswer,
+    ChatChoice,
+    CompletionAnswer,
+    CompletionChoice,
+)
 from .requests import Answering, ChatRequest, CompletionRequest
 from .service import DEFAULT_TOKENS, Call
 
@@ -81,7 +88,7 @@ class _Chat(_Chunks):
 
     def end(self, whole: Whole) -> Iterator[str]:
         """See `Shape`."""
-        annotations = [each.model_dump() for each in whole.citations]
+        annotations = [each.model_dump() for each in _annotations(whole)]
         delta = {"annotations": annotations} if annotations else {}
         choice = _choice(whole.index, whole.reason, delta=delta)
         yield self.chunk([choice], kvlink=whole.extension.model_dump())
@@ -89,7 +96,7 @@ class _Chat(_Chunks):
     def answer(self, wholes: Sequence[Whole]) -> ChatAnswer:
         """See `Shape`."""
         (whole,) = wholes
-        message = AnswerMessage(content=whole.text, annotations=whole.citations)
+        message = AnswerMessage(content=whole.text, annotations=_annotations(whole))
         choice = ChatChoice(index=0, message=message, finish_reason=whole.reason)
         return ChatAnswer(
             id=self.id,
@@ -134,6 +141,10 @@ class _Text(_Chunks):
         return CompletionAnswer(
             id=self.id, created=self.created, model=self.model, choices=choices, usage=usage
         )
+
+
+def _annotations(whole: Whole) -> list[Annotation]:
+    return [Annotation(url_citation=citation_of(each, whole.text)) for each in whole.citations]
 
 
 def _choice(index: int, reason: str | None = None, **what: Any) -> dict[str, Any]:

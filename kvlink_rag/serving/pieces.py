@@ -16,13 +16,14 @@ from typing import Any
 from kvlink_rag.collection.answering import AnswerStream
 from kvlink_rag.collection.citing import cited
 from kvlink_rag.documents import Document, Hit
+from kvlink_rag.errors import PromptTooLong
 from kvlink_rag.model.text_stream import TextStream
 from kvlink_rag.trace import Trace
 
 from .answers import from_collection
 from .records import Store
-from .refusals import Refused, not_found
-from .replies import Annotation, Extension, PromptDetails, Source, UrlCitation, Usage
+from .refusals import Refused, not_found, refusal_of
+from .replies import Extension, PromptDetails, Source, UrlCitation, Usage
 from .requests import Answering
 from .service import Call
 
@@ -48,6 +49,14 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Cited:
+    """A source that stands behind an answer, and where it can be found."""
+
+    source: Source
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
 class Whole:
     """The end of the answer to one prompt."""
 
@@ -55,7 +64,7 @@ class Whole:
     text: str
     reason: Any
     usage: Usage
-    citations: list[Annotation]
+    citations: list[Cited]
     extension: Extension
 
 
@@ -105,7 +114,7 @@ def answers_for(
 
     def run() -> Generator[Read | Piece | Whole, None, None]:
         for index, messages in enumerate(asked):
-            with opened(messages) as stream, closing(stream):
+            with named(body.said_in), opened(messages) as stream, closing(stream):
                 pieces = iter(stream)
                 first = next(pieces, "")  # what was retrieved is known with it
                 yield Read(index, _sources(call, stream))
@@ -117,11 +126,23 @@ def answers_for(
     return run
 
 
+@contextmanager
+def named(field: str) -> Iterator[None]:
+    """A block in which a prompt that is too long is told to be in `field` of the request."""
+    try:
+        yield
+    except PromptTooLong as error:
+        refused = refusal_of(error)
+        refused.param = field
+        raise refused from error
+
+
 def _whole(call: Call, index: int, store: Store | None, question: str, stream: Stream) -> Whole:
     hits = _hits(stream)
     trace = stream.trace.to_dict()
-    citations = _citations(stream.text, question, hits, store)
-    extension = Extension(sources=_sources(call, stream), trace=trace)
+    sources = _sources(call, stream)
+    citations = _citations(stream.text, question, hits, sources, store)
+    extension = Extension(sources=sources, trace=trace)
     reason = stream.trace.finish_reason or "length"
     return Whole(index, stream.text, reason, _usage(stream.trace), citations, extension)
 
@@ -171,24 +192,21 @@ def _source(call: Call, hit: Hit) -> Source:
 
 
 def _citations(
-    text: str, question: str, hits: Sequence[Hit], store: Store | None
-) -> list[Annotation]:
+    text: str, question: str, hits: Sequence[Hit], sources: Sequence[Source], store: Store | None
+) -> list[Cited]:
     """The passages that share most words with the answer, as citations of all of it."""
     if store is None or not text:
         return []
-    passages = {n: f"{hit.document.title}\n{hit.document.text}" for n, hit in enumerate(hits)}
-    found = (hits[number].document for number in cited(text, question, passages))
-    return [
-        Annotation(
-            url_citation=UrlCitation(
-                start_index=0,
-                end_index=len(text),
-                title=document.title or document.text[:60],
-                url=_url(document, store),
-            )
-        )
-        for document in found
-    ]
+    passages = {n: f"{source.title}\n{source.text}" for n, source in enumerate(sources)}
+    found = cited(text, question, passages)
+    return [Cited(sources[n], _url(hits[n].document, store)) for n in found]
+
+
+def citation_of(cited: Cited, text: str) -> UrlCitation:
+    """A citation of all of `text`."""
+    source = cited.source
+    title = source.title or source.text[:60]
+    return UrlCitation(start_index=0, end_index=len(text), title=title, url=cited.url)
 
 
 def _url(document: Document, store: Store) -> str:

@@ -86,7 +86,7 @@ def refusal_of(error: BaseException) -> Refused:
     if isinstance(error, DocumentNotFound):
         return Refused(404, str(error.args[0]), code="not_found")
     if isinstance(error, PromptTooLong):
-        return Refused(400, str(error), param="messages", code="context_length_exceeded")
+        return Refused(400, str(error), code="context_length_exceeded")
     if isinstance(error, DeviceMemoryError):
         return Refused(503, "the device has no memory for this prompt now", retry_after=5)
     if isinstance(error, MissingExtra):

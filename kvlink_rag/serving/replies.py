@@ -135,12 +135,21 @@ class ResponseCitation(UrlCitation):
     type: Literal["url_citation"] = "url_citation"
 
 
+class FileCitation(BaseModel):
+    """An uploaded file behind an answer, cited after character `index` of its text."""
+
+    type: Literal["file_citation"] = "file_citation"
+    index: int
+    file_id: str
+    filename: str
+
+
 class OutputText(BaseModel):
     """The text of an answer."""
 
     type: Literal["output_text"] = "output_text"
     text: str
-    annotations: list[ResponseCitation]
+    annotations: list[ResponseCitation | FileCitation]
     logprobs: list[None] = []
 
 

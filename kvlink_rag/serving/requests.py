@@ -15,8 +15,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     model_validator,
 )
 
@@ -119,6 +121,7 @@ class StreamOptions(Asked):
 class Answering(Asked):
     """How an answer is made. Greedy unless a temperature is given."""
 
+    said_in: ClassVar[str] = "messages"  # the field that a prompt is too long in
     model: Name
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -221,6 +224,7 @@ class ChatRequest(Answering):
 class CompletionRequest(Answering):
     """Of /v1/completions. Each prompt is one user message, in the model's own template."""
 
+    said_in = "prompt"
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_COMPLETIONS
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16, fail_fast=True)]
 
@@ -247,6 +251,22 @@ class EarlierSearch(Asked):
     """What an earlier response says it did, which clients send back; passed over."""
 
     type: Literal["file_search_call"]
+
+
+def _kind(item: Any) -> str:
+    """What an item of a response's input is; a message need not say so."""
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return "message" if kind is None else str(kind)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")] | Annotated[EarlierSearch, Tag("file_search_call")],
+    Discriminator(
+        _kind,
+        custom_error_type="item_kind",
+        custom_error_message="found another item, expected a message or a file_search_call",
+    ),
+]
 
 
 class TextFormat(Asked):
@@ -281,13 +301,9 @@ Included = Literal[
 class ResponseRequest(Answering):
     """Of /v1/responses. Nothing of it is kept: a conversation is sent whole each time."""
 
+    said_in = "input"
     unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_RESPONSES
-    input: (
-        Text
-        | Annotated[
-            list[InputMessage | EarlierSearch], Field(min_length=1, max_length=2048, fail_fast=True)
-        ]
-    )
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=2048, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: Annotated[list[FileSearch], Field(max_length=1)] | None = None

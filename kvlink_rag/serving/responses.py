@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .events import event, respond
-from .pieces import Piece, Read, Whole, answers_for, conversation, store_of
+from .pieces import Cited, Piece, Read, Whole, answers_for, citation_of, conversation, store_of
 from .records import new_id, now
 from .refusals import ErrorDetail, Refused
 from .replies import (
+    FileCitation,
     Incomplete,
     InputDetails,
     OutputDetails,
@@ -139,10 +140,17 @@ class _Response:
         )
 
     def _said(self, whole: Whole) -> OutputMessage:
-        cited = [ResponseCitation(**each.url_citation.model_dump()) for each in whole.citations]
+        cited = [self._citation(each, whole.text) for each in whole.citations]
         status: Any = "incomplete" if whole.reason == "length" else "completed"
         text = OutputText(text=whole.text, annotations=cited)
         return OutputMessage(id=self._message, status=status, content=[text])
+
+    def _citation(self, cited: Cited, text: str) -> ResponseCitation | FileCitation:
+        """Of a search: the file, where the passage is of an uploaded one."""
+        source = cited.source
+        if self._searches and source.file_id:
+            return FileCitation(index=len(text), file_id=source.file_id, filename=source.filename)
+        return ResponseCitation(**citation_of(cited, text).model_dump())
 
     def _searched(self, sources: Sequence[Source]) -> list[SearchCall]:
         """The search, if there was one."""

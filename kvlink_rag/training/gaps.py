@@ -2,7 +2,8 @@
 
 Sets of written questions are small and a long run learns them by heart. A gap is found by what
 stands around it and answered by copying, which is what reading over blind passages has to learn.
-Knows texts and documents; no prompt and no tokens.
+Some ask what a passage is about, which is its title. Knows texts and documents; no prompt and no
+tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kvlink_rag.documents import Document
 from .questions import Asked, Asking, known, passages_of
 
 ASKED = "Fill in the gap: {before} ___ {after}"
+ASKED_TITLE = "Of what is this said: {words}"
+TITLES = 0.3  # the share of gaps that ask for a title
 NAMED = r"(?:\p{Lu}[\w'’.&-]*\w|\d[\d,.:/-]*\d|\d)"  # a word with a capital, or a number
 SPAN = regex.compile(  # in the midst of a sentence, whose first word says nothing by its capital
     rf"(?<=[\p{{Ll}},;(]\s){NAMED}(?:\s+(?:(?:of|the|and|de)\s+)?{NAMED})*"
@@ -26,6 +29,7 @@ SPAN = regex.compile(  # in the midst of a sentence, whose first word says nothi
 )
 LONGEST = 5  # words of an answer
 AROUND = (4, 10)  # words before a gap, and after it
+QUOTED = (6, 14)  # words by which a title is asked for
 TRIES = 4  # gaps looked at for each that is asked
 
 
@@ -68,12 +72,28 @@ def gap(text: str, rng: random.Random) -> Asked | None:
     return ASKED.format(before=" ".join(before), after=" ".join(after)).strip(), span[0]
 
 
+def title_of(document: Document, rng: random.Random) -> Asked | None:
+    """Some words of a passage and its title, or None where it has none that can be asked for."""
+    title, words = document.title.strip(), document.text.split()
+    start = rng.randrange(max(1, len(words) - QUOTED[0]))
+    quoted = words[start : start + rng.randint(*QUOTED)]
+    short = any(map(str.isalnum, title)) and len(title.split()) <= LONGEST
+    if not short or len(quoted) < QUOTED[0] or contained(" ".join(quoted), (title,)):
+        return None
+    return ASKED_TITLE.format(words=" ".join(quoted)), title
+
+
+def _drawn(document: Document, rng: random.Random) -> Asked | None:
+    titled = rng.random() < TITLES
+    return title_of(document, rng) if titled else gap(document.text, rng)
+
+
 def _gaps(documents: Sequence[Document], count: int, rng: random.Random) -> Iterator[Asked]:
     """Up to `count` gaps of documents drawn at random, no two with one answer."""
     found: dict[str, str] = {}
     for _ in range(TRIES * count if documents else 0):
         if len(found) == count:
             break
-        if (drawn := gap(rng.choice(documents).text, rng)) is not None:
+        if (drawn := _drawn(rng.choice(documents), rng)) is not None:
             found.setdefault(drawn[1], drawn[0])
     yield from ((question, answer) for answer, question in found.items())

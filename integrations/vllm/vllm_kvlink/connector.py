@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
 )
 
-from kvlink_rag.errors import ConfigError, KVLinkError
+from kvlink_rag.errors import ConfigError
 
 from .identity import check_same
+from .loading import Loading
 from .options import Options
 from .pages import PagedLayer, find_layers, slots, write
 from .prefilling import Prefiller
@@ -54,7 +57,7 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
             check_groups(kv_cache_config.kv_cache_groups)
         self._block_size: int = vllm_config.cache_config.block_size
         self._scheduling = Scheduling(vllm_config.model_config.hf_config.vocab_size)
-        self._failed: set[int] = set()
+        self._loading = Loading()
         self._layers: list[PagedLayer] = []
         self._prefiller: Prefiller | None = None
         if role == KVConnectorRole.WORKER:
@@ -90,13 +93,9 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
             check_backend(context[name].attn_backend.get_name(), self._options.untried)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Fill the pages of this step's requests, before it runs."""
+        """Begin to fill pages, in threads beside this step and those that follow."""
         for load in self._get_connector_metadata().loads:
-            try:
-                self._load(load)
-            except (KVLinkError, OSError) as error:
-                logger.error("request %s is refused: %s", load.request_id, error)
-                self._failed.update(self._pages_of(load))
+            self._loading.begin(load.request_id, partial(self._load, load))
 
     def _load(self, load: Load) -> None:
         if self._prefiller is None or load.handover is None:
@@ -106,18 +105,13 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
         at = slots(load.block_ids, self._block_size, load.first, load.count)
         write(self._layers, states.keys[:, :, some], states.values[:, :, some], at)
 
-    def _pages_of(self, load: Load) -> tuple[int, ...]:
-        """The blocks that hold what was to be loaded."""
-        last = -(-(load.first + load.count) // self._block_size)
-        return load.block_ids[load.first // self._block_size : last]
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Pages that were not filled; vLLM ends their requests with an error."""
-        failed, self._failed = self._failed, set()
-        return failed
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Requests whose pages are filled, and those that vLLM is to end with an error."""
+        ended = self._loading.ended()
+        return KVConnectorTransferResults(finished_recving=ended.all, failed_recving=ended.failed)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: pages are whole when `start_load_kv` returns."""
+        """Nothing: a request runs when its pages are filled."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
@@ -128,7 +122,8 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Nothing."""
 
     def shutdown(self) -> None:
-        """Close the collection."""
+        """End what is under way and close the collection."""
+        self._loading.close()
         if self._prefiller is not None:
             self._prefiller.close()
             self._prefiller = None
@@ -138,8 +133,9 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """All of a laid-out prompt but its last token, loaded before the step."""
-        return self._scheduling.matched(request, num_computed_tokens), False
+        """All of a laid-out prompt but its last token, loaded while others go on."""
+        matched = self._scheduling.matched(request, num_computed_tokens)
+        return matched, matched > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note the pages of a request that is about to run."""

@@ -24,6 +24,8 @@ class Request(Protocol):
     prompt_token_ids: Sequence[int] | None
     cache_salt: str | None
     kv_transfer_params: Mapping[str, Any] | None
+    sampling_params: Any  # of vLLM
+    skip_reading_prefix_cache: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Scheduling:
         if known is None:
             return 0
         self._known[request.request_id] = known
+        request.skip_reading_prefix_cache = False  # else vLLM would compute the prompt after all
         return max(0, known.loaded - computed)
 
     def _look_at(self, request: Request) -> _Known | None:
@@ -86,6 +89,12 @@ class Scheduling:
                 raise PromptError(
                     f"found a cache salt that begins with {SALT!r} and no {KEY}; that beginning is "
                     "kept for prompts that were laid out, use another salt"
+                )
+            sampling = request.sampling_params
+            if sampling is None or sampling.prompt_logprobs is not None:
+                raise PromptError(
+                    "the request asks for log-probabilities of its prompt (prompt_logprobs), which "
+                    "vLLM does not compute; leave it out"
                 )
             handover = Handover.from_json(found)
             handover.check(request.prompt_token_ids or (), request.cache_salt, self._vocabulary)
@@ -119,8 +128,7 @@ class Scheduling:
             if known is not None and computed < known.loaded:
                 raise RuntimeError(
                     f"vLLM is about to compute tokens {computed} to {known.loaded} of {request_id} "
-                    "causally, expected them to be handed over; the answer would be wrong. A "
-                    "request with prompt_logprobs does that: leave it out"
+                    "causally, expected them to be handed over; the answer would be wrong"
                 )
         return loads
 

@@ -183,6 +183,22 @@ def test_a_prefill_that_fails_ends_its_request_alone(
     check(model, handovers[1], good)
 
 
+def test_a_request_for_the_prompts_log_probabilities_ends_alone(
+    model: KVLinkModel, llm: Any, handovers: list[Handover]
+) -> None:
+    """vLLM would compute the placeholders for it."""
+    from vllm import SamplingParams
+
+    one = handovers[0]
+    carried = {"kv_transfer_params": {"kvlink_layout": one.to_json()}}
+    sampling = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1, extra_args=carried)
+    prompt = request(one.placeholders(V), one.salt)
+    (found,) = llm.generate([prompt], [sampling], use_tqdm=False)
+    assert found.outputs[0].finish_reason == "error"
+    (said,) = ask(llm, one, vocabulary=V)
+    check(model, one, said)
+
+
 def test_tenants_share_no_pages(llm: Any, handovers: list[Handover], monkeypatch: Any) -> None:
     ask(llm, handovers[0], vocabulary=V)
     loaded = spy(monkeypatch)

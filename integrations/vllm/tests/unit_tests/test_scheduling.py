@@ -17,7 +17,8 @@ HANDOVER = Handover((*range(1, 100), tiny.VOCABULARY + 3, 7), ((5, 40),))
 def request(handover: Handover | None = HANDOVER, **changes: Any) -> Any:
     """A request as vLLM has it."""
     facts: dict[str, Any] = {"request_id": "r1", "prompt_token_ids": [1, 2, 3]}
-    facts |= {"cache_salt": None, "kv_transfer_params": None}
+    facts |= {"cache_salt": None, "kv_transfer_params": None, "skip_reading_prefix_cache": None}
+    facts |= {"sampling_params": SimpleNamespace(prompt_logprobs=None)}
     if handover is not None:
         facts["prompt_token_ids"] = handover.placeholders(tiny.VOCABULARY)
         facts["cache_salt"] = handover.salt
@@ -64,6 +65,15 @@ def test_a_preempted_request_is_loaded_again(scheduling: Scheduling) -> None:
     assert (load.block_ids, load.first, load.count) == ((8, 9, 5, 6), 0, 100)
 
 
+def test_vllm_may_not_pass_over_what_is_handed_over(scheduling: Scheduling) -> None:
+    """It would, for requests that want their prompt computed."""
+    ours = request(skip_reading_prefix_cache=True)
+    own = request(None, request_id="r2", skip_reading_prefix_cache=True)
+    assert scheduling.matched(ours, 0) == 100
+    assert scheduling.matched(own, 0) == 0
+    assert (ours.skip_reading_prefix_cache, own.skip_reading_prefix_cache) == (False, True)
+
+
 def test_a_causal_recomputation_is_never_run(scheduling: Scheduling) -> None:
     scheduling.matched(request(), 0)
     with pytest.raises(RuntimeError, match="compute tokens 64 to 100 of r1 causally"):
@@ -76,6 +86,8 @@ def test_a_causal_recomputation_is_never_run(scheduling: Scheduling) -> None:
     ("changes", "told"),
     [
         ({"cache_salt": None}, "found the cache salt None"),
+        ({"sampling_params": SimpleNamespace(prompt_logprobs=1)}, "leave it out"),
+        ({"sampling_params": None}, "prompt_logprobs"),
         ({"cache_salt": Handover((1, 2)).salt}, "expected the layout's"),
         ({"prompt_token_ids": [1, 2, 3]}, "not those of its layout"),
         ({"kv_transfer_params": {KEY: {"format": 9}}}, "expected a layout of format 1"),
