@@ -42,6 +42,7 @@ from kvlink_rag.snapshots.remote import RemoteTier, open_remote
 from kvlink_rag.snapshots.remote.tier import SECRET
 from kvlink_rag.snapshots.snapshot import EXACT
 from kvlink_rag.snapshots.sources import Reuse, StoredSnapshots
+from kvlink_rag.snapshots.store import SnapshotStore
 
 TIERS = ("redis", "s3", "folder")
 OWN = ("cached", "cold")
@@ -110,7 +111,7 @@ class Elsewhere:
 
     def __init__(self, laid: Laid, directory: Path, url: str | None) -> None:
         self._laid, own = laid, laid.source
-        self._store = type(laid.store)(directory)
+        self._store = SnapshotStore(directory)
         self._keys = [own.key(ids) for ids in dict.fromkeys(laid.passages)]
         self._remote: RemoteTier | None = None
         if url is not None:

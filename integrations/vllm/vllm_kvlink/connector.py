@@ -30,12 +30,14 @@ from .prefilling import Prefiller
 from .refusals import check_backend, check_engine, check_groups, told_of_version
 from .scheduling import Load, Scheduling
 
+IDLE = 0.05  # seconds that a step with nothing to run waits for loads; whoever asks then waits too
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Loads(KVConnectorMetadata):  # type: ignore[misc]
-    """What the scheduler tells the worker before a step."""
+    """What the scheduler tells the worker with a step."""
 
     loads: tuple[Load, ...] = ()
 
@@ -93,9 +95,15 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
             check_backend(context[name].attn_backend.get_name(), self._options.untried)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin to fill pages, in threads beside this step and those that follow."""
+        """Begin to fill pages, in threads beside this step and those that follow.
+
+        In a step that runs nothing, vLLM would ask again at once, and again, and keep the threads
+        from Python's lock: it waits for them.
+        """
         for load in self._get_connector_metadata().loads:
             self._loading.begin(load.request_id, partial(self._load, load))
+        if forward_context.attn_metadata is None:
+            self._loading.wait(IDLE)
 
     def _load(self, load: Load) -> None:
         if self._prefiller is None or load.handover is None:
@@ -144,7 +152,7 @@ class KVLinkConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._scheduling.allocated(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        """What the worker has to load before this step."""
+        """What the worker is to begin to load."""
         return Loads(tuple(self._scheduling.loads(_begun(scheduler_output))))
 
     def request_finished(

@@ -30,16 +30,24 @@ class Loading:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vllm-kvlink")
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._under_way = 0
         self._ended = Ended()
 
     def begin(self, request: str, work: Callable[[], None]) -> None:
         """Run `work` for a request."""
+        with self._changed:
+            self._under_way += 1
         self._pool.submit(self._run, request, work)
+
+    def wait(self, seconds: float) -> None:
+        """Until a load has ended, if any is under way, and at most so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended.all or not self._under_way, seconds)
 
     def ended(self) -> Ended:
         """What has ended since this was asked last."""
-        with self._lock:
+        with self._changed:
             ended, self._ended = self._ended, Ended()
             return ended
 
@@ -55,7 +63,9 @@ class Loading:
         except Exception as error:  # of this request; vLLM ends it and goes on
             logger.error("the prompt of request %s was not loaded: %s", request, error)
         finally:
-            with self._lock:
+            with self._changed:
+                self._under_way -= 1
                 self._ended.all.add(request)
                 if failed:
                     self._ended.failed.add(request)
+                self._changed.notify_all()

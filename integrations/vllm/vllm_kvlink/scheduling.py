@@ -5,7 +5,6 @@ Knows requests and blocks as vLLM names them, by their attributes; imports no vL
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,8 +12,6 @@ from typing import Any, Protocol
 from kvlink_rag.errors import PromptError
 
 from .handover import KEY, SALT, Handover
-
-logger = logging.getLogger(__name__)
 
 
 class Request(Protocol):
@@ -30,10 +27,10 @@ class Request(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Pages to fill before a step: tokens `[first, first + count)` of a prompt.
+    """Pages to fill: tokens `[first, first + count)` of a prompt.
 
     block_ids: of all of the request's pages, in order. handover: None where the request is refused,
-    for the reason `refused`; its pages are then reported as failed, which ends it with an error.
+    for the reason `refused`; its load then fails, which ends it with an error.
     """
 
     request_id: str
@@ -116,7 +113,7 @@ class Scheduling:
         )
 
     def loads(self, begun: Iterable[tuple[str, int]]) -> list[Load]:
-        """What this step loads.
+        """What begins to be loaded with this step.
 
         begun: requests that start, or go on after a preemption, and their computed tokens.
 

@@ -31,6 +31,11 @@ def test_nothing_waits_for_a_load() -> None:
     loading, gate = Loading(), threading.Event()
     loading.begin("slow", lambda: None if gate.wait(60) else 1 / 0)
     assert loading.ended().all == set()
+    loading.wait(0.01)
+    assert loading.ended().all == set()
     gate.set()
+    loading.wait(60)  # until it has ended, and no longer
+    loading.wait(60)
     loading.close()
     assert loading.ended().all == {"slow"}
+    loading.wait(60)  # nothing is under way

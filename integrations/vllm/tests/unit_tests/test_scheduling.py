@@ -97,7 +97,7 @@ def test_a_causal_recomputation_is_never_run(scheduling: Scheduling) -> None:
 def test_what_contradicts_itself_is_refused(
     scheduling: Scheduling, changes: dict[str, Any], told: str
 ) -> None:
-    """It gets pages, so that they can be reported as failed, and nothing to fill them with."""
+    """It gets pages, so that its load can fail, and nothing to fill them with."""
     wrong = request(**changes)
     tokens = len(wrong.prompt_token_ids) - 1
     assert scheduling.matched(wrong, 0) == tokens
